@@ -1,0 +1,80 @@
+"""Model-Agnostic Meta-Learning (Finn et al., 2017), https://arxiv.org/abs/1703.03400"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from metacv.algorithms.base import accuracies, batch_norms
+from metacv.algorithms.inner_loop import InnerLoop, Params
+from metacv.backbones import Backbone
+from metacv.data.episodes import TaskBatch
+
+
+class MAML(InnerLoop):
+    """Learns the initial parameters whose loss on the queries is least after gradient steps on the support set."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        way: int,
+        inner_lr: float,
+        inner_steps: int,
+        eval_inner_steps: int,
+        first_order: bool = False,
+        inner_loss: Literal["mean", "sum_per_shot"] = "mean",
+        adapt_norm: bool = False,
+    ) -> None:
+        super().__init__(backbone, way)
+        if inner_lr <= 0 or inner_steps < 1 or eval_inner_steps < 1:
+            raise ValueError(
+                f"inner_lr={inner_lr}, inner_steps={inner_steps}, eval_inner_steps={eval_inner_steps}: "
+                "all must be positive"
+            )
+        self.inner_lr = inner_lr
+        self.inner_steps = inner_steps
+        self.eval_inner_steps = eval_inner_steps
+        self.first_order = first_order
+        self.inner_loss = inner_loss
+        norms = {id(p) for norm in batch_norms(self.net) for p in norm.parameters()}
+        self.adapted = [
+            name
+            for name, p in self.net.named_parameters()
+            if p.requires_grad and (adapt_norm or id(p) not in norms)
+        ]
+
+    def adapt(self, support_x: Tensor, support_y: Tensor, way: int) -> Params:
+        """Equation 1. In training mode the result is a function of the initial parameters that can be
+        differentiated: of second order unless `first_order`, which takes the inner gradients as constants."""
+        params = dict(self.net.named_parameters())
+        if not self.training:
+            params = {name: p.detach().requires_grad_() for name, p in params.items()}
+        second_order = self.training and not self.first_order
+        with torch.enable_grad():
+            params = self.for_way(params, way)
+            for _ in range(self.inner_steps if self.training else self.eval_inner_steps):
+                logits = self.classify(params, support_x)
+                loss = F.cross_entropy(logits, support_y)
+                if self.inner_loss == "sum_per_shot":
+                    loss = loss * way
+                adapted = [params[name] for name in self.adapted]
+                grads = torch.autograd.grad(loss, adapted, create_graph=second_order)
+                params = params | {
+                    name: p - self.inner_lr * grad
+                    for name, p, grad in zip(self.adapted, adapted, grads, strict=True)
+                }
+        return params
+
+    def backward(self, tasks: TaskBatch) -> dict[str, Tensor]:
+        """Task by task, so that memory holds the graph of one task only."""
+        losses, shares = [], []
+        for x, y, query_x, query_y in zip(
+            tasks.support_x, tasks.support_y, tasks.query_x, tasks.query_y, strict=True
+        ):
+            logits = self.classify(self.adapt(x, y, tasks.way), query_x).unsqueeze(0)
+            loss = self.loss(logits, query_y.unsqueeze(0))
+            (loss / len(tasks)).backward()
+            losses.append(loss.detach())
+            shares.append(accuracies(logits, query_y.unsqueeze(0)))
+        return {"loss": torch.stack(losses).mean(), "accuracy": torch.cat(shares).mean()}

@@ -1,0 +1,92 @@
+"""Relation Networks (Sung et al., 2018), https://arxiv.org/abs/1711.06025"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metacv.algorithms.base import Algorithm, per_task
+from metacv.backbones import Backbone
+from metacv.data.episodes import TaskBatch
+
+
+class ConvRelation(nn.Module):
+    """The paper's relation module: a pair of maps [B, 2D, h, w] -> a score [B] between 0 and 1."""
+
+    def __init__(self, out_shape: tuple[int, int, int], hidden: int) -> None:
+        super().__init__()
+        depth, height, width = out_shape
+        # Two poolings want maps of 4x4 or more after two convolutions; smaller ones keep their border.
+        padding = 1 if min(height, width) < 10 else 0
+        self.blocks = nn.Sequential(_block(2 * depth, depth, padding), _block(depth, depth, padding))
+        for _ in range(2):
+            height, width = (height + 2 * padding - 2) // 2, (width + 2 * padding - 2) // 2
+        if min(height, width) < 1:
+            raise ValueError(f"relation=conv needs feature maps of 4x4 or more, not {out_shape[1]}x{out_shape[2]}")
+        self.fc1 = nn.Linear(depth * height * width, hidden)
+        self.fc2 = nn.Linear(hidden, 1)
+
+    def forward(self, pairs: Tensor) -> Tensor:
+        return torch.sigmoid(self.fc2(F.relu(self.fc1(self.blocks(pairs).flatten(1))))).squeeze(1)
+
+
+class MLPRelation(nn.Module):
+    """A two-layer perceptron on a pair of embedding vectors [B, 2D] -> a score [B] that is positive."""
+
+    def __init__(self, out_shape: tuple[int, int, int], hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(2 * torch.Size(out_shape).numel(), hidden)
+        self.fc2 = nn.Linear(hidden, 1)
+
+    def forward(self, pairs: Tensor) -> Tensor:
+        return F.softplus(self.fc2(F.relu(self.fc1(pairs)))).squeeze(1)
+
+
+class RelationNet(Algorithm):
+    """Classifies a query by a learned comparison with each class.
+
+    relation=conv: maps of a class's support images are summed and laid on the query's; the score is regressed to
+    1 for the right class and 0 for the others (equation 4).
+    relation=mlp: embedding vectors are compared pair by pair, and P(y=c|x) is the sum of the scores over the
+    support of c over the sum over all support; trained by cross-entropy. The logits are log P.
+    """
+
+    def __init__(self, backbone: Backbone, relation: Literal["conv", "mlp"] = "conv", hidden: int = 8) -> None:
+        super().__init__()
+        if hidden < 1:
+            raise ValueError(f"hidden={hidden}: must be at least 1")
+        self.backbone = backbone
+        self.kind = relation
+        module = ConvRelation if relation == "conv" else MLPRelation
+        self.relation = module(backbone.out_shape, hidden)
+
+    def forward(self, tasks: TaskBatch) -> Tensor:
+        images = torch.cat([tasks.support_x, tasks.query_x], dim=1)  # [T, N*(K+Q), C, H, W]
+        maps = per_task(self.backbone, images)  # [T, N*(K+Q), D, h, w]
+        support, query = maps.tensor_split([tasks.support_x.shape[1]], dim=1)
+        if self.kind == "conv":
+            classes = support.unflatten(1, (tasks.way, -1)).sum(dim=2)  # [T, N, D, h, w]
+            return self.scores(classes, query)
+        scores = self.scores(support.flatten(2), query.flatten(2))  # [T, N*Q, N*K]
+        per_class = scores.unflatten(2, (tasks.way, -1)).sum(dim=-1)  # [T, N*Q, N]
+        return (per_class / per_class.sum(dim=-1, keepdim=True)).clamp_min(1e-12).log()
+
+    def scores(self, left: Tensor, right: Tensor) -> Tensor:
+        """The relation of each of left [T, A, D, ...] with each of right [T, B, D, ...]: [T, B, A]."""
+        ones, others = left.shape[1], right.shape[1]
+        left = left.unsqueeze(1).expand(-1, others, *[-1] * (left.dim() - 1))
+        right = right.unsqueeze(2).expand(-1, -1, ones, *[-1] * (right.dim() - 2))
+        pairs = torch.cat([left, right], dim=3).flatten(1, 2)  # [T, B*A, 2D, ...]
+        return per_task(self.relation, pairs).unflatten(1, (others, ones))
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if self.kind == "mlp":
+            return super().loss(logits, labels)
+        return F.mse_loss(logits, F.one_hot(labels, logits.shape[-1]).to(logits.dtype))
+
+
+def _block(inputs: int, outputs: int, padding: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, padding=padding), nn.BatchNorm2d(outputs), nn.ReLU(), nn.MaxPool2d(2)
+    )

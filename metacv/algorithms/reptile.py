@@ -1,0 +1,117 @@
+"""Reptile (Nichol, Achiam & Schulman, 2018), https://arxiv.org/abs/1803.02999"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from metacv.algorithms.base import accuracies
+from metacv.algorithms.inner_loop import InnerLoop, Params
+from metacv.backbones import Backbone
+from metacv.data.episodes import TaskBatch
+
+BETA2, EPSILON = 0.999, 1e-8
+
+
+class Reptile(InnerLoop):
+    """Trains on one task after another and moves the initial parameters towards where each training ended.
+
+    The inner optimizer is SGD, or Adam with beta1 = 0, whose second moments pass from task to task while the
+    weights start anew (as in the authors' code) unless `reset_moments`. A task of evaluation starts from the
+    moments of training and leaves them alone.
+    """
+
+    second_moments: dict[str, Tensor]
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        way: int,
+        inner_lr: float,
+        inner_steps: int,
+        inner_batch: int,
+        eval_inner_steps: int,
+        eval_inner_batch: int,
+        inner_optimizer: Literal["adam", "sgd"] = "adam",
+        reset_moments: bool = False,
+    ) -> None:
+        super().__init__(backbone, way)
+        if min(inner_lr, inner_steps, inner_batch, eval_inner_steps, eval_inner_batch) <= 0:
+            raise ValueError(
+                f"inner_lr={inner_lr}, inner_steps={inner_steps}, inner_batch={inner_batch}, "
+                f"eval_inner_steps={eval_inner_steps}, eval_inner_batch={eval_inner_batch}: all must be positive"
+            )
+        self.inner_lr = inner_lr
+        self.inner_steps, self.inner_batch = inner_steps, inner_batch
+        self.eval_inner_steps, self.eval_inner_batch = eval_inner_steps, eval_inner_batch
+        self.inner_optimizer = inner_optimizer
+        self.reset_moments = reset_moments
+        self.trained = [name for name, p in self.net.named_parameters() if p.requires_grad]
+        if inner_optimizer == "adam":
+            self.register_buffer("moment_steps", torch.zeros((), dtype=torch.long))
+            for name in self.trained:
+                self.register_buffer(_buffer(name), torch.zeros_like(self.net.get_parameter(name)))
+
+    def adapt(self, support_x: Tensor, support_y: Tensor, way: int) -> Params:
+        """Parameters after training on the support set, detached."""
+        steps, size = self.eval_inner_steps, self.eval_inner_batch
+        if self.training:
+            steps, size = self.inner_steps, self.inner_batch
+        params = {name: p.detach() for name, p in self.net.named_parameters()}
+        params = self.for_way(params, way)
+        moments, count = self._moments(way)
+        with torch.enable_grad():
+            for rows in self._batches(len(support_x), size, steps):
+                rows = rows.to(support_x.device)
+                weights = [params[name].requires_grad_() for name in self.trained]
+                loss = F.cross_entropy(self.classify(params, support_x[rows]), support_y[rows])
+                grads = torch.autograd.grad(loss, weights)
+                with torch.no_grad():
+                    count += 1
+                    for name, weight, grad in zip(self.trained, weights, grads, strict=True):
+                        if self.inner_optimizer == "adam":
+                            moments[name] = BETA2 * moments[name] + (1 - BETA2) * grad.square()
+                            grad = grad / ((moments[name] / (1 - BETA2**count)).sqrt() + EPSILON)
+                        params[name] = weight - self.inner_lr * grad
+        if self.training and not self.reset_moments and self.inner_optimizer == "adam" and way == self.way:
+            self.moment_steps.fill_(count)
+            for name, moment in moments.items():
+                self.get_buffer(_buffer(name)).copy_(moment)
+        return {name: p.detach() for name, p in params.items()}
+
+    def backward(self, tasks: TaskBatch) -> dict[str, Tensor]:
+        """Adds the mean of initial minus adapted parameters to `.grad`, as if it were a gradient (section 2)."""
+        losses, shares = [], []
+        for x, y, query_x, query_y in zip(
+            tasks.support_x, tasks.support_y, tasks.query_x, tasks.query_y, strict=True
+        ):
+            params = self.adapt(x, y, tasks.way)
+            with torch.no_grad():
+                for name in self.trained:
+                    weight = self.net.get_parameter(name)
+                    step = (weight - params[name]) / len(tasks)
+                    weight.grad = step if weight.grad is None else weight.grad + step
+                logits = self.classify(params, query_x).unsqueeze(0)
+            losses.append(self.loss(logits, query_y.unsqueeze(0)))
+            shares.append(accuracies(logits, query_y.unsqueeze(0)))
+        return {"loss": torch.stack(losses).mean(), "accuracy": torch.cat(shares).mean()}
+
+    def _moments(self, way: int) -> tuple[Params, int]:
+        if self.inner_optimizer == "sgd":
+            return {}, 0
+        moments = {name: self.get_buffer(_buffer(name)) for name in self.trained}
+        if self.reset_moments:
+            return self.for_way({name: torch.zeros_like(m) for name, m in moments.items()}, way), 0
+        return self.for_way(moments, way), int(self.moment_steps)
+
+    def _batches(self, images: int, size: int, steps: int) -> list[Tensor]:
+        """Rows of each inner step: shuffled passes through the support set, cut into batches of `size`."""
+        generator = None if self.training else torch.Generator().manual_seed(0)
+        passes = -(-size * steps // images)
+        order = torch.cat([torch.randperm(images, generator=generator) for _ in range(passes)])
+        return list(order[: size * steps].split(size))
+
+
+def _buffer(name: str) -> str:
+    return "moment_" + name.replace(".", "_")

@@ -1,0 +1,71 @@
+"""The four-block convolutional network of Vinyals et al. 2016 and the variants of it that the papers used.
+
+| paper | settings |
+|---|---|
+| Prototypical Networks, Matching Networks | as they are: 64 features of 28x28, 1600 of 84x84 |
+| MAML, Omniglot | downsample=stride global_pool=true norm_scale=false running_stats=false: 64 features |
+| MAML, miniImageNet | channels=32 norm_scale=false running_stats=false: 800 features of 84x84 |
+| Reptile, Omniglot | downsample=stride running_stats=false: 2x2x64 = 256 features |
+| Reptile, miniImageNet | channels=32 ceil_pool=true running_stats=false: 1152 features of 84x84 |
+| Relation Networks | downsample=[max_pool,max_pool,none,none] padding=[0,0,1,1]: 64 maps of 5x5 or 19x19 |
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from metacv.backbones import Backbone
+
+BLOCKS = 4
+Downsample = Literal["max_pool", "stride", "none"]
+
+
+class Conv4(Backbone):
+    """Four times: 3x3 convolution, batch norm, ReLU, and a halving of the map by max pool or by stride."""
+
+    def __init__(
+        self,
+        image_shape: tuple[int, int, int],
+        channels: int = 64,
+        downsample: Downsample | list[Downsample] = "max_pool",
+        padding: int | list[int] = 1,
+        ceil_pool: bool = False,
+        global_pool: bool = False,
+        norm_scale: bool = True,
+        running_stats: bool = True,
+    ) -> None:
+        super().__init__()
+        if channels < 1:
+            raise ValueError(f"channels={channels}: must be at least 1")
+        downsamples = downsample if isinstance(downsample, list) else [downsample] * BLOCKS
+        paddings = padding if isinstance(padding, list) else [padding] * BLOCKS
+        if len(downsamples) != BLOCKS or len(paddings) != BLOCKS or min(paddings) < 0:
+            raise ValueError(f"downsample={downsample}, padding={padding}: one value, or one for each of {BLOCKS} blocks")
+        blocks: list[nn.Module] = []
+        inputs = image_shape[0]
+        for down, pad in zip(downsamples, paddings, strict=True):
+            norm = nn.BatchNorm2d(channels, track_running_stats=running_stats)
+            norm.weight.requires_grad_(norm_scale)  # a scale that is never trained stays 1
+            layers = [
+                nn.Conv2d(inputs, channels, 3, stride=2 if down == "stride" else 1, padding=pad),
+                norm,
+                nn.ReLU(),
+            ]
+            if down == "max_pool":
+                layers.append(nn.MaxPool2d(2, ceil_mode=ceil_pool))
+            blocks.append(nn.Sequential(*layers))
+            inputs = channels
+        if global_pool:
+            blocks.append(nn.AdaptiveAvgPool2d(1))
+        self.blocks = nn.Sequential(*blocks)
+        try:
+            with torch.no_grad():  # in eval mode with a batch of 2, so that no statistics change and none lack samples
+                channels, height, width = self.blocks.eval()(torch.zeros(2, *image_shape)).shape[1:]
+        except (RuntimeError, ValueError):
+            raise ValueError(f"images of {image_shape[1]}x{image_shape[2]} are too small for four blocks") from None
+        self.train()
+        self.out_shape = (channels, height, width)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.blocks(images)

@@ -1,0 +1,110 @@
+"""From a config to objects. `_target_` is the registry, and only this program's own classes and torch's may be named."""
+
+import importlib
+import math
+import types
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from metacv import MetacvError
+from metacv.algorithms.base import Algorithm
+from metacv.backbones import Backbone
+from metacv.data.bank import Dataset
+
+T = TypeVar("T")
+
+
+def build(name: str, node: dict[str, Any], base: type[T], **given: Any) -> T:
+    """The object that a config node describes: its `_target_`, a `base`, called with its other entries and `given`.
+
+    A checkpoint brings its own config, and whoever wrote it chose the targets. So a target must be a class that
+    lies in `metacv.` or `torch.optim.` by its own account (not something these modules happen to import) and
+    is what is asked for here.
+    """
+    target = str(node.get("_target_"))
+    module, _, attribute = target.rpartition(".")
+    if not target.startswith(("metacv.", "torch.optim.")):
+        raise MetacvError(f"{name}._target_={target}: only classes of metacv and torch.optim may be named")
+    try:
+        cls = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError):
+        raise MetacvError(f"{name}._target_={target}: there is no such class") from None
+    if not (isinstance(cls, type) and issubclass(cls, base) and cls.__module__.startswith(("metacv.", "torch.optim."))):
+        raise MetacvError(f"{name}._target_={target}: not a {base.__name__} of metacv or torch.optim")
+
+    settings = {key: value for key, value in node.items() if key != "_target_"}
+    if cls.__module__.startswith("metacv."):
+        hints = typing.get_type_hints(cls.__init__)
+        for key, value in settings.items():
+            if key in hints and not _fits(value, hints[key]):
+                raise MetacvError(f"{name}.{key}={value}: not {_describe(hints[key])}")
+    try:
+        return cls(**given, **settings)
+    except (TypeError, ValueError) as error:
+        raise MetacvError(f"{name}: {error}") from error
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return value in args
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, arg) for arg in args)
+    if origin is list:
+        return isinstance(value, list) and all(_fits(item, args[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(item, args[1]) for item in value.values())
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return hint is Any or isinstance(value, hint)
+
+
+def _describe(hint: Any) -> str:
+    args = typing.get_args(hint)
+    if typing.get_origin(hint) is typing.Literal:
+        return "one of " + ", ".join(args)
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(_describe(arg) for arg in args)
+    if typing.get_origin(hint) is list:
+        return f"a list of {_describe(args[0])}"
+    names = {float: "a finite number", int: "a whole number", bool: "true or false", str: "text"}
+    return names.get(hint, str(getattr(hint, "__name__", hint)))
+
+
+def build_dataset(config: dict[str, Any], data_dir: str) -> Dataset:
+    return build("dataset", config["dataset"], Dataset, data_dir=Path(data_dir).expanduser())  # type: ignore[type-abstract]
+
+
+def build_algorithm(config: dict[str, Any], image_shape: tuple[int, int, int]) -> Algorithm:
+    backbone = build("backbone", config["backbone"], Backbone, image_shape=image_shape)  # type: ignore[type-abstract]
+    return build("algo", config["algo"], Algorithm, backbone=backbone)  # type: ignore[type-abstract]
+
+
+def build_optimizer(config: dict[str, Any], algorithm: Algorithm) -> tuple[Optimizer, LRScheduler | None]:
+    parameters = [parameter for parameter in algorithm.parameters() if parameter.requires_grad]
+    optimizer = build("optimizer", config["optimizer"], Optimizer, params=parameters)  # type: ignore[type-abstract]
+    if config["schedule"] is None:
+        return optimizer, None
+    return optimizer, build("schedule", config["schedule"], LRScheduler, optimizer=optimizer)
+
+
+def pick_device(name: str) -> torch.device:
+    """`device` as a torch device that is there; `auto` is a GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise MetacvError(f"device={name}: not a device; take auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise MetacvError(f"device={name}: this machine has {torch.cuda.device_count()} CUDA devices")
+    if device.type not in ("cpu", "cuda"):
+        raise MetacvError(f"device={name}: only cpu and cuda are supported")
+    return device

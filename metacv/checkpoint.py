@@ -1,0 +1,78 @@
+"""Checkpoints: one dict of tensors and plain values, so that loading one runs no code of whoever wrote it.
+
+last.pt holds all that a run needs to go on exactly; best.pt the weights alone. Both carry the resolved config.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from metacv import MetacvError
+from metacv.algorithms.base import Algorithm
+from metacv.files import write_atomically
+
+FORMAT = 1
+WEIGHTS = {"format", "config", "image_shape", "step", "algorithm", "validation"}
+STATE = WEIGHTS | {"overrides", "optimizer", "schedule", "sampler", "random", "best", "since_best", "window"}
+
+
+def save(path: Path, content: dict[str, Any]) -> None:
+    """Replaces `path` in one step; on an error the old file stays."""
+    try:
+        write_atomically(path, content | {"format": FORMAT})
+    except OSError as error:
+        raise MetacvError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def load(path: Path, keys: set[str] = WEIGHTS) -> dict[str, Any]:
+    """The checkpoint at `path`, on the CPU."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise MetacvError(f"{path}: there is no such file") from None
+    except IsADirectoryError:
+        raise MetacvError(f"{path} is a folder, not a checkpoint") from None
+    except OSError as error:
+        raise MetacvError(f"{path} cannot be read: {error.strerror}") from None
+    except Exception:  # torch has many words for a file that is cut short, foreign or holds code
+        raise MetacvError(f"{path} is not a checkpoint of metacv, or is damaged") from None
+    if not isinstance(content, dict) or not WEIGHTS <= content.keys():
+        raise MetacvError(f"{path} is not a checkpoint of metacv")
+    if content["format"] != FORMAT:
+        raise MetacvError(f"{path} has format {content['format']}; this version reads {FORMAT}")
+    if missing := keys - content.keys():
+        raise MetacvError(f"{path} holds weights only, no {', '.join(sorted(missing))}: give last.pt")
+    return content
+
+
+def load_weights(algorithm: Algorithm, content: dict[str, Any], path: Path) -> None:
+    try:
+        algorithm.load_state_dict(content["algorithm"])
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise MetacvError(f"{path}: its weights do not fit its config ({str(error).splitlines()[-1].strip()})") from None
+
+
+def find(place: str, name: str) -> Path:
+    """`place` itself if it is a file, else the checkpoint `name` of the run in that folder."""
+    path = Path(place).expanduser()
+    if path.is_dir():
+        if not (path / name).is_file():
+            raise MetacvError(f"{path} holds no {name}")
+        return path / name
+    return path
+
+
+def file_hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def random_states() -> dict[str, Any]:
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["cpu"])
+    if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])

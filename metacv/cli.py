@@ -1,0 +1,105 @@
+"""`metacv COMMAND [overrides]`: takes one word off the command line and hands the rest to Hydra."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+USAGE = """\
+metacv: meta-learning for few-shot image classification
+
+  metacv train [algo=maml way=5 shot=1 ...]       train, validating as it goes
+  metacv train -m algo=maml,protonet shot=1,5     train every combination
+  metacv evaluate checkpoint=RUN [shot=5 ...]     accuracy of a checkpoint over episodes, with its interval
+
+  metacv COMMAND --help                           its choices and settings
+  metacv COMMAND ... --cfg job                    the settings that it would run with
+  eval "$(metacv -sc install=bash)"               tab completion
+
+HYDRA_FULL_ERROR=1 shows the traceback of an error.
+"""
+COMMANDS = ("train", "evaluate")
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    if arguments and arguments[0] in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return
+    if arguments and arguments[0] == "--version":
+        from metacv import __version__
+
+        print(f"metacv {__version__}")
+        return
+    if arguments and arguments[0] in ("-sc", "--shell-completion"):
+        from metacv.completion import complete
+
+        complete(arguments[1:])
+        return
+    if not arguments or arguments[0] not in COMMANDS:
+        said = f"metacv: there is no command {arguments[0]!r}" if arguments else "metacv: which command?"
+        print(f"{said} One of: {', '.join(COMMANDS)}; metacv --help", file=sys.stderr)
+        sys.exit(2)
+    sys.argv = [f"metacv {arguments[0]}", *arguments[1:]]
+    _run(arguments[0])
+
+
+def _run(command: str) -> None:
+    import hydra
+    from hydra.core.config_store import ConfigStore
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+    from omegaconf import DictConfig
+
+    from metacv import MetacvError
+    from metacv.config import EvaluateConfig, TrainConfig, config_dir
+
+    store = ConfigStore.instance()
+    store.store(name="train_schema", node=TrainConfig)
+    store.store(name="evaluate_schema", node=EvaluateConfig)
+
+    traceback_asked = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
+
+    def job(cfg: DictConfig) -> Any:
+        hydra_config = HydraConfig.get()
+        folder = Path(os.path.relpath(hydra_config.runtime.output_dir))
+        try:
+            if command == "train":
+                from metacv.train import train
+
+                return train(cfg, folder, list(hydra_config.overrides.task))
+            from metacv.evaluate import evaluate
+
+            return evaluate(cfg, folder)
+        except MetacvError as error:
+            if traceback_asked:
+                raise
+            print(f"metacv: {error}", file=sys.stderr)
+            if hydra_config.mode == RunMode.MULTIRUN:
+                raise  # Hydra goes on with the other jobs, and raises this one in the end
+            sys.exit(1)
+
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises its errors, and they are told here in one line
+    try:
+        hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=command)(job)()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        if traceback_asked:
+            raise
+        if not isinstance(error, MetacvError):
+            print(f"metacv: {_one_line(error)}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _one_line(error: Exception) -> str:
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    text = " ".join(str(error).split())
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        cause = error.__cause__
+        if isinstance(cause, OmegaConfBaseException) and str(cause) not in str(error):
+            text += " " + " ".join(str(cause).split())
+        return text
+    return f"{type(error).__name__}: {text[:500]} (HYDRA_FULL_ERROR=1 shows the traceback)"

@@ -1,0 +1,62 @@
+"""The types of each command's settings (their values live in configs/) and where configs/ lies."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING
+
+
+def config_dir() -> Path:
+    """configs/ of the checkout, else the copy inside the installed package."""
+    here = Path(__file__).resolve().parent
+    checkout = here.parent / "configs"
+    return checkout if (checkout / "train.yaml").is_file() else here / "configs"
+
+
+@dataclass
+class TrainConfig:
+    dataset: dict[str, Any] = MISSING
+    backbone: dict[str, Any] = MISSING
+    algo: dict[str, Any] = MISSING
+    optimizer: dict[str, Any] = MISSING
+    schedule: dict[str, Any] | None = None
+
+    way: int = MISSING
+    shot: int = MISSING
+    query: int = MISSING
+    train_way: int = MISSING
+    train_shot: int = MISSING
+    train_query: int = MISSING
+
+    steps: int = MISSING
+    meta_batch: int = MISSING
+    clip_norm: float | None = None
+    clip_value: float | None = None
+
+    eval_every: int = MISSING
+    eval_episodes: int = MISSING
+    norm: str = MISSING
+    patience: int | None = None
+
+    seed: int = MISSING
+    device: str = MISSING
+    data_dir: str = MISSING
+    resume: bool | str = False
+    log_every: int = MISSING
+
+
+@dataclass
+class EvaluateConfig:
+    checkpoint: str = MISSING
+    split: str = MISSING
+    way: int | None = None
+    shot: int | None = None
+    query: int | None = None
+    episodes: int = MISSING
+    norm: str | None = None
+    seed: int = MISSING
+    device: str = MISSING
+    data_dir: str = MISSING
+    algo: Any = None
+    dataset: Any = None

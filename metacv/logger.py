@@ -1,0 +1,53 @@
+"""What a run writes down: metrics.jsonl and TensorBoard, under the same names (train/loss, val/accuracy, ...)."""
+
+import json
+import math
+import os
+from pathlib import Path
+from types import TracebackType
+
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from metacv.files import write_bytes_atomically
+
+
+class Logger:
+    """Appends to a run's folder; what an interrupted run wrote after `step` is taken back."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        path = folder / "metrics.jsonl"
+        kept = []
+        for line in path.read_text().splitlines() if path.exists() else []:
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError):
+                continue  # the line that a kill cut short
+        write_bytes_atomically(path, "".join(kept).encode())
+        self.file = path.open("a")
+        self.tensorboard = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+
+    def __enter__(self) -> "Logger":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.file.close()
+        self.tensorboard.close()
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        rounded = {name: float(f"{value:.6g}") if math.isfinite(value) else None for name, value in values.items()}
+        self.file.write(json.dumps({"step": step} | rounded) + "\n")
+        self.file.flush()
+        for name, value in values.items():
+            self.tensorboard.add_scalar(name, value, step)
+
+    def picture(self, step: int, name: str, image: Tensor) -> None:
+        """image: uint8 [3, H, W]"""
+        self.tensorboard.add_image(name, image, step)
+        self.tensorboard.flush()
+
+    def sync(self) -> None:
+        """Puts on disk what the checkpoint about to be written counts on."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
