@@ -37,11 +37,14 @@ def main() -> None:
         complete(arguments[1:])
         return
     if not arguments or arguments[0] not in COMMANDS:
-        said = f"metacv: there is no command {arguments[0]!r}" if arguments else "metacv: which command?"
-        print(f"{said} One of: {', '.join(COMMANDS)}; metacv --help", file=sys.stderr)
+        said = f"metacv: there is no command {arguments[0]!r};" if arguments else "metacv: no command given;"
+        print(f"{said} one of: {', '.join(COMMANDS)}; metacv --help", file=sys.stderr)
         sys.exit(2)
-    sys.argv = [f"metacv {arguments[0]}", *arguments[1:]]
-    _run(arguments[0])
+    command, rest = arguments[0], arguments[1:]
+    if command == "evaluate":  # its algo and dataset are laid over the checkpoint's: Hydra does not know their keys
+        rest = [f"++{word}" if word.startswith(("algo.", "dataset.")) else word for word in rest]
+    sys.argv = [f"metacv {command}", *rest]
+    _run(command)
 
 
 def _run(command: str) -> None:
@@ -52,13 +55,16 @@ def _run(command: str) -> None:
     from omegaconf import DictConfig
 
     from metacv import MetacvError
-    from metacv.config import EvaluateConfig, TrainConfig, config_dir
+    from metacv.config import EvaluateConfig, TrainConfig
+    from metacv.config_dir import config_dir
 
     store = ConfigStore.instance()
     store.store(name="train_schema", node=TrainConfig)
     store.store(name="evaluate_schema", node=EvaluateConfig)
 
     traceback_asked = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
+
+    told: list[Exception] = []
 
     def job(cfg: DictConfig) -> Any:
         hydra_config = HydraConfig.get()
@@ -71,13 +77,14 @@ def _run(command: str) -> None:
             from metacv.evaluate import evaluate
 
             return evaluate(cfg, folder)
-        except MetacvError as error:
+        except Exception as error:
             if traceback_asked:
                 raise
-            print(f"metacv: {error}", file=sys.stderr)
-            if hydra_config.mode == RunMode.MULTIRUN:
-                raise  # Hydra goes on with the other jobs, and raises this one in the end
-            sys.exit(1)
+            print(f"metacv: {_one_line(error)}", file=sys.stderr)
+            if hydra_config.mode != RunMode.MULTIRUN:
+                sys.exit(1)
+            told.append(error)
+            raise  # Hydra goes on with the other jobs, and raises this one in the end
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises its errors, and they are told here in one line
     try:
@@ -87,7 +94,7 @@ def _run(command: str) -> None:
     except Exception as error:
         if traceback_asked:
             raise
-        if not isinstance(error, MetacvError):
+        if error not in told:
             print(f"metacv: {_one_line(error)}", file=sys.stderr)
         sys.exit(1)
 
@@ -96,10 +103,16 @@ def _one_line(error: Exception) -> str:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    text = " ".join(str(error).split())
+    from metacv import MetacvError
+
     if isinstance(error, HydraException | OmegaConfBaseException):
-        cause = error.__cause__
-        if isinstance(cause, OmegaConfBaseException) and str(cause) not in str(error):
-            text += " " + " ".join(str(cause).split())
+        lines = str(error).splitlines()
+        if isinstance(error.__cause__, OmegaConfBaseException):
+            lines += str(error.__cause__).splitlines()
+        noise = ("full_key:", "object_type=", "reference_type=", "To append to", "provider=", "Config search path")
+        kept = dict.fromkeys(" ".join(line.split()) for line in lines if not line.strip().startswith(noise))
+        return " ".join(line for line in kept if line)
+    text = " ".join(str(error).split())
+    if isinstance(error, MetacvError):
         return text
     return f"{type(error).__name__}: {text[:500]} (HYDRA_FULL_ERROR=1 shows the traceback)"

@@ -1,17 +1,9 @@
-"""The types of each command's settings (their values live in configs/) and where configs/ lies."""
+"""The types of each command's settings; their values live in configs/."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING
-
-
-def config_dir() -> Path:
-    """configs/ of the checkout, else the copy inside the installed package."""
-    here = Path(__file__).resolve().parent
-    checkout = here.parent / "configs"
-    return checkout if (checkout / "train.yaml").is_file() else here / "configs"
 
 
 @dataclass

@@ -1,0 +1,176 @@
+"""MAML's meta-gradient, against finite differences, an independent implementation and itself."""
+
+import higher
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import SmoothNet, random_tasks
+
+from metacv.algorithms.inner_loop import Classifier
+from metacv.algorithms.maml import MAML
+from metacv.backbones.conv4 import Conv4
+
+
+def smooth_maml(**settings) -> MAML:
+    torch.manual_seed(0)
+    settings = {"inner_lr": 0.1, "inner_steps": 1, "eval_inner_steps": 2, "adapt_norm": True} | settings
+    return MAML(SmoothNet(), way=3, **settings).double()
+
+
+def outer_gradient(algorithm, tasks) -> torch.Tensor:
+    algorithm.zero_grad()
+    algorithm.train()
+    algorithm.backward(tasks)
+    return torch.cat([p.grad.flatten() for p in algorithm.parameters() if p.requires_grad])
+
+
+def finite_difference(algorithm, tasks, direction: torch.Tensor, step: float = 1e-4) -> float:
+    """Fourth-order central difference of the outer loss along a direction."""
+    parameters = [p for p in algorithm.parameters() if p.requires_grad]
+    start = torch.nn.utils.parameters_to_vector(parameters).detach()
+    algorithm.train()
+
+    def loss(at: float) -> float:
+        with torch.no_grad():
+            torch.nn.utils.vector_to_parameters(start + at * direction, parameters)
+        return float(algorithm.loss(algorithm(tasks), tasks.query_y).detach())
+
+    value = (8 * (loss(step) - loss(-step)) - (loss(2 * step) - loss(-2 * step))) / (12 * step)
+    torch.nn.utils.vector_to_parameters(start, parameters)
+    return value
+
+
+@pytest.mark.parametrize("adapt_norm", [True, False])
+@pytest.mark.parametrize("inner_steps", [1, 3])
+def test_the_outer_gradient_equals_finite_differences(inner_steps, adapt_norm):
+    algorithm = smooth_maml(inner_steps=inner_steps, adapt_norm=adapt_norm)
+    tasks = random_tasks(dtype=torch.float64)
+    gradient = outer_gradient(algorithm, tasks)
+    directions = [gradient / gradient.norm()]
+    generator = torch.Generator().manual_seed(1)
+    directions += [F.normalize(torch.randn(gradient.shape, generator=generator).double(), dim=0) for _ in range(3)]
+    for direction in directions:
+        expected = finite_difference(algorithm, tasks, direction)
+        assert abs(float(gradient @ direction) - expected) <= 1e-7 * float(gradient.norm())
+
+
+def by_higher(algorithm: MAML, tasks, inner_lr: float, steps: int, first_order: bool) -> torch.Tensor:
+    net = algorithm.net
+    optimizer = torch.optim.SGD(net.parameters(), lr=inner_lr)
+    parameters = [p for p in net.parameters() if p.requires_grad]
+    total = [torch.zeros_like(p) for p in parameters]
+    for t in range(len(tasks)):
+        with higher.innerloop_ctx(net, optimizer, track_higher_grads=not first_order) as (fast, inner):
+            for _ in range(steps):
+                inner.step(F.cross_entropy(fast(tasks.support_x[t]), tasks.support_y[t]))
+            loss = F.cross_entropy(fast(tasks.query_x[t]), tasks.query_y[t])
+            with_respect_to = fast.parameters(time=-1) if first_order else fast.parameters(time=0)
+            wanted = [p for p, own in zip(with_respect_to, net.parameters(), strict=True) if own.requires_grad]
+            for sum_, grad in zip(total, torch.autograd.grad(loss, wanted), strict=True):
+                sum_ += grad / len(tasks)
+    return torch.cat([g.flatten() for g in total])
+
+
+@pytest.mark.parametrize("first_order", [False, True])
+@pytest.mark.parametrize("inner_steps", [1, 3])
+@pytest.mark.parametrize("downsample", ["stride", "max_pool"])
+def test_the_outer_gradient_on_conv4_equals_that_of_higher(downsample, inner_steps, first_order):
+    torch.manual_seed(0)
+    backbone = Conv4((1, 28, 28), channels=6, downsample=downsample, global_pool=True, running_stats=False)
+    algorithm = MAML(
+        backbone, way=3, inner_lr=0.1, inner_steps=inner_steps, eval_inner_steps=1,
+        first_order=first_order, adapt_norm=True,
+    ).double()  # fmt: skip
+    tasks = random_tasks(shape=(1, 28, 28), dtype=torch.float64)
+    ours = outer_gradient(algorithm, tasks)
+    theirs = by_higher(algorithm, tasks, 0.1, inner_steps, first_order)
+    assert (ours - theirs).norm() <= 1e-10 * theirs.norm()
+
+
+def test_second_order_differs_from_first_order():
+    tasks = random_tasks(dtype=torch.float64)
+    second = outer_gradient(smooth_maml(), tasks)
+    first = outer_gradient(smooth_maml(first_order=True), tasks)
+    assert (second - first).norm() > 1e-3 * second.norm()
+
+
+def test_the_outer_loss_is_that_of_the_adapted_parameters():
+    """Hand calculation with one step of autograd; the initial parameters would give another loss."""
+    algorithm = smooth_maml()
+    tasks = random_tasks(tasks=1, dtype=torch.float64)
+    net: Classifier = algorithm.net
+    unadapted = F.cross_entropy(net(tasks.query_x[0]), tasks.query_y[0])
+    parameters = list(net.parameters())
+    grads = torch.autograd.grad(F.cross_entropy(net(tasks.support_x[0]), tasks.support_y[0]), parameters)
+    with torch.no_grad():
+        for p, grad in zip(parameters, grads, strict=True):
+            p -= 0.1 * grad
+        by_hand = F.cross_entropy(net(tasks.query_x[0]), tasks.query_y[0])
+        for p, grad in zip(parameters, grads, strict=True):
+            p += 0.1 * grad
+    reported = algorithm.backward(tasks)["loss"]
+    torch.testing.assert_close(reported, by_hand, rtol=1e-12, atol=0)
+    assert abs(float(reported - unadapted.detach())) > 1e-3
+
+
+def test_the_batch_gradient_is_the_mean_of_the_tasks_gradients():
+    algorithm = smooth_maml()
+    tasks = random_tasks(tasks=2, dtype=torch.float64)
+    both = outer_gradient(algorithm, tasks)
+    ones = [random_tasks(tasks=2, dtype=torch.float64) for _ in range(2)]
+    singles = []
+    for t, batch in enumerate(ones):
+        single = type(batch)(batch.support_x[t : t + 1], batch.support_y[t : t + 1], batch.query_x[t : t + 1],
+                             batch.query_y[t : t + 1], batch.way)  # fmt: skip
+        singles.append(outer_gradient(algorithm, single))
+    torch.testing.assert_close(both, (singles[0] + singles[1]) / 2, rtol=1e-10, atol=1e-14)
+
+
+def test_sum_per_shot_is_way_times_the_mean_loss():
+    tasks = random_tasks(dtype=torch.float64)
+    summed = outer_gradient(smooth_maml(inner_loss="sum_per_shot", inner_lr=0.1), tasks)
+    mean = outer_gradient(smooth_maml(inner_loss="mean", inner_lr=0.1 * tasks.way), tasks)
+    torch.testing.assert_close(summed, mean, rtol=1e-9, atol=1e-13)
+
+
+def test_batch_norm_is_adapted_only_on_request():
+    tasks = random_tasks(tasks=1, dtype=torch.float64)
+    for adapt_norm in (False, True):
+        algorithm = smooth_maml(adapt_norm=adapt_norm)
+        adapted = algorithm.adapt(tasks.support_x[0], tasks.support_y[0], way=3)
+        changed = {name for name, p in algorithm.net.named_parameters() if not torch.equal(p, adapted[name])}
+        assert "backbone.conv2.weight" in changed
+        assert ("backbone.norm1.bias" in changed) == adapt_norm
+
+
+def test_adaptation_in_evaluation_keeps_no_graph():
+    algorithm = smooth_maml(eval_inner_steps=3).eval()
+    tasks = random_tasks(tasks=1, dtype=torch.float64)
+    with torch.no_grad():
+        logits = algorithm(tasks)
+    assert not logits.requires_grad
+    adapted = algorithm.adapt(tasks.support_x[0], tasks.support_y[0], way=3)
+    adapted["head.weight"].sum().backward()
+    assert all(p.grad is None for p in algorithm.parameters())
+
+
+def test_first_order_keeps_no_second_order_graph():
+    """The gradient of an adapted weight by an initial one is then the identity."""
+    algorithm = smooth_maml(first_order=True, inner_steps=3).train()
+    tasks = random_tasks(tasks=1, dtype=torch.float64)
+    adapted = algorithm.adapt(tasks.support_x[0], tasks.support_y[0], way=3)
+    grad = torch.autograd.grad(adapted["head.weight"].sum(), list(algorithm.net.parameters()), allow_unused=True)
+    for name, g in zip(dict(algorithm.net.named_parameters()), grad, strict=True):
+        if name == "head.weight":
+            assert torch.equal(g, torch.ones_like(g))
+        else:
+            assert g is None
+
+
+def test_another_way_starts_every_class_from_the_mean_of_the_head():
+    algorithm = smooth_maml()
+    params = algorithm.for_way(dict(algorithm.net.named_parameters()), 5)
+    assert params["head.weight"].shape[0] == 5
+    torch.testing.assert_close(params["head.weight"][4], algorithm.net.head.weight.mean(0))
+    torch.testing.assert_close(params["head.bias"][0], algorithm.net.head.bias.mean())
+    assert algorithm.predict(random_tasks(way=5, dtype=torch.float64), "transductive").shape == (2, 20, 5)

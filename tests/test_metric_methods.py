@@ -1,0 +1,98 @@
+"""ProtoNet and RelationNet, against values calculated by hand."""
+
+import math
+
+import pytest
+import torch
+from conftest import Identity, SmoothNet, random_tasks
+from torch import nn
+
+from metacv.algorithms.protonet import ProtoNet
+from metacv.algorithms.relationnet import ConvRelation, RelationNet
+from metacv.backbones.conv4 import Conv4
+from metacv.data.episodes import TaskBatch
+
+
+def points(*xy) -> torch.Tensor:
+    return torch.tensor(xy, dtype=torch.float64).view(1, len(xy), 1, 1, 2)
+
+
+def two_classes() -> TaskBatch:
+    """Class 0 around (1, 0), class 1 around (0, 2); one query each."""
+    labels = torch.tensor([[0, 0, 1, 1]])
+    return TaskBatch(
+        points((0, 0), (2, 0), (0, 1), (0, 3)), labels, points((1, 1), (3, 2)), torch.tensor([[0, 1]]), way=2
+    )
+
+
+def test_protonet_logits_are_minus_squared_distances_summed_over_dimensions():
+    logits = ProtoNet(Identity()).double()(two_classes())
+    # (1,1) to (1,0): 1; to (0,2): 1+1. (3,2) to (1,0): 4+4; to (0,2): 9.
+    assert logits.tolist() == [[[-1.0, -2.0], [-8.0, -9.0]]]
+
+
+def test_protonet_cosine_similarity():
+    logits = ProtoNet(Identity(), metric="cosine", temperature=0.5).double()(two_classes())
+    expected = [[1 / math.sqrt(2), 1 / math.sqrt(2)], [3 / math.sqrt(13), 2 / math.sqrt(13)]]
+    torch.testing.assert_close(logits[0], 2 * torch.tensor(expected, dtype=torch.float64))
+
+
+def test_protonet_loss_is_the_cross_entropy_of_the_softmax_over_distances():
+    tasks = two_classes()
+    algorithm = ProtoNet(Identity()).double()
+    by_hand = (math.log(1 + math.exp(-1)) + math.log(1 + math.exp(1))) / 2
+    assert float(algorithm.loss(algorithm(tasks), tasks.query_y)) == pytest.approx(by_hand, rel=1e-12)
+
+
+class DotProduct(nn.Module):
+    """A relation module that a hand can calculate: the dot product of the two halves."""
+
+    def forward(self, pairs):
+        left, right = pairs.flatten(1).chunk(2, dim=1)
+        return (left * right).sum(1)
+
+
+def test_relationnet_compares_the_sum_of_a_classs_support_maps_with_each_query():
+    algorithm = RelationNet(SmoothNet(image_shape=(2, 8, 8), channels=2), relation="conv")
+    algorithm.backbone, algorithm.relation = Identity(), DotProduct()
+    # sums: class 0 (2, 0), class 1 (0, 4); the pair is joined along the channel axis
+    tasks = two_classes()
+    channels = TaskBatch(
+        tasks.support_x.transpose(2, 4), tasks.support_y, tasks.query_x.transpose(2, 4), tasks.query_y, way=2
+    )
+    assert algorithm(channels).tolist() == [[[2.0, 4.0], [6.0, 8.0]]]
+
+
+def test_relationnet_loss_is_the_mean_squared_error_to_one_hot():
+    algorithm = RelationNet(SmoothNet(image_shape=(1, 8, 8)), relation="conv")
+    scores = torch.tensor([[[0.5, 0.2], [0.3, 0.9]]])
+    loss = algorithm.loss(scores, torch.tensor([[0, 1]]))
+    assert float(loss) == pytest.approx((0.25 + 0.04 + 0.09 + 0.01) / 4, rel=1e-6)
+
+
+def test_the_mlp_relation_gives_the_share_of_the_scores_over_all_support():
+    algorithm = RelationNet(Identity(), relation="mlp").double()
+    algorithm.relation = DotProduct()
+    # queries (1,1) and (3,2) with (0,0) (2,0) | (0,1) (0,3): 0 2 | 1 3 and 0 6 | 2 6
+    expected = torch.tensor([[[2 / 6, 4 / 6], [6 / 14, 8 / 14]]], dtype=torch.float64)
+    torch.testing.assert_close(algorithm(two_classes()).exp(), expected)
+
+
+def test_mlp_scores_are_never_negative_and_probabilities_sum_to_one():
+    torch.manual_seed(0)
+    tasks = random_tasks()
+    algorithm = RelationNet(SmoothNet(), relation="mlp")
+    algorithm.relation.fc2.weight.data *= 100
+    torch.testing.assert_close(algorithm(tasks).exp().sum(-1), torch.ones(2, 12))
+    assert (algorithm.relation(torch.randn(50, 2 * 36)) >= 0).all()
+
+
+@pytest.mark.parametrize(("side", "maps", "features"), [(28, 5, 64), (84, 19, 64 * 3 * 3)])
+def test_the_relation_module_has_the_papers_shapes(side, maps, features):
+    encoder = Conv4((1, side, side), downsample=["max_pool", "max_pool", "none", "none"], padding=[0, 0, 1, 1])
+    assert encoder.out_shape == (64, maps, maps)
+    module = ConvRelation(encoder.out_shape, hidden=8)
+    assert module.fc1.in_features == features
+    scores = module(torch.randn(3, 128, maps, maps))
+    assert scores.shape == (3,)
+    assert ((scores >= 0) & (scores <= 1)).all()

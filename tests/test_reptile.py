@@ -1,0 +1,97 @@
+"""Reptile, against hand calculations."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import Identity, SmoothNet, random_tasks
+
+from metacv.algorithms.reptile import Reptile
+
+
+def reptile(backbone=None, **settings) -> Reptile:
+    torch.manual_seed(0)
+    settings = {
+        "inner_optimizer": "sgd", "inner_lr": 0.1, "inner_steps": 1, "inner_batch": 6,
+        "eval_inner_steps": 2, "eval_inner_batch": 6,
+    } | settings  # fmt: skip
+    return Reptile(backbone or SmoothNet(), way=3, **settings).double()
+
+
+def outer_step(algorithm, tasks, lr: float) -> None:
+    algorithm.train()
+    optimizer = torch.optim.SGD(algorithm.parameters(), lr=lr)
+    optimizer.zero_grad()
+    algorithm.backward(tasks)
+    optimizer.step()
+
+
+def test_one_step_equals_a_hand_calculation():
+    """A linear net on two pixels: two SGD steps by the softmax gradient written out, then an outer step of 0.5."""
+    algorithm = reptile(Identity(), inner_steps=2)
+    tasks = random_tasks(tasks=1, shape=(1, 1, 2), dtype=torch.float64)
+    x, y = tasks.support_x[0].flatten(1), F.one_hot(tasks.support_y[0]).double()
+    weight, bias = algorithm.net.head.weight.detach().clone(), algorithm.net.head.bias.detach().clone()
+    w, b = weight.clone(), bias.clone()
+    for _ in range(2):
+        error = ((x @ w.T + b).softmax(dim=1) - y) / len(x)
+        w, b = w - 0.1 * error.T @ x, b - 0.1 * error.sum(0)
+    outer_step(algorithm, tasks, lr=0.5)
+    torch.testing.assert_close(algorithm.net.head.weight.detach(), weight + 0.5 * (w - weight), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(algorithm.net.head.bias.detach(), bias + 0.5 * (b - bias), rtol=1e-12, atol=1e-14)
+
+
+def test_with_one_sgd_step_it_is_joint_sgd():
+    tasks = random_tasks(tasks=4, dtype=torch.float64)
+    algorithm, joint = reptile(), reptile()
+    outer_step(algorithm, tasks, lr=0.5)
+    optimizer = torch.optim.SGD(joint.parameters(), lr=0.5 * 0.1)
+    loss = torch.stack([F.cross_entropy(joint.net(x), y) for x, y in zip(tasks.support_x, tasks.support_y, strict=True)])
+    loss.mean().backward()
+    optimizer.step()
+    for ours, theirs in zip(algorithm.parameters(), joint.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-13)
+
+
+def train_with_torch_adam(algorithm: Reptile, tasks, steps: int, reset: bool) -> list[torch.Tensor]:
+    """The weights of a fresh net after its Adam ran on the last task, having run on those before."""
+    net = reptile().net
+    start = {name: value.clone() for name, value in net.state_dict().items()}
+    optimizer = torch.optim.Adam(net.parameters(), lr=algorithm.inner_lr, betas=(0.0, 0.999))
+    for x, y in zip(tasks.support_x, tasks.support_y, strict=True):
+        net.load_state_dict(start)
+        if reset:
+            optimizer = torch.optim.Adam(net.parameters(), lr=algorithm.inner_lr, betas=(0.0, 0.999))
+        for _ in range(steps):
+            optimizer.zero_grad()
+            F.cross_entropy(net(x), y).backward()
+            optimizer.step()
+    return [p.detach() for p in net.parameters()]
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_the_inner_adam_equals_that_of_torch_with_beta1_zero(reset):
+    tasks = random_tasks(tasks=3, dtype=torch.float64)
+    algorithm = reptile(inner_optimizer="adam", inner_lr=0.01, inner_steps=4, reset_moments=reset).train()
+    for x, y in zip(tasks.support_x, tasks.support_y, strict=True):
+        adapted = algorithm.adapt(x, y, way=3)
+    expected = train_with_torch_adam(algorithm, tasks, 4, reset)
+    for ours, theirs in zip(adapted.values(), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9)
+
+
+def test_moments_persist_in_training_and_are_left_alone_by_evaluation():
+    tasks = random_tasks(dtype=torch.float64)
+    algorithm = reptile(inner_optimizer="adam", inner_steps=3)
+    algorithm.backward(tasks)
+    assert int(algorithm.moment_steps) == 3 * len(tasks)
+    before = {name: value.clone() for name, value in algorithm.state_dict().items()}
+    algorithm.predict(tasks, "transductive")
+    assert all(torch.equal(before[name], value) for name, value in algorithm.state_dict().items())
+
+
+def test_inner_batches_pass_through_the_whole_support_set_before_repeating():
+    algorithm = reptile()
+    batches = algorithm._batches(images=6, size=2, steps=6)
+    assert [len(batch) for batch in batches] == [2] * 6
+    for half in (batches[:3], batches[3:]):
+        assert sorted(torch.cat(half).tolist()) == list(range(6))
