@@ -4,6 +4,7 @@ last.pt holds all that a run needs to go on exactly; best.pt the weights alone. 
 """
 
 import hashlib
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from metacv.files import write_atomically
 FORMAT = 1
 WEIGHTS = {"format", "config", "image_shape", "step", "algorithm", "validation"}
 STATE = WEIGHTS | {"overrides", "optimizer", "schedule", "sampler", "random", "best", "since_best", "window"}
+CONFIG = {"algo", "backbone", "dataset", "way", "shot", "query", "norm"}
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
@@ -29,7 +31,9 @@ def save(path: Path, content: dict[str, Any]) -> None:
 def load(path: Path, keys: set[str] = WEIGHTS) -> dict[str, Any]:
     """The checkpoint at `path`, on the CPU."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, on pickles that are not its own
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise MetacvError(f"{path}: there is no such file") from None
     except IsADirectoryError:
@@ -42,6 +46,8 @@ def load(path: Path, keys: set[str] = WEIGHTS) -> dict[str, Any]:
         raise MetacvError(f"{path} is not a checkpoint of metacv")
     if content["format"] != FORMAT:
         raise MetacvError(f"{path} has format {content['format']}; this version reads {FORMAT}")
+    if not isinstance(content["config"], dict) or not CONFIG <= content["config"].keys():
+        raise MetacvError(f"{path} carries no config of metacv train")
     if missing := keys - content.keys():
         raise MetacvError(f"{path} holds weights only, no {', '.join(sorted(missing))}: give last.pt")
     return content

@@ -100,7 +100,7 @@ def _run(command: str) -> None:
 
 
 def _one_line(error: Exception) -> str:
-    from hydra.errors import HydraException
+    from hydra.errors import HydraException, OverrideParseException
     from omegaconf.errors import OmegaConfBaseException
 
     from metacv import MetacvError
@@ -111,7 +111,8 @@ def _one_line(error: Exception) -> str:
             lines += str(error.__cause__).splitlines()
         noise = ("full_key:", "object_type=", "reference_type=", "To append to", "provider=", "Config search path")
         kept = dict.fromkeys(" ".join(line.split()) for line in lines if not line.strip().startswith(noise))
-        return " ".join(line for line in kept if line)
+        text = " ".join(line for line in kept if line)
+        return f"{error.override}: {text}" if isinstance(error, OverrideParseException) else text
     text = " ".join(str(error).split())
     if isinstance(error, MetacvError):
         return text

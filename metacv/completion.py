@@ -28,7 +28,8 @@ def complete(arguments: list[str]) -> None:
     """`install=SHELL` prints what the shell evaluates, `query=SHELL` the candidates for $COMP_LINE."""
     action, _, shell = (arguments[0] if arguments else "").partition("=")
     if len(arguments) != 1 or action not in ("install", "query") or shell not in INSTALL:
-        sys.exit("metacv: -sc install=SHELL with one of " + ", ".join(INSTALL))
+        print("metacv: -sc install=SHELL with one of " + ", ".join(INSTALL), file=sys.stderr)
+        sys.exit(2)
     if action == "install":
         print(INSTALL[shell], end="")
         return

@@ -85,11 +85,10 @@ def metacv(monkeypatch, tmp_path, data_dir, capsys):
     """Runs the command line in this process, in an empty folder: metacv("train", "steps=2") -> (code, out, err)."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("METACV_DATA_DIR", str(data_dir))
-    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
 
     def run(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["metacv", *arguments])
-        monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
         capsys.readouterr()
         code = 0
         try:
@@ -105,3 +104,8 @@ def metacv(monkeypatch, tmp_path, data_dir, capsys):
 # A glyph data set and a training short enough for a test of everything around them.
 SMALL = ("dataset.classes={train:30,val:8,test:8}", "backbone.channels=8", "query=5", "eval_episodes=8", "episodes=8")
 TRAIN = (*SMALL[:4], "steps=4", "eval_every=2", "log_every=1", "meta_batch=2")
+
+
+def quick(algo: str) -> tuple[str, ...]:
+    """TRAIN for this algorithm; Reptile's 50 inner steps in evaluation would take most of a test's time."""
+    return (f"algo={algo}", *TRAIN, *(["algo.eval_inner_steps=3"] if algo == "reptile" else []))

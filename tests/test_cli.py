@@ -1,0 +1,294 @@
+"""The command line: evaluation, errors in one line, help and completion."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL, TRAIN
+
+from metacv import completion
+from metacv.config_dir import config_dir
+
+EVALUATE = ("evaluate", "checkpoint=run", "episodes=8", "hydra.run.dir=evaluation")
+
+
+@pytest.fixture
+def run(metacv):
+    assert metacv("train", "algo=protonet", *TRAIN, "hydra.run.dir=run")[0] == 0
+    return metacv
+
+
+def result() -> dict:
+    return json.loads(Path("evaluation/result.json").read_text())
+
+
+def test_evaluate_reports_what_the_number_depends_on(run):
+    code, out, err = run(*EVALUATE, "shot=2", "query=4", "way=4")
+    assert (code, err) == (0, "")
+    found = result()
+    assert {key: found[key] for key in ("episodes", "way", "shot", "query", "norm", "rotation", "split", "dataset")} == {
+        "episodes": 8, "way": 4, "shot": 2, "query": 4, "norm": "inductive", "rotation": "none", "split": "test",
+        "dataset": "Glyphs",
+    }  # fmt: skip
+    import hashlib
+
+    assert found["checkpoint_sha256"] == hashlib.sha256(Path("run/best.pt").read_bytes()).hexdigest()
+    assert len(found["episodes_sha256"]) == 64
+    assert f"accuracy {100 * found['accuracy']:.2f} ± {100 * found['ci95']:.2f} %" in out
+
+
+def test_evaluate_takes_a_file_or_a_run_and_gives_the_same_number_twice(run):
+    numbers = []
+    for checkpoint in ("run", "run/best.pt"):
+        assert run(*EVALUATE, f"checkpoint={checkpoint}")[0] == 0
+        numbers.append((result()["accuracy"], result()["ci95"], result()["checkpoint_sha256"]))
+    assert numbers[0] == numbers[1]
+
+
+def test_the_list_of_episodes_is_the_same_for_every_algorithm(run):
+    assert run("train", "algo=maml", *TRAIN, "seed=5", "hydra.run.dir=maml")[0] == 0
+    hashes = []
+    for checkpoint in ("run", "maml"):
+        assert run(*EVALUATE, f"checkpoint={checkpoint}")[0] == 0
+        hashes.append(result()["episodes_sha256"])
+    assert hashes[0] == hashes[1]
+    assert run(*EVALUATE, "seed=1")[0] == 0
+    assert result()["episodes_sha256"] != hashes[0]
+
+
+def test_norm_both_gives_both(run):
+    assert run(*EVALUATE, "norm=both")[0] == 0
+    assert result()["inductive"]["norm"] == "inductive"
+    assert result()["transductive"]["norm"] == "transductive"
+
+
+def test_settings_of_the_data_set_and_the_algorithm_can_be_changed(run):
+    code, _, err = run(*EVALUATE, "dataset.test_rotation=per_class", "algo.metric=cosine")
+    assert (code, err) == (0, "")
+    assert result()["rotation"] == "per_class"
+
+
+def test_another_data_set_is_taken_as_it_is(run):
+    """Here the glyphs in full instead of the few that were trained on."""
+    assert run(*EVALUATE, "dataset=glyphs", "way=100")[0] == 0
+    assert result()["way"] == 100
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train", "wya=5"), "Key 'wya' not in 'TrainConfig'"),
+        (("train", "algo=foo"), "Could not find 'algo/foo' Available options in 'algo': maml"),
+        (("train", "way=many"), "Value 'many' of type 'str' could not be converted to Integer"),
+        (("train", "way=1000"), "way=1000 but glyphs train has only 30 classes"),
+        (("train", "shot=15", "query=10"), "shot=15 + query=10 needs 25 images a class but"),
+        (("train", "algo.inner_lr=fast"), "algo.inner_lr=fast: not a finite number"),
+        (("train", "algo.inner_lr=-1"), "inner_lr=-1"),
+        (("train", "algo.inner_lr=nan"), "algo.inner_lr=nan: not a finite number"),
+        (("train", "algo.inner_loss=max"), "algo.inner_loss=max: not one of mean, sum_per_shot"),
+        (("train", "algo.nothing=1"), "Key 'nothing' is not in struct"),
+        (("train", "backbone.channels=0"), "backbone: channels=0"),
+        (("train", "optimizer.lr=-1"), "optimizer: Invalid learning rate"),
+        (("train", "steps=0"), "steps=0: must be positive"),
+        (("train", "meta_batch=-3"), "meta_batch=-3: must be positive"),
+        (("train", "norm=batch"), "norm=batch: one of inductive, transductive"),
+        (("train", "device=cuda:99"), "device=cuda:99: this machine has"),
+        (("train", "device=fast"), "device=fast: not a device"),
+        (("train", "seed=-1"), "seed=-1: must lie between"),
+        (("train", "eval_episodes=1"), "episodes=1: an interval needs at least 2"),
+        (("train", "optimizer._target_=os.system"), "only classes of metacv and torch.optim may be named"),
+        (("train", "resume=true"), "holds no last.pt"),
+        (("train", "resume=nowhere"), "nowhere: there is no such file"),
+        (("train", "hydra.run.dir=/proc/nowhere"), "/proc/nowhere"),
+        (("train", "way=[1"), "way=[1"),
+        (("evaluate",), "Missing mandatory value: checkpoint"),
+        (("evaluate", "checkpoint=nowhere"), "nowhere: there is no such file"),
+        (("evaluate", "checkpoint=."), "holds no best.pt"),
+    ],
+)
+def test_bad_input_gets_one_line_and_exit_code_1(metacv, arguments, message):
+    small = SMALL[:1] if arguments[0] == "train" else ()
+    code, out, err = metacv(arguments[0], *small, *arguments[1:])
+    assert code == 1
+    assert message in err
+    assert err.startswith("metacv: ")
+    assert err.count("\n") == 1
+    assert out == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("split=all",), "split=all: one of train, val, test"),
+        (("norm=none",), "norm=none: one of inductive, transductive, both"),
+        (("way=9",), "way=9 but glyphs test has only 8 classes"),
+        (("dataset.nothing=1",), "dataset.nothing: run/best.pt has no such setting"),
+        (("dataset.images=few",), "dataset.images=few: not a whole number"),
+        (("dataset=omniglot", "data_dir=empty"), "omniglot/images_background is not there and https://"),
+        (("episodes=0",), "episodes=0: an interval needs at least 2"),
+    ],
+)
+def test_bad_input_to_evaluate_gets_one_line(run, monkeypatch, arguments, message):
+    monkeypatch.setattr("torchvision.datasets.utils.download_url", lambda *_, **__: no_network())
+    code, _, err = run(*EVALUATE, *arguments)
+    assert code == 1
+    assert message in err
+    assert err.count("\n") == 1
+    assert not Path("evaluation/result.json").exists()
+
+
+def no_network():
+    raise OSError("no network")
+
+
+class Bomb:
+    def __reduce__(self):
+        return (os.mkdir, ("exploded",))
+
+
+def test_damaged_and_foreign_checkpoints_are_refused_and_run_no_code(run):
+    whole = Path("run/best.pt").read_bytes()
+    Path("short.pt").write_bytes(whole[: len(whole) // 2])
+    Path("empty.pt").write_bytes(b"")
+    Path("text.pt").write_text("hello")
+    Path("bomb.pt").write_bytes(pickle.dumps(Bomb()))
+    torch.save({"state_dict": {}}, "foreign.pt")
+    torch.save({**torch.load("run/best.pt", weights_only=True), "format": 99}, "future.pt")
+    torch.save({**torch.load("run/best.pt", weights_only=True), "config": {"way": 5}}, "bare.pt")
+    for name in ("short", "empty", "text", "bomb", "foreign", "future", "bare"):
+        code, _, err = run(*EVALUATE, f"checkpoint={name}.pt")
+        assert code == 1
+        assert err.startswith(f"metacv: {name}.pt")
+        assert err.count("\n") == 1
+    assert not Path("exploded").exists()
+
+
+@pytest.mark.parametrize(
+    ("node", "target"),
+    [
+        ("algo", "os.system"),
+        ("algo", "metacv.files.os.system"),  # reached through a module that imports it
+        ("dataset", "metacv.files.write_bytes_atomically"),
+        ("algo", "metacv.train.StopSignals"),
+        ("backbone", "torch.optim.sgd.torch.hub.load"),
+        ("dataset", "metacv.backbones.conv4.Conv4"),
+        ("algo", "metacv.algorithms.protonet.F.normalize"),
+    ],
+)
+def test_a_checkpoint_whose_config_points_elsewhere_is_refused(run, node, target):
+    content = torch.load("run/best.pt", weights_only=True)
+    content["config"][node] = {"_target_": target}
+    torch.save(content, "changed.pt")
+    code, _, err = run(*EVALUATE, "checkpoint=changed.pt")
+    assert code == 1
+    assert f"{node}._target_={target}: " in err
+    assert err.count("\n") == 1
+
+
+def test_weights_that_do_not_fit_the_config_are_refused(run):
+    content = torch.load("run/best.pt", weights_only=True)
+    content["config"]["backbone"]["channels"] = 9
+    torch.save(content, "changed.pt")
+    code, _, err = run(*EVALUATE, "checkpoint=changed.pt")
+    assert code == 1
+    assert "its weights do not fit its config" in err
+
+
+def test_images_of_another_size_are_refused(run):
+    content = torch.load("run/best.pt", weights_only=True)
+    content["image_shape"] = [3, 84, 84]
+    torch.save(content, "changed.pt")
+    _, _, err = run(*EVALUATE, "checkpoint=changed.pt")
+    assert "glyphs test has images of 1x28x28 but changed.pt was trained on 3x84x84" in err
+
+
+def test_resume_wants_the_whole_state(run):
+    code, _, err = run("train", "resume=run/best.pt", "hydra.run.dir=other")
+    assert code == 1
+    assert "holds weights only" in err
+
+
+def test_a_traceback_is_shown_when_asked_for(tmp_path):
+    command = [sys.executable, "-m", "metacv", "evaluate", "checkpoint=nowhere"]
+    shown = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | {"HYDRA_FULL_ERROR": "1"}, capture_output=True, text=True
+    )
+    assert "Traceback" in shown.stderr
+    hidden = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert hidden.stderr == "metacv: nowhere: there is no such file\n"
+
+
+@pytest.mark.parametrize("arguments", [(), ("fly",), ("-sc", "install=cmd")])
+def test_wrong_usage_gets_exit_code_2(metacv, arguments):
+    code, _, err = metacv(*arguments)
+    assert code == 2
+    assert err.startswith("metacv: ")
+
+
+def test_help_names_the_commands_and_each_commands_help_its_choices(metacv):
+    assert "metacv evaluate checkpoint=RUN" in metacv("--help")[1]
+    def text(command: str) -> str:
+        command_line = [sys.executable, "-m", "metacv", command, "--help"]
+        return subprocess.run(command_line, check=True, capture_output=True, text=True).stdout
+
+    train = text("train")
+    assert "algo: maml, protonet, relationnet, reptile" in train
+    assert "meta_batch: 4" in train
+    assert "episodes: 600" in text("evaluate")
+
+
+def quickest(*arguments: str, **environment: str) -> float:
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "metacv", *arguments], env=os.environ | environment, check=True,
+                       capture_output=True)  # fmt: skip
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def test_help_and_completion_answer_at_once():
+    assert quickest("--help") < 0.3
+    assert quickest("-sc", "query=bash", COMP_LINE="metacv train algo=maml algo.") < 0.2
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("metacv ", ["evaluate", "train"]),
+        ("metacv tr", ["train"]),
+        ("metacv train algo=p", ["algo=protonet"]),
+        ("metacv train algo=maml,rel", ["algo=maml,relationnet"]),
+        ("metacv train algo=protonet algo.", ["algo.metric=", "algo.temperature="]),
+        ("metacv train backbone=conv4_relation backbone.p", ["backbone.padding="]),
+        ("metacv train clip", ["clip_norm=", "clip_value="]),
+        ("metacv evaluate dataset=o", ["dataset=omniglot"]),
+        ("metacv evaluate ch", ["checkpoint="]),
+        ("metacv train nothing", []),
+    ],
+)
+def test_completion(line, expected):
+    assert sorted(completion.candidates(line)) == expected
+
+
+def test_completion_offers_every_file_of_configs():
+    for group in ("algo", "backbone", "dataset"):
+        files = sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
+        assert completion.candidates(f"metacv train {group}=") == [f"{group}={name}" for name in files]
+
+
+def test_bash_completes_with_the_installed_script():
+    script = f"""
+metacv() {{ {sys.executable} -m metacv "$@"; }}
+eval "$(metacv -sc install=bash)"
+COMP_LINE="metacv train algo=pro" COMP_POINT=21
+_metacv
+echo "${{COMPREPLY[@]}}"
+"""
+    assert subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout == "protonet\n"

@@ -1,0 +1,310 @@
+"""Training runs, from the command line: what they write, how they stop and how they go on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ALGORITHMS, SMALL, TRAIN, quick
+from omegaconf import OmegaConf
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from metacv.config_dir import config_dir
+
+RUN = "hydra.run.dir=run"
+EXPERIMENTS = sorted(p.relative_to(config_dir() / "experiment").with_suffix("").as_posix()
+                     for p in (config_dir() / "experiment").rglob("*.yaml"))  # fmt: skip
+BACKBONES = sorted(path.stem for path in (config_dir() / "backbone").glob("*.yaml"))
+
+
+def metrics(folder: str | Path) -> list[dict]:
+    """Lines of metrics.jsonl, without how fast they came."""
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "train/tasks_per_second"} for line in lines]
+
+
+def weights(path: str | Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=True)["algorithm"]
+
+
+def assert_same_run(one: str | Path, other: str | Path) -> None:
+    """Bit for bit: weights, optimizer, sampler, random states, best and metrics."""
+    ours, theirs = (torch.load(Path(folder) / "last.pt", weights_only=True) for folder in (one, other))
+    for content in (ours, theirs):
+        del content["config"], content["overrides"]
+
+    def compare(a, b, name):
+        assert type(a) is type(b), name
+        if isinstance(a, torch.Tensor):
+            assert torch.equal(a, b), name
+        elif isinstance(a, dict):
+            assert a.keys() == b.keys(), name
+            for key in a:
+                compare(a[key], b[key], f"{name}.{key}")
+        elif isinstance(a, list | tuple):
+            assert len(a) == len(b), name
+            for i, (x, y) in enumerate(zip(a, b, strict=True)):
+                compare(x, y, f"{name}.{i}")
+        else:
+            assert a == b, name
+
+    compare(ours, theirs, "last.pt")
+    assert metrics(one) == metrics(other)
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_a_run_leaves_its_checkpoints_metrics_events_and_config(metacv, algo):
+    code, out, err = metacv("train", *quick(algo), RUN)
+    assert (code, err) == (0, "")
+    assert "best in validation" in out
+    assert "run/best.pt" in out
+    folder = Path("run")
+    assert OmegaConf.load(folder / ".hydra/config.yaml").steps == 4
+    saved = torch.load(folder / "best.pt", weights_only=True)
+    assert saved["config"]["steps"] == 4
+    assert saved["config"]["algo"]["_target_"].startswith("metacv.")
+    lines = metrics(folder)
+    assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines if "val/accuracy" in line] == [2, 4]
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    assert {"train/loss", "train/accuracy", "val/accuracy"} <= set(events.Tags()["scalars"])
+    assert events.Tags()["images"] == ["val/episode"]
+    assert [e.step for e in events.Scalars("train/loss")] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_learns_the_glyphs(metacv, algo):
+    """From chance, 20 %, in a few steps."""
+    steps = {"relationnet": 200}.get(algo, 40)
+    inner = ["algo.eval_inner_steps=10"] if algo == "reptile" else []
+    code, _, err = metacv("train", f"algo={algo}", *SMALL[:1], "query=5", "eval_episodes=60", f"steps={steps}",
+                          f"eval_every={steps}", "backbone.channels=24", "meta_batch=2", *inner, RUN)  # fmt: skip
+    assert code == 0, err
+    result = json.loads(Path("run/result.json").read_text())
+    assert result["accuracy"] - result["ci95"] > 0.3
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(metacv, algo):
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        code, _, err = metacv("train", *quick(algo), f"seed={seed}", f"hydra.run.dir={name}")
+        assert code == 0, err
+    assert_same_run("a", "b")
+    one, other = weights("a/last.pt"), weights("c/last.pt")
+    assert not any(torch.equal(one[name], other[name]) for name in one if name.endswith("0.weight"))
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_resuming_equals_never_having_stopped(metacv, algo, monkeypatch):
+    """Stopped by a signal in the middle of a window of metrics, between two validations."""
+    train = ("train", *quick(algo), "steps=9", "log_every=4", "eval_every=3")
+    assert metacv(*train, "hydra.run.dir=whole")[0] == 0
+
+    from metacv.data.episodes import EpisodeSampler
+
+    sample, drawn = EpisodeSampler.sample, []
+
+    def sample_and_interrupt(self, tasks):
+        drawn.append(tasks)
+        if len(drawn) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return sample(self, tasks)
+
+    monkeypatch.setattr(EpisodeSampler, "sample", sample_and_interrupt)
+    code, out, _ = metacv(*train, RUN)
+    assert code == 143
+    assert "stopped at step 5" in out
+    assert torch.load("run/last.pt", weights_only=True)["step"] == 5
+    assert metacv("train", "resume=true", RUN)[0] == 0
+    assert_same_run("whole", "run")
+    assert OmegaConf.load("run/.hydra/config.yaml").algo == OmegaConf.load("whole/.hydra/config.yaml").algo
+
+
+def test_a_run_can_be_lengthened_from_its_folder_into_another(metacv):
+    algo = ("algo=protonet", *TRAIN)
+    assert metacv("train", *algo, "steps=8", "hydra.run.dir=whole")[0] == 0
+    assert metacv("train", *algo, "steps=4", "hydra.run.dir=half")[0] == 0
+    assert metacv("train", "resume=half", "steps=8", RUN)[0] == 0
+    theirs, ours = weights("whole/last.pt"), weights("run/last.pt")
+    assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
+    assert metrics("whole")[-2:] == metrics("run")[-2:]
+
+
+def test_resuming_refuses_what_would_make_it_another_run(metacv):
+    assert metacv("train", *quick("reptile"), RUN)[0] == 0
+    before = Path("run/last.pt").read_bytes()
+    for change, message in [
+        ("way=4", "resume: algo.way is 4 but run/last.pt was trained with 5"),
+        ("steps=8", "resume: schedule.total_iters is 8 but run/last.pt was trained with 4"),
+        ("algo.inner_lr=0.5", "resume: algo.inner_lr is 0.5 but run/last.pt was trained with 0.001"),
+    ]:
+        code, _, err = metacv("train", "resume=true", change, RUN)
+        assert code == 1
+        assert message in err
+    code, _, err = metacv("train", *quick("reptile"), RUN)
+    assert code == 1
+    assert "run holds a run: resume=true goes on with it" in err
+    assert Path("run/last.pt").read_bytes() == before
+    assert OmegaConf.load("run/.hydra/config.yaml").algo._target_.endswith("Reptile")
+
+
+def test_best_is_the_best_validation_and_patience_ends_the_run(metacv, monkeypatch):
+    accuracies = iter([0.3, 0.6, 0.5, 0.55, 0.9])
+    monkeypatch.setattr(
+        "metacv.train.evaluate_episodes", lambda *_: torch.full((8,), next(accuracies), dtype=torch.float64)
+    )
+    code, _, _ = metacv("train", "algo=protonet", *TRAIN, "steps=10", "patience=2", RUN)
+    assert code == 0
+    best, last = (torch.load(f"run/{name}.pt", weights_only=True) for name in ("best", "last"))
+    assert (best["step"], best["validation"]["accuracy"]) == (4, pytest.approx(0.6))
+    assert (last["step"], last["since_best"], last["best"]["step"]) == (8, 2, 4)
+    assert "optimizer" not in best
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_the_step_and_the_last_good_checkpoint(metacv, monkeypatch):
+    from metacv.algorithms.protonet import ProtoNet
+
+    loss, calls = ProtoNet.loss, []
+
+    def breaking(self, logits, labels):
+        calls.append(1)
+        return loss(self, logits, labels) * (float("nan") if len(calls) == 5 else 1)
+
+    monkeypatch.setattr(ProtoNet, "loss", breaking)
+    code, _, err = metacv("train", "algo=protonet", *TRAIN, "steps=8", "eval_every=3", "log_every=100", RUN)
+    assert (code, err) == (1, "metacv: the loss is not finite at step 5; the last good checkpoint is run/last.pt\n")
+    saved = torch.load("run/last.pt", weights_only=True)
+    assert saved["step"] == 3
+    assert all(value.isfinite().all() for value in saved["algorithm"].values())
+
+
+def test_training_never_loads_the_test_split(metacv, monkeypatch):
+    from metacv.data.glyphs import Glyphs
+
+    load, loaded = Glyphs.load, []
+    monkeypatch.setattr(Glyphs, "load", lambda self, split: loaded.append(split) or load(self, split))
+    assert metacv("train", "algo=protonet", *TRAIN, RUN)[0] == 0
+    assert sorted(set(loaded)) == ["train", "val"]
+
+
+def test_gradients_are_clipped_by_value_and_by_the_norm_of_each_network():
+    from metacv.algorithms.relationnet import RelationNet
+    from metacv.backbones.conv4 import Conv4
+    from metacv.train import clip
+
+    algorithm = RelationNet(Conv4((1, 28, 28), channels=4, downsample=["max_pool", "max_pool", "none", "none"]))
+    for parameter in algorithm.parameters():
+        parameter.grad = torch.full_like(parameter, 3.0)
+    clip(algorithm, norm=0.5, value=None)
+    for network in (algorithm.backbone, algorithm.relation):
+        total = sum(float(p.grad.square().sum()) for p in network.parameters()) ** 0.5
+        assert total == pytest.approx(0.5, rel=1e-4)
+    for parameter in algorithm.parameters():
+        parameter.grad = torch.full_like(parameter, -3.0)
+    clip(algorithm, norm=None, value=2.0)
+    assert all((p.grad == -2).all() for p in algorithm.parameters())
+
+
+def test_a_sweep_runs_every_combination_and_goes_on_past_one_that_fails(metacv):
+    code, _, err = metacv("train", "-m", "algo=maml,protonet", "shot=1,100", *TRAIN, "hydra.sweep.dir=sweep")
+    assert code == 1
+    assert err.count("metacv: shot=100 + query=5 needs 105 images a class") == 2
+    assert sorted(path.parent.name for path in Path("sweep").glob("*/result.json")) == [
+        "0_maml_glyphs_5w1s",
+        "2_protonet_glyphs_5w1s",
+    ]
+
+
+@pytest.mark.parametrize("algo", ["maml", "reptile"])
+def test_another_training_way_than_the_tested_one_remakes_the_head(metacv, algo):
+    code, _, err = metacv("train", *quick(algo), "train_way=7", RUN)
+    assert (code, err) == (0, "")
+    assert weights("run/best.pt")["net.head.weight"].shape[0] == 7
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_composes_and_builds(metacv, experiment):
+    code, out, err = metacv("train", f"experiment={experiment}", "--cfg", "job", "--resolve")
+    assert (code, err) == (0, "")
+    config = OmegaConf.to_container(OmegaConf.create(out))
+    from metacv.build import build_algorithm, build_dataset, build_optimizer
+
+    build_dataset(config, "unused")
+    build_optimizer(config, build_algorithm(config, (1, 28, 28)))
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_every_algorithm_runs_on_every_backbone(metacv, algo, backbone):
+    if algo == "relationnet" and backbone in ("conv4", "conv4_strided"):
+        code, _, err = metacv("train", f"algo={algo}", f"backbone={backbone}", *TRAIN, "steps=1", RUN)
+        assert code == 1
+        assert "algo: relation=conv needs feature maps of 4x4 or more, not 1x1" in err
+    else:
+        code, _, err = metacv("train", *quick(algo), f"backbone={backbone}", "steps=1", RUN)
+        assert (code, err) == (0, "")
+
+
+def start(folder: Path, data_dir: Path, *arguments: str) -> subprocess.Popen:
+    environment = os.environ | {"METACV_DATA_DIR": str(data_dir), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "metacv", "train", "algo=protonet", *TRAIN, "steps=100000", RUN, *arguments],
+        cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_leaves_with_the_usual_exit_code(tmp_path, data_dir, number, code):
+    process = start(tmp_path, data_dir)
+    wait_for(tmp_path / "run/last.pt", process)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (code, "")
+    saved = torch.load(tmp_path / "run/last.pt", weights_only=True)
+    assert f"stopped at step {saved['step']}; go on with: metacv train resume=run" in out
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path, data_dir):
+    first = start(tmp_path, data_dir)
+    try:
+        wait_for(tmp_path / "run/last.pt", first)
+        second = start(tmp_path, data_dir, "resume=true")
+        _, err = second.communicate(timeout=60)
+        assert (second.returncode, err) == (1, "metacv: hydra.run.dir=run: another run is writing there\n")
+    finally:
+        first.kill()
+        first.communicate()
+
+
+@pytest.mark.slow
+def test_a_kill_at_any_instant_leaves_a_loadable_checkpoint_that_goes_on_exactly(tmp_path, data_dir, metacv):
+    """Saving after every step, killed after 10 different times; what is left resumes to the same weights."""
+    for delay in range(10):
+        folder = tmp_path / str(delay)
+        folder.mkdir()
+        process = start(folder, data_dir, "eval_every=1", "eval_episodes=2")
+        wait_for(folder / "run/last.pt", process)
+        time.sleep(0.013 * delay)
+        process.kill()
+        process.communicate()
+        step = torch.load(folder / "run/last.pt", weights_only=True)["step"]
+        torch.load(folder / "run/best.pt", weights_only=True)
+        target = step + 2
+        assert metacv("train", "resume=true", f"steps={target}", f"hydra.run.dir={folder}/run")[0] == 0
+        assert metacv("train", "algo=protonet", *TRAIN, "eval_every=1", "eval_episodes=2", f"steps={target}",
+                      f"hydra.run.dir={folder}/whole")[0] == 0  # fmt: skip
+        assert_same_run(folder / "run", folder / "whole")
