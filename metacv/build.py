@@ -1,4 +1,4 @@
-"""From a config to objects. `_target_` is the registry, and only this program's own classes and torch's may be named."""
+"""From a config to objects: `_target_` is the registry, for classes of this program and of torch.optim alone."""
 
 import importlib
 import math
@@ -83,13 +83,13 @@ def build_dataset(config: dict[str, Any], data_dir: str) -> Dataset:
 
 
 def build_algorithm(config: dict[str, Any], image_shape: tuple[int, int, int]) -> Algorithm:
-    backbone = build("backbone", config["backbone"], Backbone, image_shape=image_shape)  # type: ignore[type-abstract]
+    backbone = build("backbone", config["backbone"], Backbone, image_shape=image_shape)
     return build("algo", config["algo"], Algorithm, backbone=backbone)  # type: ignore[type-abstract]
 
 
 def build_optimizer(config: dict[str, Any], algorithm: Algorithm) -> tuple[Optimizer, LRScheduler | None]:
     parameters = [parameter for parameter in algorithm.parameters() if parameter.requires_grad]
-    optimizer = build("optimizer", config["optimizer"], Optimizer, params=parameters)  # type: ignore[type-abstract]
+    optimizer = build("optimizer", config["optimizer"], Optimizer, params=parameters)
     if config["schedule"] is None:
         return optimizer, None
     return optimizer, build("schedule", config["schedule"], LRScheduler, optimizer=optimizer)

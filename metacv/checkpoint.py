@@ -42,11 +42,11 @@ def load(path: Path, keys: set[str] = WEIGHTS) -> dict[str, Any]:
         raise MetacvError(f"{path} cannot be read: {error.strerror}") from None
     except Exception:  # torch has many words for a file that is cut short, foreign or holds code
         raise MetacvError(f"{path} is not a checkpoint of metacv, or is damaged") from None
-    if not isinstance(content, dict) or not WEIGHTS <= content.keys():
+    if not isinstance(content, dict) or WEIGHTS - content.keys():
         raise MetacvError(f"{path} is not a checkpoint of metacv")
     if content["format"] != FORMAT:
         raise MetacvError(f"{path} has format {content['format']}; this version reads {FORMAT}")
-    if not isinstance(content["config"], dict) or not CONFIG <= content["config"].keys():
+    if not isinstance(content["config"], dict) or CONFIG - content["config"].keys():
         raise MetacvError(f"{path} carries no config of metacv train")
     if missing := keys - content.keys():
         raise MetacvError(f"{path} holds weights only, no {', '.join(sorted(missing))}: give last.pt")
@@ -57,7 +57,9 @@ def load_weights(algorithm: Algorithm, content: dict[str, Any], path: Path) -> N
     try:
         algorithm.load_state_dict(content["algorithm"])
     except (RuntimeError, TypeError, AttributeError) as error:
-        raise MetacvError(f"{path}: its weights do not fit its config ({str(error).splitlines()[-1].strip()})") from None
+        raise MetacvError(
+            f"{path}: its weights do not fit its config ({str(error).splitlines()[-1].strip()})"
+        ) from None
 
 
 def find(place: str, name: str) -> Path:

@@ -54,7 +54,6 @@ def _run(command: str) -> None:
     from hydra.types import RunMode
     from omegaconf import DictConfig
 
-    from metacv import MetacvError
     from metacv.config import EvaluateConfig, TrainConfig
     from metacv.config_dir import config_dir
 

@@ -62,9 +62,7 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
             f"{bank.name} has images of {_by(bank.image_shape)} but {path} was trained on {_by(saved['image_shape'])}"
         )
     rotation = dataset.rotation(config["split"])
-    sampler = EpisodeSampler(
-        bank, config["way"], config["shot"], config["query"], rotation, config["seed"], device
-    )
+    sampler = EpisodeSampler(bank, config["way"], config["shot"], config["query"], rotation, config["seed"], device)
     episodes = EpisodeList(sampler, config["episodes"])
     algorithm = build_algorithm(config, bank.image_shape)
     checkpoint.load_weights(algorithm, saved, path)

@@ -120,7 +120,9 @@ def train(cfg: DictConfig, folder: Path, overrides: list[str]) -> float:
                     found = summary(evaluate_episodes(algorithm, validation, config["norm"], "validating"))
                     logger.scalars(step, {f"val/{name}": value for name, value in found.items()})
                     shown = next(validation.batches(1))
-                    logger.picture(step, "val/episode", episode_picture(shown, algorithm.predict(shown, config["norm"])))
+                    logger.picture(
+                        step, "val/episode", episode_picture(shown, algorithm.predict(shown, config["norm"]))
+                    )
                     since_best += 1
                     if found["accuracy"] > best["accuracy"]:
                         best, since_best = found | {"step": step}, 0
@@ -246,7 +248,9 @@ def _stop_if_not_finite(window: list[torch.Tensor], step: int, folder: Path) -> 
 
 
 def _report(config: dict[str, Any], best: dict[str, float], folder: Path) -> None:
-    result = best | {"split": "val"} | {name: config[name] for name in ("norm", "way", "shot", "query", "eval_episodes")}
+    result = (
+        best | {"split": "val"} | {name: config[name] for name in ("norm", "way", "shot", "query", "eval_episodes")}
+    )
     write_bytes_atomically(folder / "result.json", (json.dumps(result, indent=2) + "\n").encode())
     print(
         f"best in validation: {100 * best['accuracy']:.2f} ± {100 * best['ci95']:.2f} % at step {best['step']:.0f} "

@@ -45,7 +45,9 @@ def test_with_one_sgd_step_it_is_joint_sgd():
     algorithm, joint = reptile(), reptile()
     outer_step(algorithm, tasks, lr=0.5)
     optimizer = torch.optim.SGD(joint.parameters(), lr=0.5 * 0.1)
-    loss = torch.stack([F.cross_entropy(joint.net(x), y) for x, y in zip(tasks.support_x, tasks.support_y, strict=True)])
+    loss = torch.stack(
+        [F.cross_entropy(joint.net(x), y) for x, y in zip(tasks.support_x, tasks.support_y, strict=True)]
+    )
     loss.mean().backward()
     optimizer.step()
     for ours, theirs in zip(algorithm.parameters(), joint.parameters(), strict=True):

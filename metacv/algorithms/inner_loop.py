@@ -64,4 +64,6 @@ class InnerLoop(Algorithm):
         if way == self.way:
             return params
         head = {name: params[name] for name in ("head.weight", "head.bias")}
-        return params | {name: rows.mean(0, keepdim=True).repeat(way, *[1] * (rows.dim() - 1)) for name, rows in head.items()}
+        return params | {
+            name: rows.mean(0, keepdim=True).repeat(way, *[1] * (rows.dim() - 1)) for name, rows in head.items()
+        }

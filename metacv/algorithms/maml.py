@@ -39,15 +39,13 @@ class MAML(InnerLoop):
         self.inner_loss = inner_loss
         norms = {id(p) for norm in batch_norms(self.net) for p in norm.parameters()}
         self.adapted = [
-            name
-            for name, p in self.net.named_parameters()
-            if p.requires_grad and (adapt_norm or id(p) not in norms)
+            name for name, p in self.net.named_parameters() if p.requires_grad and (adapt_norm or id(p) not in norms)
         ]
 
     def adapt(self, support_x: Tensor, support_y: Tensor, way: int) -> Params:
         """Equation 1. In training mode the result is a function of the initial parameters that can be
         differentiated: of second order unless `first_order`, which takes the inner gradients as constants."""
-        params = dict(self.net.named_parameters())
+        params: Params = dict(self.net.named_parameters())
         if not self.training:
             params = {name: p.detach().requires_grad_() for name, p in params.items()}
         second_order = self.training and not self.first_order
@@ -61,17 +59,14 @@ class MAML(InnerLoop):
                 adapted = [params[name] for name in self.adapted]
                 grads = torch.autograd.grad(loss, adapted, create_graph=second_order)
                 params = params | {
-                    name: p - self.inner_lr * grad
-                    for name, p, grad in zip(self.adapted, adapted, grads, strict=True)
+                    name: p - self.inner_lr * grad for name, p, grad in zip(self.adapted, adapted, grads, strict=True)
                 }
         return params
 
     def backward(self, tasks: TaskBatch) -> dict[str, Tensor]:
         """Task by task, so that memory holds the graph of one task only."""
         losses, shares = [], []
-        for x, y, query_x, query_y in zip(
-            tasks.support_x, tasks.support_y, tasks.query_x, tasks.query_y, strict=True
-        ):
+        for x, y, query_x, query_y in zip(tasks.support_x, tasks.support_y, tasks.query_x, tasks.query_y, strict=True):
             logits = self.classify(self.adapt(x, y, tasks.way), query_x).unsqueeze(0)
             loss = self.loss(logits, query_y.unsqueeze(0))
             (loss / len(tasks)).backward()

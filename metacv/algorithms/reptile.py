@@ -22,7 +22,7 @@ class Reptile(InnerLoop):
     moments of training and leaves them alone.
     """
 
-    second_moments: dict[str, Tensor]
+    moment_steps: Tensor
 
     def __init__(
         self,
@@ -83,9 +83,7 @@ class Reptile(InnerLoop):
     def backward(self, tasks: TaskBatch) -> dict[str, Tensor]:
         """Adds the mean of initial minus adapted parameters to `.grad`, as if it were a gradient (section 2)."""
         losses, shares = [], []
-        for x, y, query_x, query_y in zip(
-            tasks.support_x, tasks.support_y, tasks.query_x, tasks.query_y, strict=True
-        ):
+        for x, y, query_x, query_y in zip(tasks.support_x, tasks.support_y, tasks.query_x, tasks.query_y, strict=True):
             params = self.adapt(x, y, tasks.way)
             with torch.no_grad():
                 for name in self.trained:

@@ -41,7 +41,9 @@ class Conv4(Backbone):
         downsamples = downsample if isinstance(downsample, list) else [downsample] * BLOCKS
         paddings = padding if isinstance(padding, list) else [padding] * BLOCKS
         if len(downsamples) != BLOCKS or len(paddings) != BLOCKS or min(paddings) < 0:
-            raise ValueError(f"downsample={downsample}, padding={padding}: one value, or one for each of {BLOCKS} blocks")
+            raise ValueError(
+                f"downsample={downsample}, padding={padding}: one value, or one for each of {BLOCKS} blocks"
+            )
         blocks: list[nn.Module] = []
         inputs = image_shape[0]
         for down, pad in zip(downsamples, paddings, strict=True):
