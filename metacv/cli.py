@@ -67,7 +67,9 @@ def _run(command: str) -> None:
 
     def job(cfg: DictConfig) -> Any:
         hydra_config = HydraConfig.get()
-        folder = Path(os.path.relpath(hydra_config.runtime.output_dir))
+        folder = Path(hydra_config.runtime.output_dir)
+        if folder.is_relative_to(Path.cwd()):
+            folder = folder.relative_to(Path.cwd())
         try:
             if command == "train":
                 from metacv.train import train

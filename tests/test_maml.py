@@ -143,12 +143,20 @@ def test_batch_norm_is_adapted_only_on_request():
         assert ("backbone.norm1.bias" in changed) == adapt_norm
 
 
-def test_adaptation_in_evaluation_keeps_no_graph():
+def test_adaptation_in_evaluation_keeps_no_graph(monkeypatch):
     algorithm = smooth_maml(eval_inner_steps=3).eval()
     tasks = random_tasks(tasks=1, dtype=torch.float64)
+    grad, kept = torch.autograd.grad, []
+
+    def watched(*args, create_graph=False):
+        kept.append(create_graph)
+        return grad(*args, create_graph=create_graph)
+
+    monkeypatch.setattr(torch.autograd, "grad", watched)
     with torch.no_grad():
         logits = algorithm(tasks)
     assert not logits.requires_grad
+    assert kept == [False] * 3
     adapted = algorithm.adapt(tasks.support_x[0], tasks.support_y[0], way=3)
     adapted["head.weight"].sum().backward()
     assert all(p.grad is None for p in algorithm.parameters())

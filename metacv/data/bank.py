@@ -1,0 +1,95 @@
+"""Labelled images, all in memory: one uint8 tensor sorted by class, decoded once and cached."""
+
+import hashlib
+import json
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from metacv import MetacvError
+from metacv.files import write_atomically
+
+Rotation = Literal["none", "per_class", "per_episode", "as_classes"]
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class ImageBank:
+    """Class c owns the rows offsets[c] to offsets[c + 1], so classes may differ in size."""
+
+    name: str  # for messages, such as "omniglot test"
+    images: Tensor  # uint8 [M, C, H, W]
+    offsets: Tensor  # int64 [classes + 1]
+    class_names: tuple[str, ...]
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        _, channels, height, width = self.images.shape
+        return channels, height, width
+
+    @property
+    def sizes(self) -> Tensor:
+        return self.offsets.diff()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the images and of where the classes begin."""
+        digest = hashlib.sha256(self.offsets.numpy().tobytes())
+        digest.update(self.images.cpu().contiguous().numpy().data)
+        return digest.hexdigest()
+
+    def select(self, name: str, classes: Sequence[int]) -> "ImageBank":
+        """The bank of these classes alone, in this order."""
+        rows = [torch.arange(int(self.offsets[c]), int(self.offsets[c + 1])) for c in classes]
+        offsets = torch.tensor([0, *(len(r) for r in rows)]).cumsum(0)
+        images = self.images[torch.cat(rows)] if rows else self.images[:0]
+        return ImageBank(name, images, offsets, tuple(self.class_names[c] for c in classes))
+
+
+class Dataset(ABC):
+    """What a dataset YAML builds: class-disjoint splits, and how each split's classes are rotated."""
+
+    def __init__(self, data_dir: Path, train_rotation: Rotation = "none", test_rotation: Rotation = "none") -> None:
+        self.data_dir = data_dir
+        self.train_rotation = train_rotation
+        self.test_rotation = test_rotation
+
+    @abstractmethod
+    def load(self, split: str) -> ImageBank:
+        """The images of `train`, `val` or `test`."""
+
+    def rotation(self, split: str) -> Rotation:
+        return self.train_rotation if split == "train" else self.test_rotation
+
+
+def cached_bank(data_dir: Path, name: str, settings: dict[str, Any], make: Callable[[], ImageBank]) -> ImageBank:
+    """`make()`, kept in data_dir/cache under a key of `settings`, so that the next run loads it in about a second."""
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    path = data_dir / "cache" / f"{name}-{key}.pt"
+    try:
+        kept = torch.load(path, weights_only=True)
+        return ImageBank(name, kept["images"], kept["offsets"], tuple(kept["class_names"]))
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except Exception as error:
+        warnings.warn(f"{path} cannot be read ({type(error).__name__}): making it again", stacklevel=2)
+    bank = make()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = {"images": bank.images, "offsets": bank.offsets, "class_names": list(bank.class_names)}
+        write_atomically(path, content)
+    except OSError as error:
+        warnings.warn(f"{path} cannot be written ({error.strerror}): going on without a cache", stacklevel=2)
+    return bank
+
+
+def check_split(split: str) -> None:
+    if split not in SPLITS:
+        raise MetacvError(f"split={split}: one of {', '.join(SPLITS)}")

@@ -1,0 +1,146 @@
+"""Drawing N-way K-shot tasks from a bank, by index and exactly seeded.
+
+Rotations by right angles, as the papers use them on Omniglot:
+    none         images as they are
+    per_class    each class of a task is turned by an angle of its own (MAML)
+    per_episode  all classes of a task are turned by the same angle (Relation Networks)
+    as_classes   each class counts four times, once an angle (Vinyals et al. 2016, Prototypical Networks, Reptile)
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metacv import MetacvError
+from metacv.data.bank import ImageBank, Rotation
+
+
+@dataclass(frozen=True)
+class TaskBatch:
+    """T tasks of N classes, class-major: label i owns rows i*K to (i+1)*K of its task."""
+
+    support_x: Tensor  # [T, N*K, C, H, W], 0 to 1
+    support_y: Tensor  # [T, N*K]
+    query_x: Tensor  # [T, N*Q, C, H, W]
+    query_y: Tensor  # [T, N*Q]
+    way: int
+
+    def __len__(self) -> int:
+        return len(self.support_x)
+
+
+class EpisodeSampler:
+    """An endless seeded stream of tasks from one bank.
+
+    Task t takes the same numbers from the generator however many are drawn at a time, and the generator is the
+    CPU's in double precision, so the stream is the same for every batch size, algorithm, device and machine.
+    """
+
+    def __init__(
+        self,
+        bank: ImageBank,
+        way: int,
+        shot: int,
+        query: int,
+        rotation: Rotation = "none",
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if way < 2:
+            raise MetacvError(f"way={way}: a task needs at least 2 classes")
+        for name, value in (("shot", shot), ("query", query)):
+            if value < 1:
+                raise MetacvError(f"{name}={value}: a class needs at least 1 image")
+        if not 0 <= seed < 2**63:
+            raise MetacvError(f"seed={seed}: must lie between 0 and 2**63 - 1")
+        self.way, self.shot, self.query, self.device = way, shot, query, torch.device(device)
+        self.bank, self.rotation = bank, rotation
+        self.classes = len(bank.sizes) * (4 if rotation == "as_classes" else 1)
+        if way > self.classes:
+            raise MetacvError(f"way={way} but {bank.name} has only {self.classes} classes")
+        smallest = int(bank.sizes.min())
+        if shot + query > smallest:
+            name = bank.class_names[int(bank.sizes.argmin())]
+            raise MetacvError(
+                f"shot={shot} + query={query} needs {shot + query} images a class but {name} of {bank.name} "
+                f"has {smallest}"
+            )
+        images = bank.images
+        if rotation != "none":  # turned once here, so that a task is one gather
+            if images.shape[2] != images.shape[3]:
+                raise MetacvError(f"rotation={rotation} needs square images, not {tuple(images.shape[2:])}")
+            images = torch.cat([torch.rot90(images, turns, (2, 3)) for turns in range(4)])
+        self.images = images.to(self.device)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def draw(self, tasks: int) -> Tensor:
+        """Rows of `self.images` for the next tasks, [T, N, K+Q]; the first K of each class are its support."""
+        sizes, largest = self.bank.sizes, int(self.bank.sizes.max())
+        widths = [self.classes, self.way, self.way * largest]
+        random = torch.rand(tasks, sum(widths), generator=self.generator, dtype=torch.float64)
+        for_class, for_angle, for_image = random.split(widths, dim=1)
+
+        classes = for_class.topk(self.way).indices  # [T, N] without replacement
+        turns = torch.zeros_like(classes)
+        if self.rotation == "as_classes":
+            turns, classes = classes // len(sizes), classes % len(sizes)
+        elif self.rotation == "per_class":
+            turns = (4 * for_angle).long()
+        elif self.rotation == "per_episode":
+            turns = (4 * for_angle[:, :1]).long().expand(-1, self.way)
+
+        for_image = for_image.unflatten(1, (self.way, largest))  # [T, N, largest class]
+        beyond = torch.arange(largest) >= sizes[classes].unsqueeze(-1)
+        images = for_image.masked_fill(beyond, -1).topk(self.shot + self.query).indices  # [T, N, K+Q]
+        return images + (turns * len(self.bank.images) + self.bank.offsets[classes]).unsqueeze(-1)
+
+    def gather(self, rows: Tensor) -> TaskBatch:
+        """The tasks that `draw` describes."""
+        tasks = len(rows)
+        images = self.images[rows.to(self.device)].float().div_(255)  # [T, N, K+Q, C, H, W]
+        labels = torch.arange(self.way, device=self.device)
+        return TaskBatch(
+            support_x=images[:, :, : self.shot].flatten(1, 2),
+            support_y=labels.repeat_interleave(self.shot).expand(tasks, -1),
+            query_x=images[:, :, self.shot :].flatten(1, 2),
+            query_y=labels.repeat_interleave(self.query).expand(tasks, -1),
+            way=self.way,
+        )
+
+    def sample(self, tasks: int) -> TaskBatch:
+        return self.gather(self.draw(tasks))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.generator.set_state(state["generator"])
+
+
+class EpisodeList:
+    """The first `episodes` tasks of a sampler's stream, to go through again and again."""
+
+    def __init__(self, sampler: EpisodeSampler, episodes: int) -> None:
+        if episodes < 2:
+            raise MetacvError(f"episodes={episodes}: an interval needs at least 2")
+        self.sampler = sampler
+        self.rows = sampler.draw(episodes)  # [episodes, N, K+Q]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batches(self, tasks: int) -> Iterator[TaskBatch]:
+        for rows in self.rows.split(tasks):
+            yield self.sampler.gather(rows)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the images, of every task's rows and of where its support ends."""
+        digest = hashlib.sha256(self.sampler.bank.fingerprint.encode())
+        digest.update(f"{self.sampler.shot} {tuple(self.rows.shape)}".encode())
+        digest.update(self.rows.contiguous().numpy().data)
+        return digest.hexdigest()

@@ -1,0 +1,187 @@
+"""Glyphs: handwritten-looking characters that the program draws itself, for training without any data files.
+
+A class is a small motor program: one to four pen strokes, each a curve through two to five knots of a 3 x 3
+lattice, some starting on an earlier stroke. The lattice is what makes characters of them: strokes meet, run
+parallel and fill a box. An image is one performance of the program by a drawer who misses every knot a
+little, warps the whole smoothly and has a slant, size and position of their own. It is drawn as dots on a
+fine canvas, thickened to the pen's width and shrunk with a Lanczos filter, cheaper than exact distances.
+"""
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from metacv.data.bank import SPLITS, Dataset, ImageBank, Rotation, cached_bank, check_split
+
+VERSION = 1  # of the drawing: a new one makes new caches
+STROKES, KNOTS, DOTS = 4, 5, 12  # at most: strokes a glyph, knots a stroke; dots computed from knot to knot
+BLOCK = 50  # classes drawn together from one seed
+FINE = 3  # canvas pixels per image pixel
+
+
+class Glyphs(Dataset):
+    """Train, val and test are consecutive classes of one seeded stream."""
+
+    def __init__(
+        self,
+        data_dir: Path,
+        classes: dict[str, int],
+        images: int,
+        seed: int,
+        train_rotation: Rotation = "none",
+        test_rotation: Rotation = "none",
+    ) -> None:
+        super().__init__(data_dir, train_rotation, test_rotation)
+        if classes.keys() != {"train", "val", "test"} or min(classes.values()) < 1 or images < 1:
+            raise ValueError(f"classes={classes}, images={images}: at least one of each, for train, val and test")
+        self.classes, self.images, self.seed = classes, images, seed
+
+    def load(self, split: str) -> ImageBank:
+        check_split(split)
+        total = sum(self.classes.values())
+        settings = {"version": VERSION, "classes": total, "images": self.images, "seed": self.seed}
+        everything = cached_bank(self.data_dir, "glyphs", settings, lambda: self._draw(total))
+        start = sum(self.classes[earlier] for earlier in SPLITS[: SPLITS.index(split)])
+        return everything.select(f"glyphs {split}", range(start, start + self.classes[split]))
+
+    def _draw(self, total: int) -> ImageBank:
+        images = draw_glyphs(total, self.images, self.seed).flatten(0, 1)
+        names = tuple(f"glyph{c:05d}" for c in range(total))
+        return ImageBank("glyphs", images, torch.arange(0, len(images) + 1, self.images), names)
+
+
+def draw_glyphs(classes: int, images: int, seed: int = 0, size: int = 28) -> Tensor:
+    """Draw `images` performances of each of `classes` random characters.
+
+    Returns uint8 [classes, images, 1, size, size], size in pixels, ink 255 on background 0. It depends on the
+    arguments only, class c not on how many classes follow it; the global random state is left alone.
+    """
+    drawn = torch.empty(classes, images, 1, size, size, dtype=torch.uint8)
+    for start in range(0, classes, BLOCK):
+        rng = torch.Generator().manual_seed(seed * 1_000_003 + start)
+        paths = perform(compose(rng), images, rng)[: classes - start]
+        drawn[start : start + BLOCK] = render(paths.flatten(0, 1), size).view(-1, images, 1, size, size)
+    return drawn
+
+
+def compose(rng: torch.Generator) -> dict[str, Tensor]:
+    """Motor programs of a block of classes: tensors [BLOCK, ...] in lattice sides, bends in radians."""
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(BLOCK, *shape, generator=rng)
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(BLOCK, *shape, generator=rng)
+
+    def pick(values: list[float], weights: list[float], *shape: int) -> Tensor:
+        index = torch.multinomial(torch.tensor(weights), BLOCK * math.prod(shape), True, generator=rng)
+        return torch.tensor(values)[index].view(BLOCK, *shape)
+
+    strokes = pick([1, 2, 3, 4], [0.18, 0.33, 0.29, 0.20], 1)
+    knots, lone = pick([2, 3, 4, 5], [0.5, 0.25, 0.15, 0.1], STROKES), pick([3, 4, 5], [0.35, 0.35, 0.3], 1)
+    knots = torch.where(strokes == 1, lone, knots)  # a lone straight line says too little to be a character
+    drawn = torch.arange(STROKES) < strokes
+
+    # Knots walk over the lattice, mostly along its rows and columns and away from where the pen has been.
+    lattice = torch.cartesian_prod(torch.arange(3), torch.arange(3))
+    gap = (lattice[:, None] - lattice).abs()
+    step = torch.tensor([[0, 1.0, 0.8], [1.0, 0.6, 0.25], [0.8, 0.25, 0.3]])[gap[..., 0], gap[..., 1]]
+    node = torch.empty(BLOCK, STROKES, KNOTS, dtype=torch.long)
+    fresh = torch.ones(BLOCK, 9)
+    for s in range(STROKES):
+        for k in range(KNOTS):
+            likely = fresh * (step[node[:, s, k - 1]] if k else 1)
+            node[:, s, k] = torch.multinomial(likely, 1, generator=rng)[:, 0]
+            used = (node[:, s, k, None] == torch.arange(9)) & (k < knots[:, s, None])
+            fresh = fresh * torch.where(used, 0.3, 1.0)
+    places = lattice / 2 + 0.07 * normal(9, 2)  # every class has a crooked lattice of its own
+    spots = places[torch.arange(BLOCK)[:, None, None], node] + 0.04 * normal(STROKES, KNOTS, 2)
+
+    bend = pick([0, 0.5, 1.2, 1.9], [0.55, 0.15, 0.2, 0.1], STROKES, KNOTS - 1)
+    bend = bend * (0.2 * normal(STROKES, KNOTS - 1)).exp() * pick([-1, 1], [0.5, 0.5], STROKES, KNOTS - 1)
+    # A hung stroke starts on dot `host` of an earlier stroke, its parent. Strokes that are not drawn have no
+    # length and hang on the first dot of stroke 0, where they do not show.
+    parent = (uniform(STROKES) * torch.arange(STROKES)).long() * drawn
+    host = torch.where(uniform(STROKES) < 0.5, pick([0, 0.5, 1], [0.3, 0.4, 0.3], STROKES), uniform(STROKES))
+    length = pick([1, 0.15], [0.95, 0.05], STROKES) * drawn  # a few strokes are mere dots
+    return {
+        "spots": spots,
+        "bend": bend,
+        "length": length[..., None] * (torch.arange(KNOTS - 1) < knots[..., None] - 1),
+        "smooth": (uniform(STROKES) < 0.45) & (knots > 2),
+        "hung": (uniform(STROKES) < 0.35) | ~drawn,
+        "parent": parent,
+        "host": (host * (knots - 1).gather(1, parent) * DOTS).long() * drawn,
+        "loose": 0.03 * drawn,
+        "extent": (0.64 + 0.10 * normal()).clamp(0.25, 0.9),
+        "centre": 0.02 * normal(2),
+    }
+
+
+def perform(program: dict[str, Tensor], images: int, rng: torch.Generator) -> Tensor:
+    """Dots (x, y) [BLOCK, images, STROKES * dots, 2] of every image, in canvas widths from the top left."""
+
+    def noise(scale: float, *shape: int) -> Tensor:
+        return scale * torch.randn(BLOCK, images, *shape, generator=rng)
+
+    one = {name: value[:, None] for name, value in program.items()}
+    spots = one["spots"] + noise(0.05, STROKES, KNOTS, 2)
+    moves = (spots[..., 1:, :] - spots[..., :-1, :]) * one["length"][..., None]
+    # Every move is a cubic from knot to knot. Its end tangents either pass smoothly into the neighbouring
+    # moves or lean to opposite sides by the bend, which makes an arc and leaves corners at the knots.
+    bend = (one["bend"] + noise(0.15, STROKES, KNOTS - 1))[..., None]
+    aside = torch.stack((-moves[..., 1], moves[..., 0]), -1) * bend.sin() * (1 + bend**2 / 3)
+    ahead = moves * bend.cos() * (1 + bend**2 / 3)
+    before, after = functional.pad(moves, (0, 0, 1, -1)), functional.pad(moves, (0, 0, -1, 1))
+    smooth = one["smooth"][..., None, None]
+    leave = torch.where(smooth, 0.6 * (before + moves), ahead + aside)[..., None, :]
+    arrive = torch.where(smooth, 0.6 * (moves + after), ahead - aside)[..., None, :]
+    used = (one["length"] > 0)[..., None, None]
+    t = torch.arange(1, DOTS + 1)[:, None] / DOTS
+    lean = t * (1 - t) ** 2 * leave - t**2 * (1 - t) * arrive
+    walked = (moves.cumsum(-2) - moves)[..., None, :] + (3 - 2 * t) * t**2 * moves[..., None, :]
+    curves = functional.pad((walked + lean * used).flatten(-3, -2), (0, 0, 1, 0))
+
+    # A hand rounds corners off.
+    padded = functional.pad(curves.flatten(0, 2).mT, (3, 3), "replicate")
+    curves = functional.avg_pool1d(padded, 7, 1).mT.view_as(curves)  # [BLOCK, images, STROKES, dots, 2]
+
+    loose = one["loose"][..., None] * noise(1, STROKES, 2)
+    for s, (parent, host) in enumerate(zip(program["parent"].T, program["host"].T, strict=True)):
+        joint = curves[torch.arange(BLOCK), :, parent, host] + loose[:, :, s]
+        begin = torch.where(one["hung"][..., s, None] & (s > 0), joint, spots[:, :, s, 0])
+        curves[:, :, s] += begin[:, :, None]
+
+    # The drawer's hand: turn and slant, then a smooth warp of the box that holds the glyph, which keeps
+    # touching strokes together while it changes proportions, then about the program's size and place.
+    turn, slant, squeeze = noise(0.09), noise(0.10), noise(0.06).exp()
+    hand = torch.stack((turn.cos() * squeeze, turn.sin(), slant - turn.sin(), turn.cos() / squeeze), -1)
+    dots = curves.flatten(2, 3) @ hand.view(BLOCK, images, 2, 2)
+    low, high = dots.amin(2, keepdim=True), dots.amax(2, keepdim=True)
+    dots = (dots - (low + high) / 2) / (high - low).amax(-1, keepdim=True)
+    warp, where = noise(0.03, 2, 4, 4).flatten(0, 1), 2 * dots.flatten(0, 1)[:, None]
+    warp = functional.grid_sample(warp, where, "bicubic", "border", align_corners=True)
+    dots = (dots + warp[:, :, 0].mT.view_as(dots)) * (one["extent"] * noise(0.12).exp())[..., None, None]
+    centre: Tensor = 0.5 + one["centre"] + noise(0.05, 2)
+    return dots + centre[:, :, None]
+
+
+def render(paths: Tensor, size: int) -> Tensor:
+    """Images uint8 [n, size, size] of paths [n, STROKES * dots, 2] given in canvas widths."""
+    fine = FINE * size
+    # More dots, so that no two neighbours in a stroke lie further apart than the pen is wide.
+    dense = paths.mT.reshape(2 * len(paths), STROKES, -1)
+    dense = functional.interpolate(dense, size=4 * DOTS * (KNOTS - 1) + 1, mode="linear", align_corners=True)
+    x, y = (dense.view(len(paths), 2, -1) * fine).long().clamp(0, fine - 1).unbind(1)
+    canvas = torch.zeros(len(paths), fine * fine).scatter_(1, y * fine + x, 1.0).view(-1, fine, fine)
+    at = torch.arange(fine)
+    reach, nib = 2 * (at[:, None] - at), max(1, fine // 21)  # an Omniglot pen is 5 of 105 pixels wide
+    pen = ((reach > -nib) & (reach <= nib)).float()
+    canvas = (pen @ canvas @ pen.T > 0).float()
+    away = ((at + 0.5) / FINE - torch.arange(size)[:, None] - 0.5).clamp(-3, 3)
+    lanczos = torch.sinc(away) * torch.sinc(away / 3)
+    lanczos = lanczos / lanczos.sum(1, keepdim=True)
+    return (lanczos @ canvas @ lanczos.T * 255).round().clamp(0, 255).byte()
