@@ -1,4 +1,4 @@
-"""Omniglot (Lake et al., 2015), https://github.com/brendenlake/omniglot: 1623 characters of 50 alphabets x 20 drawers."""
+"""Omniglot (Lake et al., 2015), https://github.com/brendenlake/omniglot: 1623 characters x 20 drawers."""
 
 import os
 import tempfile
