@@ -15,7 +15,7 @@ from metacv.algorithms.base import Algorithm
 from metacv.files import write_atomically
 
 FORMAT = 1
-WEIGHTS = {"format", "config", "image_shape", "step", "algorithm", "validation"}
+WEIGHTS = {"format", "config", "image_shape", "step", "algorithm"}
 STATE = WEIGHTS | {"overrides", "optimizer", "schedule", "sampler", "random", "best", "since_best", "window"}
 CONFIG = {"algo", "backbone", "dataset", "way", "shot", "query", "norm"}
 

@@ -1,7 +1,6 @@
 """What a run writes down: metrics.jsonl and TensorBoard, under the same names (train/loss, val/accuracy, ...)."""
 
 import json
-import math
 import os
 from pathlib import Path
 from types import TracebackType
@@ -37,11 +36,11 @@ class Logger:
         self.file.close()
         self.tensorboard.close()
 
-    def scalars(self, step: int, values: dict[str, float]) -> None:
-        rounded = {name: float(f"{value:.6g}") if math.isfinite(value) else None for name, value in values.items()}
-        self.file.write(json.dumps({"step": step} | rounded) + "\n")
+    def scalars(self, step: int, split: str, **values: float) -> None:
+        named = {f"{split}/{name}": value for name, value in values.items()}
+        self.file.write(json.dumps({"step": step} | {name: float(f"{v:.6g}") for name, v in named.items()}) + "\n")
         self.file.flush()
-        for name, value in values.items():
+        for name, value in named.items():
             self.tensorboard.add_scalar(name, value, step)
 
     def picture(self, step: int, name: str, image: Tensor) -> None:
