@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from metacv import MetacvError
 from metacv.algorithms.base import Algorithm
@@ -86,12 +86,15 @@ def build_algorithm(config: dict[str, Any], image_shape: tuple[int, int, int]) -
     return build("algo", config["algo"], Algorithm, backbone=backbone)  # type: ignore[type-abstract]
 
 
-def build_optimizer(config: dict[str, Any], algorithm: Algorithm) -> tuple[Optimizer, LRScheduler | None]:
+def build_optimizer(config: dict[str, Any], algorithm: Algorithm) -> tuple[Optimizer, LRScheduler]:
     parameters = [parameter for parameter in algorithm.parameters() if parameter.requires_grad]
     optimizer = build("optimizer", config["optimizer"], Optimizer, params=parameters)
-    if config["schedule"] is None:
-        return optimizer, None
-    return optimizer, build("schedule", config["schedule"], LRScheduler, optimizer=optimizer)
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise MetacvError("optimizer: LBFGS wants to compute the loss itself; take another")
+    schedule = build("schedule", config["schedule"], LRScheduler, optimizer=optimizer)
+    if isinstance(schedule, ReduceLROnPlateau):
+        raise MetacvError("schedule: ReduceLROnPlateau is not a function of the step; take another")
+    return optimizer, schedule
 
 
 def pick_device(name: str) -> torch.device:

@@ -4,6 +4,7 @@ last.pt holds all that a run needs to go on exactly; best.pt the weights alone. 
 """
 
 import hashlib
+import random
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,17 @@ from metacv.files import write_atomically
 
 FORMAT = 1
 WEIGHTS = {"format", "config", "image_shape", "step", "algorithm"}
-STATE = WEIGHTS | {"overrides", "optimizer", "schedule", "sampler", "random", "best", "since_best", "window"}
+STATE = WEIGHTS | {
+    "overrides",
+    "optimizer",
+    "schedule",
+    "sampler",
+    "random",
+    "validated",
+    "best",
+    "since_best",
+    "window",
+}
 CONFIG = {"algo", "backbone", "dataset", "way", "shot", "query", "norm"}
 
 
@@ -77,10 +88,13 @@ def file_hash(path: Path) -> str:
 
 
 def random_states() -> dict[str, Any]:
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+    """Of Python, torch's CPU and every GPU."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"python": random.getstate(), "cpu": torch.get_rng_state(), "cuda": cuda}
 
 
 def set_random_states(states: dict[str, Any]) -> None:
+    random.setstate(states["python"])
     torch.set_rng_state(states["cpu"])
     if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(states["cuda"])

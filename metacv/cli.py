@@ -43,8 +43,21 @@ def main() -> None:
     command, rest = arguments[0], arguments[1:]
     if command == "evaluate":  # its algo and dataset are laid over the checkpoint's: Hydra does not know their keys
         rest = [f"++{word}" if word.startswith(("algo.", "dataset.")) else word for word in rest]
+    elif not any(word.startswith("hydra.run.dir=") for word in rest):
+        rest += [f"hydra.run.dir={folder}" for word in rest if (folder := _resumed_folder(word))]
     sys.argv = [f"metacv {command}", *rest]
     _run(command)
+
+
+def _resumed_folder(word: str) -> str | None:
+    """resume=RUN goes on in RUN: its folder as Hydra takes it, or None for any other setting."""
+    name, _, value = word.partition("=")
+    value = value.strip("'\"")
+    if name != "resume" or value.lower() in ("true", "false", ""):
+        return None
+    path = Path(value).expanduser()
+    folder = str(path.parent if path.is_file() else path)
+    return "'" + folder.replace("'", "\\'") + "'" if path.exists() else None
 
 
 def _run(command: str) -> None:

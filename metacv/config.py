@@ -12,7 +12,7 @@ class TrainConfig:
     backbone: dict[str, Any] = MISSING
     algo: dict[str, Any] = MISSING
     optimizer: dict[str, Any] = MISSING
-    schedule: dict[str, Any] | None = None
+    schedule: dict[str, Any] = MISSING
 
     way: int = MISSING
     shot: int = MISSING

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,22 @@ NORMS: tuple[Norm, ...] = ("inductive", "transductive")
 IMAGES_AT_ONCE = 1024
 
 
-def evaluate_episodes(algorithm: Algorithm, episodes: EpisodeList, norm: Norm, label: str = "evaluating") -> Tensor:
-    """The accuracy of each episode, [episodes], with a progress bar on a terminal."""
+def evaluate_episodes(
+    algorithm: Algorithm,
+    episodes: EpisodeList,
+    norm: Norm,
+    label: str = "evaluating",
+    go_on: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """The accuracy of each episode, [episodes], with a progress bar on a terminal.
+
+    `go_on` is called now and then; what it raises ends the evaluation.
+    """
     tasks_at_once = max(1, IMAGES_AT_ONCE // episodes.rows[0].numel())
     results = []
     with tqdm(total=len(episodes), desc=label, unit="task", leave=False, disable=None) as bar:
         for tasks in episodes.batches(tasks_at_once):
+            go_on()
             results.append(accuracies(algorithm.predict(tasks, norm), tasks.query_y))
             bar.update(len(tasks))
     return torch.cat(results).double().cpu()

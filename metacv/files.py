@@ -2,7 +2,6 @@
 
 import io
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,13 @@ def write_atomically(path: Path, content: Any) -> None:
 
 
 def write_bytes_atomically(path: Path, content: bytes | memoryview) -> None:
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with temporary.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise

@@ -1,6 +1,7 @@
 """A training run: its state, its folder, how it is stopped and how it goes on."""
 
 import contextlib
+import shutil
 import signal
 import threading
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from metacv import MetacvError, checkpoint
 from metacv.algorithms.base import Algorithm
 from metacv.data.episodes import EpisodeSampler
+from metacv.logger import Logger
 
 # What may change when a run goes on: none of it changes what a step computes.
 RESUMABLE = {"resume", "steps", "eval_every", "patience", "log_every", "device", "data_dir"}
@@ -32,12 +34,25 @@ class Run:
     overrides: list[str]
     algorithm: Algorithm
     optimizer: Optimizer
-    schedule: LRScheduler | None
+    schedule: LRScheduler
     sampler: EpisodeSampler
     step: int = 0
+    validated: int = 0  # the step of the last validation
     best: dict[str, float] = field(default_factory=lambda: {"accuracy": -1.0})
     since_best: int = 0  # validations
     window: list[Tensor] = field(default_factory=list)  # loss and accuracy of the steps not logged yet
+
+    @property
+    def validation_due(self) -> bool:
+        last = self.step >= self.config["steps"]
+        return self.step > self.validated and (self.step % self.config["eval_every"] == 0 or last)
+
+    @property
+    def finished(self) -> bool:
+        patience = self.config["patience"]
+        if patience is not None and self.since_best >= patience:
+            return True
+        return self.step >= self.config["steps"] and not self.validation_due
 
     def weights(self) -> dict[str, Any]:
         """What it takes to evaluate."""
@@ -53,9 +68,10 @@ class Run:
         return self.weights() | {
             "overrides": self.overrides,
             "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict() if self.schedule is not None else None,
+            "schedule": self.schedule.state_dict(),
             "sampler": self.sampler.state_dict(),
             "random": checkpoint.random_states(),
+            "validated": self.validated,
             "best": self.best,
             "since_best": self.since_best,
             "window": torch.stack(self.window).cpu() if self.window else torch.zeros(0, 2),
@@ -65,23 +81,38 @@ class Run:
         checkpoint.load_weights(self.algorithm, state, path)
         try:
             self.optimizer.load_state_dict(state["optimizer"])
-            if self.schedule is not None:
-                self.schedule.load_state_dict(state["schedule"])
+            self.schedule.load_state_dict(state["schedule"])
             self.sampler.load_state_dict(state["sampler"])
             checkpoint.set_random_states(state["random"])
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise MetacvError(f"{path}: its state does not fit its config ({error})") from None
-        self.step, self.best, self.since_best = state["step"], state["best"], state["since_best"]
+        self.step, self.validated = state["step"], state["validated"]
+        self.best, self.since_best = state["best"], state["since_best"]
         self.window = list(state["window"].to(self.sampler.device))
+        if self.step > self.config["steps"]:
+            raise MetacvError(f"steps={self.config['steps']} but {path} is at step {self.step}")
+
+    def save(self, folder: Path, logger: Logger) -> None:
+        logger.sync()  # first: a resumed run counts on the metrics up to its checkpoint
+        checkpoint.save(folder / "last.pt", self.state())
+        show_config(folder, self.config, self.overrides)
 
     def stop_if_not_finite(self, folder: Path) -> None:
-        """Looks at all steps since the last line of metrics at once: to look at each would hold a GPU up."""
+        """Looks at the loss of all steps since the last line of metrics, and at the weights that they led to."""
         finite = torch.stack(self.window)[:, 0].isfinite().tolist() if self.window else []
-        if not all(finite):
-            at = self.step - len(finite) + 1 + finite.index(False)
-            last = folder / "last.pt"
-            good = f"the last good checkpoint is {last}" if last.exists() else "no checkpoint had been saved"
-            raise MetacvError(f"the loss is not finite at step {at}; {good}")
+        if all(finite):
+            if all(value.isfinite().all() for value in self.algorithm.state_dict().values()):
+                return
+            what = f"the weights are not finite after step {self.step}"
+        else:
+            what = f"the loss is not finite at step {self.step - len(finite) + 1 + finite.index(False)}"
+        last = folder / "last.pt"
+        good = f"the last good checkpoint is {last}" if last.exists() else "no checkpoint had been saved"
+        raise MetacvError(f"{what}; {good}")
+
+
+class Stopped(Exception):
+    """A signal came in the middle of something that can be done again."""
 
 
 class StopSignals:
@@ -99,6 +130,10 @@ class StopSignals:
         self.received = number
         self.__exit__()
 
+    def check(self) -> None:
+        if self.received:
+            raise Stopped
+
     def __exit__(self, *error: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
@@ -115,15 +150,19 @@ def only_run_in(folder: Path) -> Iterator[None]:
     with (folder / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise MetacvError(f"hydra.run.dir={folder}: another run is writing there") from None
+        except OSError:  # a file system without locks
+            pass
+        for left in folder.glob(".*.tmp"):  # by a run that was killed as it saved
+            left.unlink()
         yield
 
 
 def begin_or_resume(
     cfg: DictConfig, folder: Path, overrides: list[str]
-) -> tuple[dict[str, Any], dict[str, Any] | None, list[str]]:
-    """The config to train, the state to go on from if there is one, and the overrides that the config comes from.
+) -> tuple[dict[str, Any], tuple[dict[str, Any], Path] | None, list[str]]:
+    """The config to train, the state to go on from with its file, and the overrides that the config comes from.
 
     A resumed run is composed of its own overrides and then of those given now, and must come out as it was trained
     but for what is RESUMABLE.
@@ -131,27 +170,42 @@ def begin_or_resume(
     last = folder / "last.pt"
     if not cfg.resume:
         if last.exists():
-            _show_config(folder, checkpoint.load(last, checkpoint.STATE))
+            state = checkpoint.load(last, checkpoint.STATE)
+            show_config(folder, state["config"], state["overrides"])
             raise MetacvError(f"hydra.run.dir={folder} holds a run: resume=true goes on with it")
         return plain(cfg), None, overrides
     if cfg.resume is True and not last.exists():
-        raise MetacvError(f"resume=true but {folder} holds no last.pt: give hydra.run.dir=RUN or resume=RUN")
+        raise MetacvError(f"resume=true but {folder} holds no last.pt: give resume=RUN, or hydra.run.dir=RUN too")
     path = last if cfg.resume is True else checkpoint.find(cfg.resume, "last.pt")
-    if last.exists() and not path.samefile(last):
-        raise MetacvError(f"resume={cfg.resume} but {folder} holds another run")
     state = checkpoint.load(path, checkpoint.STATE)
-    overrides = state["overrides"] + overrides
+    if last.exists() and not path.samefile(last):
+        raise MetacvError(f"resume={cfg.resume} but hydra.run.dir={folder} holds another run")
+    show_config(folder, state["config"], state["overrides"])
+    own = state["overrides"]
+    again = {"resume", *(word for word in own if word[0] in "+~")}  # a key is added or deleted only once
+    overrides = own + [word for word in overrides if word not in again and word.split("=")[0] not in again]
     config = plain(compose("train", overrides))
-    _show_config(folder, {"config": config, "overrides": overrides})
     for name, here, there in _differences(config, state["config"]):
         if name.split(".")[0] not in RESUMABLE:
             raise MetacvError(f"resume: {name} is {here} but {path} was trained with {there}")
-    return config, state, overrides
+    if path.parent.resolve() != folder.resolve():
+        for name in ("best.pt", "metrics.jsonl"):
+            if (path.parent / name).exists():
+                shutil.copy(path.parent / name, folder / name)
+    return config, (state, path), overrides
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
     return config
+
+
+def show_config(folder: Path, config: dict[str, Any], overrides: list[str]) -> None:
+    """Puts right what Hydra writes into .hydra of a run's folder before this program can refuse a command."""
+    shown = folder / ".hydra"
+    if shown.is_dir():
+        OmegaConf.save(config, shown / "config.yaml")
+        OmegaConf.save(overrides, shown / "overrides.yaml")
 
 
 def _differences(here: Any, there: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -160,11 +214,3 @@ def _differences(here: Any, there: Any, name: str = "") -> Iterator[tuple[str, A
             yield from _differences(here.get(key), there.get(key), f"{name}.{key}" if name else key)
     elif here != there:
         yield name, here, there
-
-
-def _show_config(folder: Path, content: dict[str, Any]) -> None:
-    """Puts right what Hydra wrote into the run's folder before the checkpoint could be asked."""
-    shown = folder / ".hydra"
-    if shown.is_dir():
-        OmegaConf.save(content["config"], shown / "config.yaml")
-        OmegaConf.save(content["overrides"], shown / "overrides.yaml")

@@ -1,5 +1,6 @@
 """The outer loop: one plain loop for every algorithm."""
 
+import contextlib
 import json
 import math
 import time
@@ -19,7 +20,7 @@ from metacv.evaluate import check_norm, evaluate_episodes, summary
 from metacv.files import write_bytes_atomically
 from metacv.logger import Logger
 from metacv.picture import episode_picture
-from metacv.run import Run, StopSignals, begin_or_resume, only_run_in
+from metacv.run import Run, Stopped, StopSignals, begin_or_resume, only_run_in
 
 
 def train(cfg: DictConfig, folder: Path, overrides: list[str]) -> float:
@@ -28,60 +29,63 @@ def train(cfg: DictConfig, folder: Path, overrides: list[str]) -> float:
     `overrides` is what the command line changed, for the checkpoint to keep.
     """
     with only_run_in(folder):
-        config, state, overrides = begin_or_resume(cfg, folder, overrides)
+        config, resumed, overrides = begin_or_resume(cfg, folder, overrides)
         run, validation = prepare(config, overrides)
-        if state is not None:
-            run.load(state, folder)
-        patience = config["patience"] or math.inf
+        if resumed is not None:
+            run.load(*resumed)
         with (
             Logger(folder, run.step) as logger,
             StopSignals() as stop,
             tqdm(total=config["steps"], initial=run.step, unit="step", disable=None) as bar,
         ):
             since = time.perf_counter(), run.step
-            while run.step < config["steps"] and run.since_best < patience:
-                run.algorithm.train()
-                run.optimizer.zero_grad()
-                metrics = run.algorithm.backward(run.sampler.sample(config["meta_batch"]))
-                clip(run.algorithm, config["clip_norm"], config["clip_value"])
-                run.optimizer.step()
-                if run.schedule is not None:
-                    run.schedule.step()
-                run.step += 1
-                run.window.append(torch.stack([metrics["loss"], metrics["accuracy"]]))
-                bar.update()
-
-                log = run.step % config["log_every"] == 0
-                validate = run.step % config["eval_every"] == 0 or run.step == config["steps"]
-                if log or validate or stop.received:
+            while not run.finished:
+                if run.validation_due:
                     run.stop_if_not_finite(folder)
-                if log:
-                    loss, accuracy = torch.stack(run.window).mean(0).tolist()
-                    speed = (run.step - since[1]) * config["meta_batch"] / (time.perf_counter() - since[0])
-                    logger.scalars(run.step, "train", loss=loss, accuracy=accuracy, tasks_per_second=speed,
-                                   lr=run.optimizer.param_groups[0]["lr"])  # fmt: skip
-                    bar.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.3f}, {speed:.0f} tasks/s")
-                    run.window, since = [], (time.perf_counter(), run.step)
-                if validate:
-                    found = summary(evaluate_episodes(run.algorithm, validation, config["norm"], "validating"))
-                    logger.scalars(run.step, "val", **found)
-                    shown = next(validation.batches(1))
-                    picture = episode_picture(shown, run.algorithm.predict(shown, config["norm"]))
-                    logger.picture(run.step, "val/episode", picture)
-                    run.since_best += 1
-                    if found["accuracy"] > run.best["accuracy"]:
-                        run.best, run.since_best = found | {"step": run.step}, 0
-                        checkpoint.save(folder / "best.pt", run.weights() | {"validation": run.best})
+                    with contextlib.suppress(Stopped):
+                        validate(run, validation, folder, logger, stop)
                     since = time.perf_counter(), run.step
-                if validate or stop.received:
-                    logger.sync()  # first: a resumed run counts on the metrics up to its checkpoint
-                    checkpoint.save(folder / "last.pt", run.state())
-                if stop.received:
+                else:
+                    run.algorithm.train()
+                    run.optimizer.zero_grad()
+                    metrics = run.algorithm.backward(run.sampler.sample(config["meta_batch"]))
+                    clip(run.algorithm, config["clip_norm"], config["clip_value"])
+                    run.optimizer.step()
+                    lr = run.optimizer.param_groups[0]["lr"]
+                    run.schedule.step()
+                    run.step += 1
+                    run.window.append(torch.stack([metrics["loss"], metrics["accuracy"]]))
+                    bar.update()
+                    if run.step % config["log_every"] == 0:
+                        run.stop_if_not_finite(folder)
+                        loss, accuracy = torch.stack(run.window).mean(0).tolist()
+                        speed = (run.step - since[1]) * config["meta_batch"] / (time.perf_counter() - since[0])
+                        logger.scalars(run.step, "train", loss=loss, accuracy=accuracy, tasks_per_second=speed, lr=lr)
+                        bar.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.3f}, {speed:.0f} tasks/s")
+                        run.window, since = [], (time.perf_counter(), run.step)
+                if stop.received and not run.finished:
+                    run.stop_if_not_finite(folder)
+                    run.save(folder, logger)
                     bar.close()
                     print(f"stopped at step {run.step}; go on with: metacv train resume={folder}")
                     raise SystemExit(128 + stop.received)
     report(config, run.best, folder)
     return run.best["accuracy"]
+
+
+def validate(run: Run, validation: EpisodeList, folder: Path, logger: Logger, stop: StopSignals) -> None:
+    """Measures, keeps the best, saves; or leaves all as it was and raises Stopped."""
+    norm = run.config["norm"]
+    found = summary(evaluate_episodes(run.algorithm, validation, norm, "validating", stop.check))
+    logger.scalars(run.step, "val", **found)
+    shown = next(validation.batches(1))
+    logger.picture(run.step, "val/episode", episode_picture(shown, run.algorithm.predict(shown, norm)))
+    run.validated = run.step
+    run.since_best += 1
+    if found["accuracy"] > run.best["accuracy"]:
+        run.best, run.since_best = found | {"step": run.step}, 0
+        checkpoint.save(folder / "best.pt", run.weights() | {"validation": run.best})
+    run.save(folder, logger)
 
 
 def prepare(config: dict[str, Any], overrides: list[str]) -> tuple[Run, EpisodeList]:
@@ -95,10 +99,10 @@ def prepare(config: dict[str, Any], overrides: list[str]) -> tuple[Run, EpisodeL
 
     def sampler(split: str, prefix: str, seed: int) -> EpisodeSampler:
         way, shot, query = (config[f"{prefix}{name}"] for name in ("way", "shot", "query"))
-        return EpisodeSampler(dataset.load(split), way, shot, query, dataset.rotation(split), seed, device)
+        return EpisodeSampler(dataset.load(split), way, shot, query, dataset.rotation(split), seed, device, prefix)
 
     training = sampler("train", "train_", config["seed"])
-    validation = EpisodeList(sampler("val", "", 0), config["eval_episodes"])
+    validation = EpisodeList(sampler("val", "", 0), config["eval_episodes"], "eval_episodes")
     torch.manual_seed(config["seed"])
     algorithm = build_algorithm(config, training.bank.image_shape).to(device)
     optimizer, schedule = build_optimizer(config, algorithm)
@@ -107,11 +111,13 @@ def prepare(config: dict[str, Any], overrides: list[str]) -> tuple[Run, EpisodeL
 
 def clip(algorithm: Algorithm, norm: float | None, value: float | None) -> None:
     """Of each network of the algorithm (backbone, relation module, ...) for itself, as Relation Networks do."""
-    for network in algorithm.children():
+    networks = [list(network.parameters()) for network in algorithm.children()]
+    own = list(algorithm.parameters(recurse=False))
+    for parameters in [*networks, own] if own else networks:
         if norm is not None:
-            nn.utils.clip_grad_norm_(network.parameters(), norm)
+            nn.utils.clip_grad_norm_(parameters, norm)
         if value is not None:
-            nn.utils.clip_grad_value_(network.parameters(), value)
+            nn.utils.clip_grad_value_(parameters, value)
 
 
 def report(config: dict[str, Any], best: dict[str, float], folder: Path) -> None:

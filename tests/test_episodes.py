@@ -57,8 +57,7 @@ def test_the_stream_does_not_depend_on_how_many_tasks_are_drawn_at_a_time():
 
 def test_the_stream_is_what_the_mersenne_twister_and_a_sort_give():
     """Drawn again without torch: so it is the same on every machine, and stays so with another torch."""
-    bits = np.random.MT19937()
-    bits._legacy_seeding(7)
+    bits = np.random.RandomState(7)._bit_generator
 
     def uniform(n: int) -> list[float]:
         words = bits.random_raw(2 * n).reshape(n, 2).tolist()

@@ -95,25 +95,19 @@ def test_the_tasks_of_a_batch_do_not_touch_each_other(name, running_stats, norm)
     algorithm = trained(name, running_stats)
     tasks = random_tasks(tasks=3, shape=SHAPE, seed=9)
     together = algorithm.predict(tasks, norm)
-    for t in range(3):
-        part = slice(t, t + 1)
-        single = TaskBatch(
-            tasks.support_x[part], tasks.support_y[part], tasks.query_x[part], tasks.query_y[part], tasks.way
-        )
-        assert torch.equal(algorithm.predict(single, norm), together[part])
+    for t, task in enumerate(tasks):
+        assert torch.equal(algorithm.predict(task, norm), together[t : t + 1])
 
 
 @every_algorithm
 @both_statistics
 def test_in_training_too_batch_statistics_belong_to_one_task(name, running_stats):
-    algorithm = trained(name, running_stats).train()
     tasks = random_tasks(tasks=2, shape=SHAPE, seed=9)
-    torch.manual_seed(1)
-    together = algorithm(tasks).detach()
-    single = TaskBatch(tasks.support_x[:1], tasks.support_y[:1], tasks.query_x[:1], tasks.query_y[:1], tasks.way)
-    algorithm = trained(name, running_stats).train()
-    torch.manual_seed(1)
-    torch.testing.assert_close(algorithm(single).detach(), together[:1])
+    outputs = []
+    for batch in (tasks, next(iter(tasks))):
+        torch.manual_seed(1)
+        outputs.append(trained(name, running_stats).train()(batch).detach()[:1])
+    torch.testing.assert_close(outputs[0], outputs[1])
 
 
 @every_algorithm
@@ -149,7 +143,7 @@ def test_inductive_reptile_gives_each_query_one_batch_with_the_support_set():
     """Section 6.1 of the paper, written out for one query."""
     algorithm = trained("reptile", running_stats=False).eval()
     tasks = random_tasks(tasks=1, query=3, shape=SHAPE, seed=9)
-    params = algorithm.adapt(tasks.support_x[0], tasks.support_y[0], way=3)
+    params = algorithm.adapt(tasks)
     with torch.no_grad():
         for q in range(9):
             batch = torch.cat([tasks.support_x[0], tasks.query_x[0, q : q + 1]])

@@ -116,14 +116,8 @@ def test_the_outer_loss_is_that_of_the_adapted_parameters():
 def test_the_batch_gradient_is_the_mean_of_the_tasks_gradients():
     algorithm = smooth_maml()
     tasks = random_tasks(tasks=2, dtype=torch.float64)
-    both = outer_gradient(algorithm, tasks)
-    ones = [random_tasks(tasks=2, dtype=torch.float64) for _ in range(2)]
-    singles = []
-    for t, batch in enumerate(ones):
-        single = type(batch)(batch.support_x[t : t + 1], batch.support_y[t : t + 1], batch.query_x[t : t + 1],
-                             batch.query_y[t : t + 1], batch.way)  # fmt: skip
-        singles.append(outer_gradient(algorithm, single))
-    torch.testing.assert_close(both, (singles[0] + singles[1]) / 2, rtol=1e-10, atol=1e-14)
+    one, other = (outer_gradient(algorithm, task) for task in tasks)
+    torch.testing.assert_close(outer_gradient(algorithm, tasks), (one + other) / 2, rtol=1e-10, atol=1e-14)
 
 
 def test_sum_per_shot_is_way_times_the_mean_loss():
@@ -137,7 +131,7 @@ def test_batch_norm_is_adapted_only_on_request():
     tasks = random_tasks(tasks=1, dtype=torch.float64)
     for adapt_norm in (False, True):
         algorithm = smooth_maml(adapt_norm=adapt_norm)
-        adapted = algorithm.adapt(tasks.support_x[0], tasks.support_y[0], way=3)
+        adapted = algorithm.adapt(tasks)
         changed = {name for name, p in algorithm.net.named_parameters() if not torch.equal(p, adapted[name])}
         assert "backbone.conv2.weight" in changed
         assert ("backbone.norm1.bias" in changed) == adapt_norm
@@ -157,7 +151,7 @@ def test_adaptation_in_evaluation_keeps_no_graph(monkeypatch):
         logits = algorithm(tasks)
     assert not logits.requires_grad
     assert kept == [False] * 3
-    adapted = algorithm.adapt(tasks.support_x[0], tasks.support_y[0], way=3)
+    adapted = algorithm.adapt(tasks)
     adapted["head.weight"].sum().backward()
     assert all(p.grad is None for p in algorithm.parameters())
 
@@ -166,7 +160,7 @@ def test_first_order_keeps_no_second_order_graph():
     """The gradient of an adapted weight by an initial one is then the identity."""
     algorithm = smooth_maml(first_order=True, inner_steps=3).train()
     tasks = random_tasks(tasks=1, dtype=torch.float64)
-    adapted = algorithm.adapt(tasks.support_x[0], tasks.support_y[0], way=3)
+    adapted = algorithm.adapt(tasks)
     grad = torch.autograd.grad(adapted["head.weight"].sum(), list(algorithm.net.parameters()), allow_unused=True)
     for name, g in zip(dict(algorithm.net.named_parameters()), grad, strict=True):
         if name == "head.weight":

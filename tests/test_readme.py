@@ -44,7 +44,7 @@ def test_the_example_of_a_new_algorithm_works_as_it_stands(tmp_path, data_dir):
     assert "matchingnet" in run(place, tmp_path, data_dir, "train", "--help").stdout
 
 
-@pytest.mark.parametrize("group", ["algo", "backbone", "dataset", "experiment"])
+@pytest.mark.parametrize("group", ["algo", "backbone", "dataset", "optimizer", "schedule", "experiment"])
 def test_the_table_of_choices_lists_the_files_of_configs(group):
     row = re.search(rf"^\| `{group}/` \| (.*?) \|", README, re.MULTILINE)
     files = sorted(p.relative_to(config_dir() / group).with_suffix("").as_posix()

@@ -28,6 +28,10 @@ def metrics(folder: str | Path) -> list[dict]:
     return [{k: v for k, v in line.items() if k != "train/tasks_per_second"} for line in lines]
 
 
+def learning_rates(folder: str | Path) -> list[float]:
+    return [line["train/lr"] for line in metrics(folder) if "train/lr" in line]
+
+
 def weights(path: str | Path) -> dict[str, torch.Tensor]:
     return torch.load(path, weights_only=True)["algorithm"]
 
@@ -126,39 +130,105 @@ def test_resuming_equals_never_having_stopped(metacv, algo, monkeypatch):
     assert OmegaConf.load("run/.hydra/config.yaml").algo == OmegaConf.load("whole/.hydra/config.yaml").algo
 
 
-def test_a_run_can_be_lengthened_from_its_folder_into_another(metacv):
-    algo = ("algo=protonet", *TRAIN)
-    assert metacv("train", *algo, "steps=8", "hydra.run.dir=whole")[0] == 0
-    assert metacv("train", *algo, "steps=4", "hydra.run.dir=half")[0] == 0
-    assert metacv("train", "resume=half", "steps=8", RUN)[0] == 0
-    theirs, ours = weights("whole/last.pt"), weights("run/last.pt")
-    assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
-    assert metrics("whole")[-2:] == metrics("run")[-2:]
+def test_a_run_can_be_lengthened_in_its_folder(metacv):
+    assert metacv("train", *quick("protonet"), "steps=8", "hydra.run.dir=whole")[0] == 0
+    assert metacv("train", *quick("protonet"), "steps=4", RUN)[0] == 0
+    code, out, err = metacv("train", "resume=run", "steps=8")
+    assert (code, err) == (0, "")
+    assert "checkpoint: run/best.pt" in out
+    assert_same_run("whole", "run")
+    code, _, err = metacv("train", "resume=run/last.pt", "steps=3")
+    assert (code, err) == (1, "metacv: steps=3 but run/last.pt is at step 8\n")
+
+
+def test_resuming_into_another_folder_takes_the_best_and_the_metrics_along(metacv, monkeypatch):
+    """With validations that get worse, so that the best is from before."""
+    found = iter([0.9, 0.5, 0.4, 0.3])
+    monkeypatch.setattr("metacv.train.evaluate_episodes", lambda *_: torch.full((8,), next(found)).double())
+    assert metacv("train", *quick("protonet"), RUN)[0] == 0
+    assert metacv("train", "resume=run", "steps=8", "hydra.run.dir=other")[0] == 0
+    assert [line["val/accuracy"] for line in metrics("other") if "val/accuracy" in line] == [0.9, 0.5, 0.4, 0.3]
+    assert Path("other/best.pt").read_bytes() == Path("run/best.pt").read_bytes()
+
+
+def test_the_same_command_with_resume_goes_on_also_where_it_adds_and_deletes_keys(metacv):
+    command = ("train", *quick("protonet"), "+optimizer.amsgrad=true", "~optimizer.weight_decay", RUN)
+    assert metacv(*command)[0] == 0
+    assert metacv(*command, "resume=true", "steps=6")[0] == 0
+    code, _, err = metacv(*command, "resume=true", "steps=8")
+    assert (code, err) == (0, "")
+    assert torch.load("run/last.pt", weights_only=True)["step"] == 8
 
 
 def test_resuming_refuses_what_would_make_it_another_run(metacv):
     assert metacv("train", *quick("reptile"), RUN)[0] == 0
-    before = Path("run/last.pt").read_bytes()
+    before = {path.name: path.read_bytes() for path in (Path("run/last.pt"), Path("run/.hydra/config.yaml"))}
     for change, message in [
         ("way=4", "resume: algo.way is 4 but run/last.pt was trained with 5"),
         ("steps=8", "resume: schedule.total_iters is 8 but run/last.pt was trained with 4"),
         ("algo.inner_lr=0.5", "resume: algo.inner_lr is 0.5 but run/last.pt was trained with 0.001"),
+        ("resume=elsewhere", "elsewhere: there is no such file"),
     ]:
-        code, _, err = metacv("train", "resume=true", change, RUN)
+        code, _, err = metacv("train", "resume=true", RUN, change)
         assert code == 1
         assert message in err
-    code, _, err = metacv("train", *quick("reptile"), RUN)
+    code, _, err = metacv("train", *quick("protonet"), RUN)
     assert code == 1
     assert "run holds a run: resume=true goes on with it" in err
-    assert Path("run/last.pt").read_bytes() == before
-    assert OmegaConf.load("run/.hydra/config.yaml").algo._target_.endswith("Reptile")
+    assert {path.name: path.read_bytes() for path in (Path("run/last.pt"), Path("run/.hydra/config.yaml"))} == before
+
+
+def test_a_signal_in_validation_is_obeyed_at_once_and_the_validation_made_up_for(metacv, monkeypatch):
+    from metacv.algorithms.protonet import ProtoNet
+
+    train = ("train", *quick("protonet"), "eval_episodes=40")
+    assert metacv(*train, "hydra.run.dir=whole")[0] == 0
+    predict, calls = ProtoNet.predict, []
+
+    def predict_and_interrupt(self, tasks, norm):
+        calls.append(1)
+        if len(calls) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return predict(self, tasks, norm)
+
+    monkeypatch.setattr(ProtoNet, "predict", predict_and_interrupt)
+    code, out, _ = metacv(*train, RUN)
+    assert code == 143
+    assert "stopped at step 2" in out
+    assert len(calls) == 1
+    assert metacv("train", "resume=run")[0] == 0
+    assert_same_run("whole", "run")
+
+
+@pytest.mark.parametrize(
+    ("algo", "settings", "expected"),
+    [
+        ("reptile", [], [1.0, 0.75, 0.5, 0.25]),
+        ("protonet", ["schedule.step_size=2"], [1e-3, 1e-3, 5e-4, 5e-4]),
+        ("protonet", ["schedule=constant"], [1e-3] * 4),
+        ("maml", ["schedule=cosine", "optimizer=sgd"], [1e-2, 0.00853553, 0.005, 0.00146447]),
+    ],
+)
+def test_the_learning_rate_follows_its_schedule(metacv, algo, settings, expected):
+    code, _, err = metacv("train", *quick(algo), *settings, RUN)
+    assert (code, err) == (0, "")
+    assert learning_rates("run") == pytest.approx(expected, rel=1e-5)
+
+
+def test_clipping_bounds_the_step(metacv):
+    """With SGD at rate 1 a step is as long as the gradient: at most 1e-3 a network, here one backbone."""
+    assert metacv("train", *quick("protonet"), "optimizer=sgd", "optimizer.lr=1", "clip_norm=1e-3", "schedule=constant",
+                  "steps=1", "eval_every=1", RUN)[0] == 0  # fmt: skip
+    assert metacv("train", *quick("protonet"), "optimizer=sgd", "optimizer.lr=1e-12", "schedule=constant", "steps=1",
+                  "eval_every=1", "hydra.run.dir=start")[0] == 0  # fmt: skip
+    after, before = weights("run/last.pt"), weights("start/last.pt")
+    moved = sum(float((after[n] - before[n]).square().sum()) for n in after if "running" not in n and "num" not in n)
+    assert moved**0.5 == pytest.approx(1e-3, rel=1e-2)
 
 
 def test_best_is_the_best_validation_and_patience_ends_the_run(metacv, monkeypatch):
     accuracies = iter([0.3, 0.6, 0.5, 0.55, 0.9])
-    monkeypatch.setattr(
-        "metacv.train.evaluate_episodes", lambda *_: torch.full((8,), next(accuracies), dtype=torch.float64)
-    )
+    monkeypatch.setattr("metacv.train.evaluate_episodes", lambda *_: torch.full((8,), next(accuracies)).double())
     code, _, _ = metacv("train", "algo=protonet", *TRAIN, "steps=10", "patience=2", RUN)
     assert code == 0
     best, last = (torch.load(f"run/{name}.pt", weights_only=True) for name in ("best", "last"))
@@ -182,6 +252,23 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_the_step_and_the_last_good
     saved = torch.load("run/last.pt", weights_only=True)
     assert saved["step"] == 3
     assert all(value.isfinite().all() for value in saved["algorithm"].values())
+
+
+def test_weights_that_are_not_finite_are_never_saved(metacv):
+    """The loss of the last step was still good; it is the update that was not."""
+    code, _, err = metacv("train", *quick("protonet"), "optimizer=sgd", "optimizer.lr=1e38", "eval_every=1", RUN)
+    assert code == 1
+    assert "are not finite after step 1; no checkpoint had been saved" in err
+    assert not list(Path("run").glob("*.pt"))
+
+
+def test_eight_jobs_of_a_sweep_leave_eight_results(metacv):
+    code, _, err = metacv("train", "-m", "algo=maml,reptile,protonet,relationnet", "shot=1,5", *TRAIN,
+                          "steps=2", "eval_episodes=2", "hydra.sweep.dir=sweep")  # fmt: skip
+    assert (code, err) == (0, "")
+    results = [json.loads(path.read_text()) for path in Path("sweep").glob("*/result.json")]
+    assert sorted(result["shot"] for result in results) == [1] * 4 + [5] * 4
+    assert len(list(Path("sweep").glob("*/best.pt"))) == 8
 
 
 def test_training_never_loads_the_test_split(metacv, monkeypatch):
@@ -214,7 +301,7 @@ def test_gradients_are_clipped_by_value_and_by_the_norm_of_each_network():
 def test_a_sweep_runs_every_combination_and_goes_on_past_one_that_fails(metacv):
     code, _, err = metacv("train", "-m", "algo=maml,protonet", "shot=1,100", *TRAIN, "hydra.sweep.dir=sweep")
     assert code == 1
-    assert err.count("metacv: shot=100 + query=5 needs 105 images a class") == 2
+    assert err.count("metacv: train_shot=100 + train_query=5 needs 105 images a class") == 2
     assert sorted(path.parent.name for path in Path("sweep").glob("*/result.json")) == [
         "0_maml_glyphs_5w1s",
         "2_protonet_glyphs_5w1s",
@@ -290,15 +377,32 @@ def test_two_runs_in_one_folder_are_refused(tmp_path, data_dir):
         first.communicate()
 
 
-@pytest.mark.slow
-def test_a_kill_at_any_instant_leaves_a_loadable_checkpoint_that_goes_on_exactly(tmp_path, data_dir, metacv):
-    """Saving after every step, killed after 10 different times; what is left resumes to the same weights."""
-    for delay in range(10):
+def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, data_dir, metacv):
+    """Files may not grow beyond 60 kB: best.pt fits, last.pt does not once Adam's moments are in it."""
+    assert metacv("train", *quick("protonet"), f"hydra.run.dir={tmp_path}/run")[0] == 0
+    before = (tmp_path / "run/last.pt").read_bytes()
+    limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before) // 2},) * 2); "
+    code = limit + "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); from metacv.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "train", "resume=run", "steps=6"],
+        cwd=tmp_path, env=os.environ | {"METACV_DATA_DIR": str(data_dir), "HYDRA_FULL_ERROR": "0"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr == "metacv: run/last.pt cannot be written: File too large\n"
+    assert (tmp_path / "run/last.pt").read_bytes() == before
+    assert not list((tmp_path / "run").glob("*.tmp"))
+
+
+@pytest.mark.parametrize("delays", [[0.01, 0.05], pytest.param([0.013 * i for i in range(10)], marks=pytest.mark.slow)])
+def test_a_kill_at_any_instant_leaves_a_loadable_checkpoint_that_goes_on_exactly(tmp_path, data_dir, metacv, delays):
+    """Saving after every step; what is left resumes to the same weights."""
+    for delay in delays:
         folder = tmp_path / str(delay)
         folder.mkdir()
         process = start(folder, data_dir, "eval_every=1", "eval_episodes=2")
         wait_for(folder / "run/last.pt", process)
-        time.sleep(0.013 * delay)
+        time.sleep(delay)
         process.kill()
         process.communicate()
         step = torch.load(folder / "run/last.pt", weights_only=True)["step"]

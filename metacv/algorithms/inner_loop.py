@@ -39,18 +39,18 @@ class InnerLoop(Algorithm):
         self.way = way
 
     @abstractmethod
-    def adapt(self, support_x: Tensor, support_y: Tensor, way: int) -> Params:
-        """Parameters of `net` adapted to one task: support_x [N*K, C, H, W], support_y [N*K], N = way."""
+    def adapt(self, task: TaskBatch) -> Params:
+        """Parameters of `net` adapted to the support set of a batch of one task."""
 
     def forward(self, tasks: TaskBatch) -> Tensor:
-        each = zip(tasks.support_x, tasks.support_y, tasks.query_x, strict=True)
-        return torch.stack([self.classify(self.adapt(x, y, tasks.way), query) for x, y, query in each])
+        return torch.stack([self.classify(self.adapt(task), task.query_x[0]) for task in tasks])
 
     def one_query_at_a_time(self, tasks: TaskBatch) -> Tensor:
         logits = []
-        for x, y, queries in zip(tasks.support_x, tasks.support_y, tasks.query_x, strict=True):
-            params = self.adapt(x, y, tasks.way)
-            logits.append(torch.cat([self.classify(params, torch.cat([x, q]))[-1:] for q in queries.split(1)]))
+        for task in tasks:
+            params, support = self.adapt(task), task.support_x[0]
+            each = (torch.cat([support, query]) for query in task.query_x[0].split(1))
+            logits.append(torch.cat([self.classify(params, images)[-1:] for images in each]))
         return torch.stack(logits)
 
     def classify(self, params: Params, images: Tensor) -> Tensor:

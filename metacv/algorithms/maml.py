@@ -37,12 +37,12 @@ class MAML(InnerLoop):
         self.eval_inner_steps = eval_inner_steps
         self.first_order = first_order
         self.inner_loss = inner_loss
-        norms = {id(p) for norm in batch_norms(self.net) for p in norm.parameters()}
+        norms = {p for norm in batch_norms(self.net) for p in norm.parameters()}
         self.adapted = [
-            name for name, p in self.net.named_parameters() if p.requires_grad and (adapt_norm or id(p) not in norms)
+            name for name, p in self.net.named_parameters() if p.requires_grad and (adapt_norm or p not in norms)
         ]
 
-    def adapt(self, support_x: Tensor, support_y: Tensor, way: int) -> Params:
+    def adapt(self, task: TaskBatch) -> Params:
         """Equation 1. In training mode the result is a function of the initial parameters that can be
         differentiated: of second order unless `first_order`, which takes the inner gradients as constants."""
         params: Params = dict(self.net.named_parameters())
@@ -50,12 +50,11 @@ class MAML(InnerLoop):
             params = {name: p.detach().requires_grad_() for name, p in params.items()}
         second_order = self.training and not self.first_order
         with torch.enable_grad():
-            params = self.for_way(params, way)
+            params = self.for_way(params, task.way)
             for _ in range(self.inner_steps if self.training else self.eval_inner_steps):
-                logits = self.classify(params, support_x)
-                loss = F.cross_entropy(logits, support_y)
+                loss = F.cross_entropy(self.classify(params, task.support_x[0]), task.support_y[0])
                 if self.inner_loss == "sum_per_shot":
-                    loss = loss * way
+                    loss = loss * task.way
                 adapted = [params[name] for name in self.adapted]
                 grads = torch.autograd.grad(loss, adapted, create_graph=second_order)
                 params = params | {
@@ -65,11 +64,11 @@ class MAML(InnerLoop):
 
     def backward(self, tasks: TaskBatch) -> dict[str, Tensor]:
         """Task by task, so that memory holds the graph of one task only."""
-        losses, shares = [], []
-        for x, y, query_x, query_y in zip(tasks.support_x, tasks.support_y, tasks.query_x, tasks.query_y, strict=True):
-            logits = self.classify(self.adapt(x, y, tasks.way), query_x).unsqueeze(0)
-            loss = self.loss(logits, query_y.unsqueeze(0))
+        losses, right = [], []
+        for task in tasks:
+            logits = self(task)
+            loss = self.loss(logits, task.query_y)
             (loss / len(tasks)).backward()
             losses.append(loss.detach())
-            shares.append(accuracies(logits, query_y.unsqueeze(0)))
-        return {"loss": torch.stack(losses).mean(), "accuracy": torch.cat(shares).mean()}
+            right.append(accuracies(logits, task.query_y))
+        return {"loss": torch.stack(losses).mean(), "accuracy": torch.cat(right).mean()}

@@ -62,14 +62,23 @@ class RelationNet(Algorithm):
         self.relation = module(backbone.out_shape, hidden)
 
     def forward(self, tasks: TaskBatch) -> Tensor:
-        images = torch.cat([tasks.support_x, tasks.query_x], dim=1)  # [T, N*(K+Q), C, H, W]
-        maps = per_task(self.backbone, images)  # [T, N*(K+Q), D, h, w]
-        support, query = maps.tensor_split([tasks.support_x.shape[1]], dim=1)
+        support, query = per_task(self.backbone, tasks.support_x), per_task(self.backbone, tasks.query_x)
+        return self.compare(support, query, tasks.way)
+
+    def one_query_at_a_time(self, tasks: TaskBatch) -> Tensor:
+        logits = []
+        for query_x in tasks.query_x.split(1, dim=1):
+            maps = per_task(self.backbone, torch.cat([tasks.support_x, query_x], dim=1))
+            logits.append(self.compare(maps[:, :-1], maps[:, -1:], tasks.way))
+        return torch.cat(logits, dim=1)
+
+    def compare(self, support: Tensor, query: Tensor, way: int) -> Tensor:
+        """Logits [T, B, N] of query maps [T, B, D, h, w] against support maps [T, N*K, D, h, w]."""
         if self.kind == "conv":
-            classes = support.unflatten(1, (tasks.way, -1)).sum(dim=2)  # [T, N, D, h, w]
+            classes = support.unflatten(1, (way, -1)).sum(dim=2)  # [T, N, D, h, w]
             return self.scores(classes, query)
-        scores = self.scores(support.flatten(2), query.flatten(2))  # [T, N*Q, N*K]
-        per_class = scores.unflatten(2, (tasks.way, -1)).sum(dim=-1)  # [T, N*Q, N]
+        scores = self.scores(support.flatten(2), query.flatten(2))  # [T, B, N*K]
+        per_class = scores.unflatten(2, (way, -1)).sum(dim=-1)  # [T, B, N]
         return (per_class / per_class.sum(dim=-1, keepdim=True)).clamp_min(1e-12).log()
 
     def scores(self, left: Tensor, right: Tensor) -> Tensor:

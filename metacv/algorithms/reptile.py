@@ -53,8 +53,9 @@ class Reptile(InnerLoop):
             for name in self.trained:
                 self.register_buffer(_buffer(name), torch.zeros_like(self.net.get_parameter(name)))
 
-    def adapt(self, support_x: Tensor, support_y: Tensor, way: int) -> Params:
+    def adapt(self, task: TaskBatch) -> Params:
         """Parameters after training on the support set, detached."""
+        images, labels, way = task.support_x[0], task.support_y[0], task.way
         steps, size = self.eval_inner_steps, self.eval_inner_batch
         if self.training:
             steps, size = self.inner_steps, self.inner_batch
@@ -62,10 +63,10 @@ class Reptile(InnerLoop):
         params = self.for_way(params, way)
         moments, count = self._moments(way)
         with torch.enable_grad():
-            for rows in self._batches(len(support_x), size, steps):
-                rows = rows.to(support_x.device)
+            for rows in self._batches(len(images), size, steps):
+                rows = rows.to(images.device)
                 weights = [params[name].requires_grad_() for name in self.trained]
-                loss = F.cross_entropy(self.classify(params, support_x[rows]), support_y[rows])
+                loss = F.cross_entropy(self.classify(params, images[rows]), labels[rows])
                 grads = torch.autograd.grad(loss, weights)
                 with torch.no_grad():
                     count += 1
@@ -82,18 +83,18 @@ class Reptile(InnerLoop):
 
     def backward(self, tasks: TaskBatch) -> dict[str, Tensor]:
         """Adds the mean of initial minus adapted parameters to `.grad`, as if it were a gradient (section 2)."""
-        losses, shares = [], []
-        for x, y, query_x, query_y in zip(tasks.support_x, tasks.support_y, tasks.query_x, tasks.query_y, strict=True):
-            params = self.adapt(x, y, tasks.way)
+        losses, right = [], []
+        for task in tasks:
+            params = self.adapt(task)
             with torch.no_grad():
                 for name in self.trained:
                     weight = self.net.get_parameter(name)
                     step = (weight - params[name]) / len(tasks)
                     weight.grad = step if weight.grad is None else weight.grad + step
-                logits = self.classify(params, query_x).unsqueeze(0)
-            losses.append(self.loss(logits, query_y.unsqueeze(0)))
-            shares.append(accuracies(logits, query_y.unsqueeze(0)))
-        return {"loss": torch.stack(losses).mean(), "accuracy": torch.cat(shares).mean()}
+                logits = self.classify(params, task.query_x[0]).unsqueeze(0)
+            losses.append(self.loss(logits, task.query_y))
+            right.append(accuracies(logits, task.query_y))
+        return {"loss": torch.stack(losses).mean(), "accuracy": torch.cat(right).mean()}
 
     def _moments(self, way: int) -> tuple[Params, int]:
         if self.inner_optimizer == "sgd":

@@ -32,6 +32,12 @@ class TaskBatch:
     def __len__(self) -> int:
         return len(self.support_x)
 
+    def __iter__(self) -> "Iterator[TaskBatch]":
+        """Each task as a batch of one."""
+        parts = (part.split(1) for part in (self.support_x, self.support_y, self.query_x, self.query_y))
+        for support_x, support_y, query_x, query_y in zip(*parts, strict=True):
+            yield TaskBatch(support_x, support_y, query_x, query_y, self.way)
+
 
 class EpisodeSampler:
     """An endless seeded stream of tasks from one bank.
@@ -49,25 +55,27 @@ class EpisodeSampler:
         rotation: Rotation = "none",
         seed: int = 0,
         device: torch.device | str = "cpu",
+        prefix: str = "",
     ) -> None:
+        """`prefix` is of the settings' names in errors, such as train_ for train_way."""
         if way < 2:
-            raise MetacvError(f"way={way}: a task needs at least 2 classes")
+            raise MetacvError(f"{prefix}way={way}: a task needs at least 2 classes")
         for name, value in (("shot", shot), ("query", query)):
             if value < 1:
-                raise MetacvError(f"{name}={value}: a class needs at least 1 image")
+                raise MetacvError(f"{prefix}{name}={value}: a class needs at least 1 image")
         if not 0 <= seed < 2**63:
             raise MetacvError(f"seed={seed}: must lie between 0 and 2**63 - 1")
         self.way, self.shot, self.query, self.device = way, shot, query, torch.device(device)
         self.bank, self.rotation = bank, rotation
         self.classes = len(bank.sizes) * (4 if rotation == "as_classes" else 1)
         if way > self.classes:
-            raise MetacvError(f"way={way} but {bank.name} has only {self.classes} classes")
+            raise MetacvError(f"{prefix}way={way} but {bank.name} has only {self.classes} classes")
         smallest = int(bank.sizes.min())
         if shot + query > smallest:
             name = bank.class_names[int(bank.sizes.argmin())]
             raise MetacvError(
-                f"shot={shot} + query={query} needs {shot + query} images a class but {name} of {bank.name} "
-                f"has {smallest}"
+                f"{prefix}shot={shot} + {prefix}query={query} needs {shot + query} images a class "
+                f"but {name} of {bank.name} has {smallest}"
             )
         images = bank.images
         if rotation != "none":  # turned once here, so that a task is one gather
@@ -124,9 +132,9 @@ class EpisodeSampler:
 class EpisodeList:
     """The first `episodes` tasks of a sampler's stream, to go through again and again."""
 
-    def __init__(self, sampler: EpisodeSampler, episodes: int) -> None:
+    def __init__(self, sampler: EpisodeSampler, episodes: int, setting: str = "episodes") -> None:
         if episodes < 2:
-            raise MetacvError(f"episodes={episodes}: an interval needs at least 2")
+            raise MetacvError(f"{setting}={episodes}: an interval needs at least 2")
         self.sampler = sampler
         self.rows = sampler.draw(episodes)  # [episodes, N, K+Q]
 

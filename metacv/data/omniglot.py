@@ -151,20 +151,21 @@ class Omniglot(Dataset):
         return found
 
     def _download(self, part: str) -> Path:
-        # Extracted beside its place and renamed, so that what is there is whole.
         from torchvision.datasets import Omniglot as Official
         from torchvision.datasets.utils import download_url, extract_archive
 
-        root = self.data_dir / "omniglot"
+        place = self.data_dir / "omniglot" / part
         url = f"{Official.download_url_prefix}/{part}.zip"
         try:
-            root.mkdir(parents=True, exist_ok=True)
-            download_url(url, str(root), md5=Official.zips_md5[part])
-            with tempfile.TemporaryDirectory(dir=root, prefix=f".{part}.") as unpacked:
-                extract_archive(str(root / f"{part}.zip"), unpacked)
-                os.rename(Path(unpacked) / part, root / part)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            # In a folder of its own, then renamed: what is in its place is whole, also with two runs at once.
+            with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{part}.") as own:
+                download_url(url, own, md5=Official.zips_md5[part])
+                extract_archive(str(Path(own) / f"{part}.zip"), own)
+                if not place.exists():
+                    os.rename(Path(own) / part, place)
         except (OSError, RuntimeError) as error:
             raise MetacvError(
                 f"data_dir={self.data_dir}: omniglot/{part} is not there and {url} could not be downloaded ({error})"
             ) from None
-        return root / part
+        return place
