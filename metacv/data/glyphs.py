@@ -7,6 +7,7 @@ little, warps the whole smoothly and has a slant, size and position of their own
 fine canvas, thickened to the pen's width and shrunk with a Lanczos filter, cheaper than exact distances.
 """
 
+import hashlib
 import math
 from pathlib import Path
 
@@ -16,7 +17,6 @@ from torch.nn import functional
 
 from metacv.data.bank import SPLITS, Dataset, ImageBank, Rotation, cached_bank, check_split
 
-VERSION = 1  # of the drawing: a new one makes new caches
 STROKES, KNOTS, DOTS = 4, 5, 12  # at most: strokes a glyph, knots a stroke; dots computed from knot to knot
 BLOCK = 50  # classes drawn together from one seed
 FINE = 3  # canvas pixels per image pixel
@@ -42,7 +42,8 @@ class Glyphs(Dataset):
     def load(self, split: str) -> ImageBank:
         check_split(split)
         total = sum(self.classes.values())
-        settings = {"version": VERSION, "classes": total, "images": self.images, "seed": self.seed}
+        program = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # another drawing wants another cache
+        settings = {"program": program, "classes": total, "images": self.images, "seed": self.seed}
         everything = cached_bank(self.data_dir, "glyphs", settings, lambda: self._draw(total))
         start = sum(self.classes[earlier] for earlier in SPLITS[: SPLITS.index(split)])
         return everything.select(f"glyphs {split}", range(start, start + self.classes[split]))
