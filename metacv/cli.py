@@ -22,31 +22,47 @@ COMMANDS = ("train", "evaluate")
 
 
 def main() -> None:
-    arguments = sys.argv[1:]
+    try:
+        _dispatch(sys.argv[1:])
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # whoever read the output has gone, as in `metacv --help | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+def _dispatch(arguments: list[str]) -> None:
     if arguments and arguments[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
-        return
-    if arguments and arguments[0] == "--version":
+    elif arguments and arguments[0] == "--version":
         from metacv import __version__
 
         print(f"metacv {__version__}")
-        return
-    if arguments and arguments[0] in ("-sc", "--shell-completion"):
+    elif arguments and arguments[0] in ("-sc", "--shell-completion"):
         from metacv.completion import complete
 
         complete(arguments[1:])
-        return
-    if not arguments or arguments[0] not in COMMANDS:
-        said = f"metacv: there is no command {arguments[0]!r};" if arguments else "metacv: no command given;"
-        print(f"{said} one of: {', '.join(COMMANDS)}; metacv --help", file=sys.stderr)
+    elif not arguments or arguments[0] not in COMMANDS:
+        said = f"there is no command {arguments[0]!r}" if arguments else "no command given"
+        print(f"metacv: {said}; one of: {', '.join(COMMANDS)}; metacv --help", file=sys.stderr)
         sys.exit(2)
-    command, rest = arguments[0], arguments[1:]
-    if command == "evaluate":  # its algo and dataset are laid over the checkpoint's: Hydra does not know their keys
-        rest = [f"++{word}" if word.startswith(("algo.", "dataset.")) else word for word in rest]
-    elif not any(word.startswith("hydra.run.dir=") for word in rest):
-        rest += [f"hydra.run.dir={folder}" for word in rest if (folder := _resumed_folder(word))]
-    sys.argv = [f"metacv {command}", *rest]
-    _run(command)
+    else:
+        _run(arguments[0], arguments[1:])
+
+
+def _adjusted(command: str, words: list[str]) -> list[str]:
+    """The command line as Hydra is to see it."""
+    named = [word.partition("=")[2].strip("'\"") for word in words if word.startswith("hydra.run.dir=")]
+    if command == "evaluate":
+        if named and any(Path(named[-1]).glob("*.pt")):  # before Hydra writes its config there
+            print(f"metacv: hydra.run.dir={named[-1]} holds a training run: evaluate elsewhere", file=sys.stderr)
+            sys.exit(1)
+        # algo and dataset are laid over the checkpoint's: Hydra does not know their keys
+        return [f"++{word}" if word.startswith(("algo.", "dataset.")) else word for word in words]
+    if not named:
+        words = words + [f"hydra.run.dir={folder}" for word in words if (folder := _resumed_folder(word))]
+    return words
 
 
 def _resumed_folder(word: str) -> str | None:
@@ -60,7 +76,8 @@ def _resumed_folder(word: str) -> str | None:
     return "'" + folder.replace("'", "\\'") + "'" if path.exists() else None
 
 
-def _run(command: str) -> None:
+def _run(command: str, words: list[str]) -> None:
+    sys.argv = [f"metacv {command}", *_adjusted(command, words)]
     import hydra
     from hydra.core.config_store import ConfigStore
     from hydra.core.hydra_config import HydraConfig
@@ -92,7 +109,7 @@ def _run(command: str) -> None:
 
             return evaluate(cfg, folder)
         except Exception as error:
-            if traceback_asked:
+            if traceback_asked or isinstance(error, BrokenPipeError):
                 raise
             print(f"metacv: {_one_line(error)}", file=sys.stderr)
             if hydra_config.mode != RunMode.MULTIRUN:
@@ -103,8 +120,8 @@ def _run(command: str) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises its errors, and they are told here in one line
     try:
         hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=command)(job)()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except BrokenPipeError:
+        raise
     except Exception as error:
         if traceback_asked:
             raise
@@ -130,4 +147,6 @@ def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, MetacvError):
         return text
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return f"{type(error).__name__}: {text[:500]} (HYDRA_FULL_ERROR=1 shows the traceback)"

@@ -229,6 +229,21 @@ def test_wrong_usage_gets_exit_code_2(metacv, arguments):
     assert err.startswith("metacv: ")
 
 
+def test_an_evaluation_is_not_written_over_a_training_run(run):
+    before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
+    code, _, err = run("evaluate", "checkpoint=run", "episodes=8", "hydra.run.dir=run")
+    assert code == 1
+    assert "hydra.run.dir=run holds a training run" in err
+    assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()} == before
+
+
+def test_a_reader_that_goes_away_gets_no_traceback():
+    command = f"{sys.executable} -m metacv train --help | head -1 >/dev/null; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.stderr == ""
+    assert done.stdout.strip() in ("0", "141")
+
+
 def test_help_names_the_commands_and_each_commands_help_its_choices(metacv):
     assert "metacv evaluate checkpoint=RUN" in metacv("--help")[1]
 

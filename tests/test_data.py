@@ -5,7 +5,6 @@ import hashlib
 import shutil
 import threading
 import time
-import warnings
 import zipfile
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -126,21 +125,30 @@ def test_the_cache_is_enough_without_the_files_and_each_setting_has_its_own(fold
     assert len(list((folder / "cache").iterdir())) == 2
 
 
-def test_a_damaged_cache_is_made_again(folder):
+def test_a_damaged_cache_is_made_again(folder, capsys):
     first = small(folder).load("test").fingerprint
     (cache,) = (folder / "cache").iterdir()
-    cache.write_bytes(cache.read_bytes()[:1000])
-    with pytest.warns(UserWarning, match="cannot be read"):
+    whole = cache.read_bytes()
+    content = torch.load(cache, weights_only=True)
+    for damage in (
+        lambda: cache.write_bytes(whole[:1000]),
+        lambda: torch.save(None, cache),
+        lambda: torch.save(content | {"images": content["images"].float()}, cache),
+        lambda: torch.save(content | {"images": content["images"][1:]}, cache),
+    ):
+        damage()
         assert small(folder).load("test").fingerprint == first
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        error = capsys.readouterr().err
+        assert "cannot be read" in error
+        assert error.count("\n") == 1
         assert small(folder).load("test").fingerprint == first
+        assert capsys.readouterr().err == ""
 
 
-def test_a_cache_that_cannot_be_written_is_done_without(folder):
+def test_a_cache_that_cannot_be_written_is_done_without(folder, capsys):
     (folder / "cache").write_text("a file where the folder should be")
-    with pytest.warns(UserWarning, match="going on without a cache"):
-        assert len(small(folder).load("test").images) == 9
+    assert len(small(folder).load("test").images) == 9
+    assert "going on without a cache" in capsys.readouterr().err
 
 
 def test_what_is_missing_or_damaged_is_named(folder):
@@ -149,6 +157,9 @@ def test_what_is_missing_or_damaged_is_named(folder):
     whole = image.read_bytes()
     image.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(MetacvError, match=r"Greek/character02/0002_01.png is not a readable image"):
+        small(folder).load("train")
+    Image.new("1", (300, 20)).save(image)
+    with pytest.raises(MetacvError, match=r"0002_01.png is not a readable image \(300x20 instead of 105x105\)"):
         small(folder).load("train")
     image.unlink()
     with pytest.raises(MetacvError, match="Greek/character02 holds 2 of 3 images"):

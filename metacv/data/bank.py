@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-import warnings
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -75,18 +75,21 @@ def cached_bank(data_dir: Path, name: str, settings: dict[str, Any], make: Calla
     path = data_dir / "cache" / f"{name}-{key}.pt"
     try:
         kept = torch.load(path, weights_only=True)
-        return ImageBank(name, kept["images"], kept["offsets"], tuple(kept["class_names"]))
+        bank = ImageBank(name, kept["images"], kept["offsets"], tuple(kept["class_names"]))
+        if bank.images.dtype != torch.uint8 or bank.images.dim() != 4 or int(bank.offsets[-1]) != len(bank.images):
+            raise ValueError("not a bank of images")
+        return bank
     except (FileNotFoundError, NotADirectoryError):
         pass
     except Exception as error:
-        warnings.warn(f"{path} cannot be read ({type(error).__name__}): making it again", stacklevel=2)
+        print(f"metacv: {path} cannot be read ({type(error).__name__}): making it again", file=sys.stderr)
     bank = make()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         content = {"images": bank.images, "offsets": bank.offsets, "class_names": list(bank.class_names)}
         write_atomically(path, content)
     except OSError as error:
-        warnings.warn(f"{path} cannot be written ({error.strerror}): going on without a cache", stacklevel=2)
+        print(f"metacv: {path} cannot be written ({error.strerror}): going on without a cache", file=sys.stderr)
     return bank
 
 

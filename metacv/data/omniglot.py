@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -136,8 +136,10 @@ class Omniglot(Dataset):
     def _read(self, path: Path) -> Tensor:
         try:
             with Image.open(path) as image:
+                if image.size != (105, 105):
+                    raise ValueError(f"{image.size[0]}x{image.size[1]} instead of 105x105")
                 small = image.convert("L").resize((self.size, self.size), RESAMPLE[self.resample])
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
             raise MetacvError(f"{path} is not a readable image ({error})") from None
         return torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8).view(self.size, self.size)
 
