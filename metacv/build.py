@@ -1,9 +1,10 @@
 """From a config to objects: `_target_` is the registry, for classes of this program and of torch.optim alone."""
 
+import dataclasses
 import importlib
-import math
 import types
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,15 +38,16 @@ def build(name: str, node: dict[str, Any], base: type[T], **given: Any) -> T:
         raise MetacvError(f"{name}._target_={target}: not a {base.__name__} of metacv or torch.optim")
 
     settings = {key: value for key, value in node.items() if key != "_target_"}
-    if cls.__module__.startswith("metacv."):
-        hints = typing.get_type_hints(cls.__init__)
-        for key, value in settings.items():
-            if key in hints and not _fits(value, hints[key]):
-                raise MetacvError(f"{name}.{key}={value}: not {_describe(hints[key])}")
+    hints = typing.get_type_hints(cls.__init__)
+    for key, value in settings.items():
+        if key in given:
+            raise MetacvError(f"{name}.{key}: is not a setting")
+        if key in hints and not _fits(value, hints[key]):
+            raise MetacvError(f"{name}.{key}={value}: not {_describe(hints[key])}")
     try:
         return cls(**given, **settings)
-    except (TypeError, ValueError) as error:
-        raise MetacvError(f"{name}: {error}") from error
+    except (TypeError, ValueError, ArithmeticError, AssertionError, RuntimeError) as error:
+        raise MetacvError(f"{name}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -59,10 +61,10 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin is dict:
         return isinstance(value, dict) and all(_fits(item, args[1]) for item in value.values())
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
     if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return hint is Any or isinstance(value, hint)
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**31
+    return not isinstance(hint, type) or isinstance(value, hint)
 
 
 def _describe(hint: Any) -> str:
@@ -70,14 +72,27 @@ def _describe(hint: Any) -> str:
     if typing.get_origin(hint) is typing.Literal:
         return "one of " + ", ".join(args)
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return " or ".join(_describe(arg) for arg in args)
+        return " or ".join(_describe(arg) for arg in args if arg is not torch.Tensor)
     if typing.get_origin(hint) is list:
         return f"a list of {_describe(args[0])}"
+    if typing.get_origin(hint) is dict:
+        return f"all {_describe(args[1])}"
     names = {float: "a finite number", int: "a whole number", bool: "true or false", str: "text"}
     return names.get(hint, str(getattr(hint, "__name__", hint)))
 
 
+def check_settings(cfg: Mapping[Any, Any], schema: type) -> None:
+    """Refuses what `+name=value` adds and `~name` deletes at the top level, which Hydra lets pass."""
+    known = {field.name for field in dataclasses.fields(schema)}
+    if unknown := cfg.keys() - known:
+        raise MetacvError(f"{min(map(str, unknown))}: there is no such setting")
+    if deleted := known - cfg.keys():
+        raise MetacvError(f"~{min(deleted)}: this setting cannot be deleted")
+
+
 def build_dataset(config: dict[str, Any], data_dir: str) -> Dataset:
+    if not data_dir:
+        raise MetacvError("data_dir is empty")
     return build("dataset", config["dataset"], Dataset, data_dir=Path(data_dir).expanduser())  # type: ignore[type-abstract]
 
 

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from metacv import MetacvError
 from metacv.algorithms.base import Algorithm
-from metacv.files import write_atomically
+from metacv.files import read_checked, write_atomically
 
 FORMAT = 1
 WEIGHTS = {"format", "config", "image_shape", "step", "algorithm"}
@@ -28,7 +29,6 @@ STATE = WEIGHTS | {
     "since_best",
     "window",
 }
-CONFIG = {"algo", "backbone", "dataset", "way", "shot", "query", "norm"}
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
@@ -44,12 +44,12 @@ def load(path: Path, keys: set[str] = WEIGHTS) -> dict[str, Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, on pickles that are not its own
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = read_checked(path)
     except FileNotFoundError:
         raise MetacvError(f"{path}: there is no such file") from None
     except IsADirectoryError:
         raise MetacvError(f"{path} is a folder, not a checkpoint") from None
-    except OSError as error:
+    except PermissionError as error:
         raise MetacvError(f"{path} cannot be read: {error.strerror}") from None
     except Exception:  # torch has many words for a file that is cut short, foreign or holds code
         raise MetacvError(f"{path} is not a checkpoint of metacv, or is damaged") from None
@@ -57,11 +57,24 @@ def load(path: Path, keys: set[str] = WEIGHTS) -> dict[str, Any]:
         raise MetacvError(f"{path} is not a checkpoint of metacv")
     if content["format"] != FORMAT:
         raise MetacvError(f"{path} has format {content['format']}; this version reads {FORMAT}")
-    if not isinstance(content["config"], dict) or CONFIG - content["config"].keys():
-        raise MetacvError(f"{path} carries no config of metacv train")
+    if not _well_formed(content):
+        raise MetacvError(f"{path} is not a checkpoint of metacv, or is damaged")
     if missing := keys - content.keys():
         raise MetacvError(f"{path} holds weights only, no {', '.join(sorted(missing))}: give last.pt")
     return content
+
+
+def _well_formed(content: dict[str, Any]) -> bool:
+    kinds = {"config": dict, "image_shape": list, "step": int, "algorithm": dict}
+    if not all(isinstance(content[name], kind) for name, kind in kinds.items()):
+        return False
+    config_kinds = {"algo": dict, "backbone": dict, "dataset": dict, "way": int, "shot": int, "query": int, "norm": str}
+    config = content["config"]
+    return (
+        all(isinstance(config.get(name), kind) for name, kind in config_kinds.items())
+        and [type(side) for side in content["image_shape"]] == [int] * 3
+        and all(isinstance(value, Tensor) for value in content["algorithm"].values())
+    )
 
 
 def load_weights(algorithm: Algorithm, content: dict[str, Any], path: Path) -> None:

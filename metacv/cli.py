@@ -1,5 +1,6 @@
 """`metacv COMMAND [overrides]`: takes one word off the command line and hands the rest to Hydra."""
 
+import io
 import os
 import sys
 from pathlib import Path
@@ -22,6 +23,9 @@ COMMANDS = ("train", "evaluate")
 
 
 def main() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # in a terminal that has no ±
     try:
         _dispatch(sys.argv[1:])
         sys.stdout.flush()
@@ -72,8 +76,8 @@ def _resumed_folder(word: str) -> str | None:
     if name != "resume" or value.lower() in ("true", "false", ""):
         return None
     path = Path(value).expanduser()
-    folder = str(path.parent if path.is_file() else path)
-    return "'" + folder.replace("'", "\\'") + "'" if path.exists() else None
+    folder = path if path.is_dir() else path.parent
+    return "'" + str(folder).replace("'", "\\'") + "'" if (folder / "last.pt").is_file() else None
 
 
 def _run(command: str, words: list[str]) -> None:
@@ -149,4 +153,4 @@ def _one_line(error: Exception) -> str:
         return text
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return f"{type(error).__name__}: {text[:500]} (HYDRA_FULL_ERROR=1 shows the traceback)"
+    return f"{type(error).__name__}: {text[:200]} (HYDRA_FULL_ERROR=1 shows the traceback)"

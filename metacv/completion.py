@@ -46,6 +46,8 @@ def candidates(line: str) -> list[str]:
     if len(words) <= 1:
         return [word for word in ("train", "evaluate") if word.startswith(last)]
     command, root = words[0], config_dir()
+    if command not in ("train", "evaluate"):
+        return []
     choices = {
         group.name: sorted(file.relative_to(group).with_suffix("").as_posix() for file in group.rglob("*.yaml"))
         for group in root.iterdir()

@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from metacv import MetacvError, checkpoint
 from metacv.algorithms.base import Algorithm, Norm, accuracies
-from metacv.build import build_algorithm, build_dataset, pick_device
+from metacv.build import build_algorithm, build_dataset, check_settings, pick_device
+from metacv.config import EvaluateConfig
 from metacv.data.bank import check_split
 from metacv.data.episodes import EpisodeList, EpisodeSampler
 from metacv.files import write_bytes_atomically
@@ -59,6 +60,7 @@ def check_norm(norm: str, choices: tuple[str, ...] = NORMS) -> None:
 
 def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """Rebuilds the model from its checkpoint, evaluates it and writes result.json into `folder`."""
+    check_settings(cfg, EvaluateConfig)
     path = checkpoint.find(cfg.checkpoint, "best.pt")
     saved = checkpoint.load(path)
     config = _merged(saved["config"], OmegaConf.to_container(cfg, resolve=True), path)  # type: ignore[arg-type]
@@ -102,12 +104,13 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         accuracy = evaluate_episodes(algorithm, episodes, norm)
         seconds = time.perf_counter() - start
         results[norm] = summary(accuracy) | {"norm": norm} | common | {"tasks_per_second": len(accuracy) / seconds}
-        print(describe(results[norm]))
     result = results if len(results) > 1 else next(iter(results.values()))
     try:
         write_bytes_atomically(folder / "result.json", (json.dumps(result, indent=2) + "\n").encode())
     except OSError as error:
         raise MetacvError(f"{folder / 'result.json'} cannot be written: {error.strerror}") from error
+    for found in results.values():
+        print(describe(found))
     print(f"result: {folder / 'result.json'}")
     return result
 

@@ -17,7 +17,7 @@ class Logger:
     def __init__(self, folder: Path, step: int) -> None:
         path = folder / "metrics.jsonl"
         kept = []
-        for line in path.read_text().splitlines() if path.exists() else []:
+        for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")

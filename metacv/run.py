@@ -19,6 +19,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from metacv import MetacvError, checkpoint
 from metacv.algorithms.base import Algorithm
+from metacv.build import check_settings
+from metacv.config import TrainConfig
 from metacv.data.episodes import EpisodeSampler
 from metacv.logger import Logger
 
@@ -55,9 +57,9 @@ class Run:
         return self.step >= self.config["steps"] and not self.validation_due
 
     def weights(self) -> dict[str, Any]:
-        """What it takes to evaluate."""
+        """What it takes to evaluate, here or elsewhere: so not where this machine keeps its data."""
         return {
-            "config": self.config,
+            "config": {name: value for name, value in self.config.items() if name not in ("data_dir", "resume")},
             "image_shape": list(self.sampler.bank.image_shape),
             "step": self.step,
             "algorithm": self.algorithm.state_dict(),
@@ -66,6 +68,7 @@ class Run:
     def state(self) -> dict[str, Any]:
         """What it takes to go on."""
         return self.weights() | {
+            "config": self.config,
             "overrides": self.overrides,
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
@@ -84,11 +87,11 @@ class Run:
             self.schedule.load_state_dict(state["schedule"])
             self.sampler.load_state_dict(state["sampler"])
             checkpoint.set_random_states(state["random"])
+            self.step, self.validated = int(state["step"]), int(state["validated"])
+            self.best, self.since_best = dict(state["best"]), int(state["since_best"])
+            self.window = list(state["window"].to(self.sampler.device))
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise MetacvError(f"{path}: its state does not fit its config ({error})") from None
-        self.step, self.validated = state["step"], state["validated"]
-        self.best, self.since_best = state["best"], state["since_best"]
-        self.window = list(state["window"].to(self.sampler.device))
         if self.step > self.config["steps"]:
             raise MetacvError(f"steps={self.config['steps']} but {path} is at step {self.step}")
 
@@ -116,14 +119,15 @@ class Stopped(Exception):
 
 
 class StopSignals:
-    """Takes down SIGINT and SIGTERM, to be obeyed between two steps; a second one ends the program at once."""
+    """Takes down SIGINT, SIGTERM and SIGHUP, to be obeyed between two steps; a second one ends the program at once."""
 
     received = 0
 
     def __enter__(self) -> "StopSignals":
         self.before = {}
         if threading.current_thread() is threading.main_thread():
-            self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+            numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+            self.before = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -168,7 +172,7 @@ def begin_or_resume(
     but for what is RESUMABLE.
     """
     last = folder / "last.pt"
-    if not cfg.resume:
+    if cfg.resume is False:
         if last.exists():
             state = checkpoint.load(last, checkpoint.STATE)
             show_config(folder, state["config"], state["overrides"])
@@ -176,7 +180,7 @@ def begin_or_resume(
         return plain(cfg), None, overrides
     if cfg.resume is True and not last.exists():
         raise MetacvError(f"resume=true but {folder} holds no last.pt: give resume=RUN, or hydra.run.dir=RUN too")
-    path = last if cfg.resume is True else checkpoint.find(cfg.resume, "last.pt")
+    path = last if cfg.resume is True else checkpoint.find(str(cfg.resume), "last.pt")
     state = checkpoint.load(path, checkpoint.STATE)
     if last.exists() and not path.samefile(last):
         raise MetacvError(f"resume={cfg.resume} but hydra.run.dir={folder} holds another run")
@@ -196,6 +200,7 @@ def begin_or_resume(
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
+    check_settings(cfg, TrainConfig)
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
     return config
 

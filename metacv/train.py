@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -91,8 +90,8 @@ def validate(run: Run, validation: EpisodeList, folder: Path, logger: Logger, st
 def prepare(config: dict[str, Any], overrides: list[str]) -> tuple[Run, EpisodeList]:
     """A run at step 0, and the episodes that it is validated on."""
     for name in ("steps", "meta_batch", "eval_every", "log_every", "patience", "clip_norm", "clip_value"):
-        if config[name] is not None and not 0 < config[name] < math.inf:
-            raise MetacvError(f"{name}={config[name]}: must be positive")
+        if config[name] is not None and not 0 < config[name] < 2**31:
+            raise MetacvError(f"{name}={config[name]}: must be positive, and below 2**31")
     check_norm(config["norm"])
     device = pick_device(config["device"])
     dataset = build_dataset(config, config["data_dir"])

@@ -92,7 +92,16 @@ def test_another_data_set_is_taken_as_it_is(run):
         (("train", "algo.nothing=1"), "Key 'nothing' is not in struct"),
         (("train", "backbone.channels=0"), "backbone: channels=0"),
         (("train", "optimizer.lr=-1"), "optimizer: Invalid learning rate"),
+        (("train", "+foo=1"), "foo: there is no such setting"),
+        (("train", "algo.way=1"), "way=1: must be at least 2"),
+        (("train", "backbone.padding=1000"), "padding=1000: one value"),
+        (("train", "data_dir=''"), "data_dir is empty"),
         (("train", "steps=0"), "steps=0: must be positive"),
+        (("train", "meta_batch=1208925819614629174706176"), "must be positive, and below 2**31"),
+        (("train", "~steps"), "~steps: this setting cannot be deleted"),
+        (("train", "+backbone.image_shape=[1,2,3]"), "backbone.image_shape: is not a setting"),
+        (("train", "algo=protonet", "schedule.step_size=many"), "schedule.step_size=many: not a whole number"),
+        (("train", "optimizer.lr=fast"), "optimizer.lr=fast: not a finite number"),
         (("train", "meta_batch=-3"), "meta_batch=-3: must be positive"),
         (("train", "norm=batch"), "norm=batch: one of inductive, transductive"),
         (("train", "device=cuda:99"), "device=cuda:99: this machine has"),
@@ -153,13 +162,21 @@ class Bomb:
 def test_damaged_and_foreign_checkpoints_are_refused_and_run_no_code(run):
     whole = Path("run/best.pt").read_bytes()
     Path("short.pt").write_bytes(whole[: len(whole) // 2])
+    weight = next(iter(torch.load("run/best.pt", weights_only=True)["algorithm"].values()))
+    middle = whole.index(weight.numpy().tobytes()) + 3
+    Path("flipped.pt").write_bytes(whole[:middle] + bytes([whole[middle] ^ 64]) + whole[middle + 1 :])
     Path("empty.pt").write_bytes(b"")
     Path("text.pt").write_text("hello")
     Path("bomb.pt").write_bytes(pickle.dumps(Bomb()))
     torch.save({"state_dict": {}}, "foreign.pt")
     torch.save({**torch.load("run/best.pt", weights_only=True), "format": 99}, "future.pt")
     torch.save({**torch.load("run/best.pt", weights_only=True), "config": {"way": 5}}, "bare.pt")
-    for name in ("short", "empty", "text", "bomb", "foreign", "future", "bare"):
+    whole_content = torch.load("run/best.pt", weights_only=True)
+    for key, value in [("image_shape", 3), ("image_shape", ["a", 1, 1]), ("config", None), ("algorithm", {"a": 1})]:
+        torch.save(whole_content | {key: value}, "odd.pt")
+        code, _, err = run(*EVALUATE, "checkpoint=odd.pt")
+        assert (code, err) == (1, "metacv: odd.pt is not a checkpoint of metacv, or is damaged\n")
+    for name in ("short", "flipped", "empty", "text", "bomb", "foreign", "future", "bare"):
         code, _, err = run(*EVALUATE, f"checkpoint={name}.pt")
         assert code == 1
         assert err.startswith(f"metacv: {name}.pt")
@@ -237,6 +254,13 @@ def test_an_evaluation_is_not_written_over_a_training_run(run):
     assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()} == before
 
 
+def test_a_terminal_without_the_sign_for_plus_or_minus_gets_the_result_too(run):
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-m", "metacv", *EVALUATE], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "accuracy" in done.stdout
+
+
 def test_a_reader_that_goes_away_gets_no_traceback():
     command = f"{sys.executable} -m metacv train --help | head -1 >/dev/null; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
@@ -285,6 +309,7 @@ def test_help_and_completion_answer_at_once():
         ("metacv evaluate dataset=o", ["dataset=omniglot"]),
         ("metacv evaluate ch", ["checkpoint="]),
         ("metacv train nothing", []),
+        ("metacv nothing ", []),
     ],
 )
 def test_completion(line, expected):

@@ -132,6 +132,7 @@ def test_a_damaged_cache_is_made_again(folder, capsys):
     content = torch.load(cache, weights_only=True)
     for damage in (
         lambda: cache.write_bytes(whole[:1000]),
+        lambda: cache.write_bytes(whole[: len(whole) // 2] + b"?" + whole[len(whole) // 2 + 1 :]),
         lambda: torch.save(None, cache),
         lambda: torch.save(content | {"images": content["images"].float()}, cache),
         lambda: torch.save(content | {"images": content["images"][1:]}, cache),
@@ -162,10 +163,10 @@ def test_what_is_missing_or_damaged_is_named(folder):
     with pytest.raises(MetacvError, match=r"0002_01.png is not a readable image \(300x20 instead of 105x105\)"):
         small(folder).load("train")
     image.unlink()
-    with pytest.raises(MetacvError, match="Greek/character02 holds 2 of 3 images"):
+    with pytest.raises(MetacvError, match="Greek/character02 holds 2 instead of 3 images"):
         small(folder).load("train")
     shutil.rmtree(place)
-    with pytest.raises(MetacvError, match="images_background holds 6 of 7 characters"):
+    with pytest.raises(MetacvError, match="images_background holds 6 instead of 7 characters"):
         small(folder).load("train")
     assert not (folder / "cache").exists()
 

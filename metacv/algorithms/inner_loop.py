@@ -35,6 +35,8 @@ class InnerLoop(Algorithm):
 
     def __init__(self, backbone: Backbone, way: int) -> None:
         super().__init__()
+        if way < 2:
+            raise ValueError(f"way={way}: must be at least 2")
         self.net = Classifier(backbone, way)
         self.way = way
 

@@ -107,6 +107,7 @@ class Reptile(InnerLoop):
     def _batches(self, images: int, size: int, steps: int) -> list[Tensor]:
         """Rows of each inner step: shuffled passes through the support set, cut into batches of `size`."""
         generator = None if self.training else torch.Generator().manual_seed(0)
+        size = min(size, images)
         passes = -(-size * steps // images)
         order = torch.cat([torch.randperm(images, generator=generator) for _ in range(passes)])
         return list(order[: size * steps].split(size))

@@ -40,10 +40,8 @@ class Conv4(Backbone):
             raise ValueError(f"channels={channels}: must be at least 1")
         downsamples = downsample if isinstance(downsample, list) else [downsample] * BLOCKS
         paddings = padding if isinstance(padding, list) else [padding] * BLOCKS
-        if len(downsamples) != BLOCKS or len(paddings) != BLOCKS or min(paddings) < 0:
-            raise ValueError(
-                f"downsample={downsample}, padding={padding}: one value, or one for each of {BLOCKS} blocks"
-            )
+        if len(downsamples) != BLOCKS or len(paddings) != BLOCKS or {*paddings} - {0, 1, 2}:
+            raise ValueError(f"downsample={downsample}, padding={padding}: one value, or one a block; padding 0 to 2")
         blocks: list[nn.Module] = []
         inputs = image_shape[0]
         for down, pad in zip(downsamples, paddings, strict=True):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from metacv import MetacvError
-from metacv.files import write_atomically
+from metacv.files import read_checked, write_atomically
 
 Rotation = Literal["none", "per_class", "per_episode", "as_classes"]
 SPLITS = ("train", "val", "test")
@@ -74,9 +74,10 @@ def cached_bank(data_dir: Path, name: str, settings: dict[str, Any], make: Calla
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     path = data_dir / "cache" / f"{name}-{key}.pt"
     try:
-        kept = torch.load(path, weights_only=True)
+        kept = read_checked(path)
         bank = ImageBank(name, kept["images"], kept["offsets"], tuple(kept["class_names"]))
-        if bank.images.dtype != torch.uint8 or bank.images.dim() != 4 or int(bank.offsets[-1]) != len(bank.images):
+        whole = len(bank.class_names) == len(bank.sizes) and int(bank.offsets[-1]) == len(bank.images)
+        if not whole or bank.images.dtype != torch.uint8 or bank.images.dim() != 4:
             raise ValueError("not a bank of images")
         return bank
     except (FileNotFoundError, NotADirectoryError):

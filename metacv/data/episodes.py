@@ -133,8 +133,8 @@ class EpisodeList:
     """The first `episodes` tasks of a sampler's stream, to go through again and again."""
 
     def __init__(self, sampler: EpisodeSampler, episodes: int, setting: str = "episodes") -> None:
-        if episodes < 2:
-            raise MetacvError(f"{setting}={episodes}: an interval needs at least 2")
+        if not 2 <= episodes < 2**31:
+            raise MetacvError(f"{setting}={episodes}: an interval needs at least 2, and 2**31 is too many")
         self.sampler = sampler
         self.rows = sampler.draw(episodes)  # [episodes, N, K+Q]
 

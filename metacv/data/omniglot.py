@@ -81,7 +81,9 @@ class Omniglot(Dataset):
             return self._listed({name.split("/", 1)[1]: c for c, name in enumerate(names)})
         alphabets = {name.split("/")[1] for name in names if name.startswith("images_background")}
         if unknown := set(self.val_alphabets) - alphabets:
-            raise MetacvError(f"dataset.val_alphabets: {min(unknown)} is not among the background alphabets")
+            raise MetacvError(
+                f"dataset.val_alphabets: {min(unknown)} is not among the background alphabets of {self.data_dir}"
+            )
         found: dict[str, list[int]] = {"train": [], "val": [], "test": []}
         for c, name in enumerate(names):
             folder, alphabet, _ = name.split("/")
@@ -115,16 +117,16 @@ class Omniglot(Dataset):
         files: list[Path] = []
         names: list[str] = []
         for part, folder in self._folders().items():
-            characters = sorted(path for path in folder.glob("*/*") if path.is_dir())
+            characters = sorted(path for path in folder.glob("[!.]*/[!.]*") if path.is_dir())
             if len(characters) != CHARACTERS[part]:
                 raise MetacvError(
-                    f"{folder} holds {len(characters)} of {CHARACTERS[part]} characters: complete it, or delete it "
+                    f"{folder} holds {len(characters)} instead of {CHARACTERS[part]} characters: mend it, or delete it "
                     "to have it downloaded"
                 )
             for character in characters:
-                images = sorted(character.glob("*.png"))
+                images = sorted(character.glob("[!.]*.png"))
                 if len(images) != DRAWERS:
-                    raise MetacvError(f"{character} holds {len(images)} of {DRAWERS} images: complete it, or delete "
+                    raise MetacvError(f"{character} holds {len(images)} instead of {DRAWERS} images: mend or delete "
                                       f"{folder} to have it downloaded")  # fmt: skip
                 files += images
                 names.append(f"{part}/{character.parent.name}/{character.name}")
