@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import quick
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -206,6 +207,15 @@ def test_the_official_zips_are_downloaded_checked_and_unpacked(folder, server, m
     monkeypatch.setattr(Omniglot, "zips_md5", sums)
     assert small(folder).load("train").fingerprint == expected
     assert sorted(path.name for path in (folder / "omniglot").iterdir()) == ["images_background", "images_evaluation"]
+
+
+def test_a_network_trained_on_glyphs_is_evaluated_on_omniglot(metacv, folder):
+    assert metacv("train", *quick("protonet"), "hydra.run.dir=run")[0] == 0
+    small_omniglot = ("dataset.val_alphabets=[Greek]", "dataset.counts={train:5,val:2,test:3}", f"data_dir={folder}")
+    evaluate = ("evaluate", "checkpoint=run", "dataset=omniglot", *small_omniglot, "way=3", "query=2", "episodes=5")
+    code, out, err = metacv(*evaluate)
+    assert (code, err) == (0, "")
+    assert "5 episodes of Omniglot test" in out
 
 
 @pytest.mark.parametrize(
