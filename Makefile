@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := outputs/train/first_$(shell date +%Y-%m-%d_%H-%M-%S)
 
-.PHONY: train test clean
+.PHONY: train test
 
 train: .venv/installed
 	$(BIN)/metacv train algo=maml way=5 shot=1 hydra.run.dir=$(RUN)
@@ -27,6 +27,3 @@ test: .venv/installed-for-tests
 .venv/installed-for-tests: .venv/installed
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	@touch $@
-
-clean:
-	rm -rf .venv

@@ -32,13 +32,16 @@ def build(name: str, node: dict[str, Any], base: type[T], **given: Any) -> T:
         raise MetacvError(f"{name}._target_={target}: only classes of metacv and torch.optim may be named")
     try:
         cls = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError):
-        raise MetacvError(f"{name}._target_={target}: there is no such class") from None
+    except (ImportError, AttributeError) as error:
+        raise MetacvError(f"{name}._target_={target}: there is no such class ({error})") from error
     if not (isinstance(cls, type) and issubclass(cls, base)):
         raise MetacvError(f"{name}._target_={target}: not a {base.__name__} of metacv or torch.optim")
 
     settings = {key: value for key, value in node.items() if key != "_target_"}
-    hints = typing.get_type_hints(cls.__init__)
+    try:
+        hints = typing.get_type_hints(cls.__init__)
+    except NameError:  # of classes whose annotations are for type checkers alone
+        hints = {}
     for key, value in settings.items():
         if key in given:
             raise MetacvError(f"{name}.{key}: is not a setting")
@@ -64,7 +67,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**31
-    return not isinstance(hint, type) or isinstance(value, hint)
+    return origin is not None or not isinstance(hint, type) or isinstance(value, hint)
 
 
 def _describe(hint: Any) -> str:

@@ -51,8 +51,8 @@ def load(path: Path, keys: set[str] = WEIGHTS) -> dict[str, Any]:
         raise MetacvError(f"{path} is a folder, not a checkpoint") from None
     except PermissionError as error:
         raise MetacvError(f"{path} cannot be read: {error.strerror}") from None
-    except Exception:  # torch has many words for a file that is cut short, foreign or holds code
-        raise MetacvError(f"{path} is not a checkpoint of metacv, or is damaged") from None
+    except Exception as error:  # torch has many words for a file that is cut short, foreign or holds code
+        raise MetacvError(f"{path} is not a checkpoint of metacv, or is damaged") from error
     if not isinstance(content, dict) or WEIGHTS - content.keys():
         raise MetacvError(f"{path} is not a checkpoint of metacv")
     if content["format"] != FORMAT:
@@ -83,7 +83,7 @@ def load_weights(algorithm: Algorithm, content: dict[str, Any], path: Path) -> N
     except (RuntimeError, TypeError, AttributeError) as error:
         raise MetacvError(
             f"{path}: its weights do not fit its config ({str(error).splitlines()[-1].strip()})"
-        ) from None
+        ) from error
 
 
 def find(place: str, name: str) -> Path:

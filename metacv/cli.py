@@ -2,6 +2,8 @@
 
 import io
 import os
+import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -72,12 +74,24 @@ def _adjusted(command: str, words: list[str]) -> list[str]:
 def _resumed_folder(word: str) -> str | None:
     """resume=RUN goes on in RUN: its folder as Hydra takes it, or None for any other setting."""
     name, _, value = word.partition("=")
-    value = value.strip("'\"")
+    value = value.strip("'\"").replace("\\'", "'")
     if name != "resume" or value.lower() in ("true", "false", ""):
         return None
     path = Path(value).expanduser()
     folder = path if path.is_dir() else path.parent
-    return "'" + str(folder).replace("'", "\\'") + "'" if (folder / "last.pt").is_file() else None
+    return _quoted(str(folder)) if (folder / "last.pt").is_file() else None
+
+
+def setting(name: str, value: Path) -> str:
+    """`name=value` as it can be typed into a shell."""
+    if re.fullmatch(r"[\w./-]+", str(value)):
+        return f"{name}={value}"
+    return shlex.quote(f"{name}={_quoted(str(value))}")
+
+
+def _quoted(value: str) -> str:
+    """As Hydra takes text of any characters."""
+    return "'" + value.replace("'", "\\'") + "'"
 
 
 def _run(command: str, words: list[str]) -> None:

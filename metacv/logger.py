@@ -12,20 +12,21 @@ from metacv.files import write_bytes_atomically
 
 
 class Logger:
-    """Appends to a run's folder; what an interrupted run wrote after `step` is taken back."""
+    """Appends to a run's folder; what an interrupted run wrote after `step`, or `validated`, is taken back."""
 
-    def __init__(self, folder: Path, step: int) -> None:
+    def __init__(self, folder: Path, step: int, validated: int) -> None:
         path = folder / "metrics.jsonl"
         kept = []
         for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
             try:
-                if json.loads(line)["step"] <= step:
+                content = json.loads(line)
+                if content["step"] <= (validated if "val/accuracy" in content else step):
                     kept.append(line + "\n")
             except (ValueError, KeyError, TypeError):
                 continue  # the line that a kill cut short
         write_bytes_atomically(path, "".join(kept).encode())
         self.file = path.open("a")
-        self.tensorboard = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+        self.tensorboard = SummaryWriter(str(folder), purge_step=step + 1)
 
     def __enter__(self) -> "Logger":
         return self

@@ -22,9 +22,10 @@ from metacv.algorithms.base import Algorithm
 from metacv.build import check_settings
 from metacv.config import TrainConfig
 from metacv.data.episodes import EpisodeSampler
+from metacv.files import write_bytes_atomically
 from metacv.logger import Logger
 
-# What may change when a run goes on: none of it changes what a step computes.
+# What may change when a run goes on: none of it changes what a step computes, but for the last bits on another device.
 RESUMABLE = {"resume", "steps", "eval_every", "patience", "log_every", "device", "data_dir"}
 
 
@@ -91,7 +92,7 @@ class Run:
             self.best, self.since_best = dict(state["best"]), int(state["since_best"])
             self.window = list(state["window"].to(self.sampler.device))
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-            raise MetacvError(f"{path}: its state does not fit its config ({error})") from None
+            raise MetacvError(f"{path}: its state does not fit its config ({error})") from error
         if self.step > self.config["steps"]:
             raise MetacvError(f"steps={self.config['steps']} but {path} is at step {self.step}")
 
@@ -172,19 +173,19 @@ def begin_or_resume(
     but for what is RESUMABLE.
     """
     last = folder / "last.pt"
+    here = checkpoint.load(last, checkpoint.STATE) if last.exists() else None
+    if here is not None:
+        show_config(folder, here["config"], here["overrides"])
     if cfg.resume is False:
-        if last.exists():
-            state = checkpoint.load(last, checkpoint.STATE)
-            show_config(folder, state["config"], state["overrides"])
+        if here is not None:
             raise MetacvError(f"hydra.run.dir={folder} holds a run: resume=true goes on with it")
         return plain(cfg), None, overrides
-    if cfg.resume is True and not last.exists():
+    if cfg.resume is True and here is None:
         raise MetacvError(f"resume=true but {folder} holds no last.pt: give resume=RUN, or hydra.run.dir=RUN too")
     path = last if cfg.resume is True else checkpoint.find(str(cfg.resume), "last.pt")
     state = checkpoint.load(path, checkpoint.STATE)
-    if last.exists() and not path.samefile(last):
+    if here is not None and not path.samefile(last):
         raise MetacvError(f"resume={cfg.resume} but hydra.run.dir={folder} holds another run")
-    show_config(folder, state["config"], state["overrides"])
     own = state["overrides"]
     again = {"resume", *(word for word in own if word[0] in "+~")}  # a key is added or deleted only once
     overrides = own + [word for word in overrides if word not in again and word.split("=")[0] not in again]
@@ -209,8 +210,8 @@ def show_config(folder: Path, config: dict[str, Any], overrides: list[str]) -> N
     """Puts right what Hydra writes into .hydra of a run's folder before this program can refuse a command."""
     shown = folder / ".hydra"
     if shown.is_dir():
-        OmegaConf.save(config, shown / "config.yaml")
-        OmegaConf.save(overrides, shown / "overrides.yaml")
+        write_bytes_atomically(shown / "config.yaml", OmegaConf.to_yaml(config).encode())
+        write_bytes_atomically(shown / "overrides.yaml", OmegaConf.to_yaml(overrides).encode())
 
 
 def _differences(here: Any, there: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from metacv import MetacvError, checkpoint
 from metacv.algorithms.base import Algorithm
 from metacv.build import build_algorithm, build_dataset, build_optimizer, pick_device
+from metacv.cli import setting
 from metacv.data.episodes import EpisodeList, EpisodeSampler
 from metacv.evaluate import check_norm, evaluate_episodes, summary
 from metacv.files import write_bytes_atomically
@@ -33,7 +34,7 @@ def train(cfg: DictConfig, folder: Path, overrides: list[str]) -> float:
         if resumed is not None:
             run.load(*resumed)
         with (
-            Logger(folder, run.step) as logger,
+            Logger(folder, run.step, run.validated) as logger,
             StopSignals() as stop,
             tqdm(total=config["steps"], initial=run.step, unit="step", disable=None) as bar,
         ):
@@ -66,9 +67,13 @@ def train(cfg: DictConfig, folder: Path, overrides: list[str]) -> float:
                     run.stop_if_not_finite(folder)
                     run.save(folder, logger)
                     bar.close()
-                    print(f"stopped at step {run.step}; go on with: metacv train resume={folder}")
+                    print(f"stopped at step {run.step}; go on with: metacv train {setting('resume', folder)}")
                     raise SystemExit(128 + stop.received)
+    if run.step < config["steps"]:
+        print(f"stopped at step {run.step}: no new best in {run.since_best} validations (patience)")
     report(config, run.best, folder)
+    if stop.received:  # as all was done
+        raise SystemExit(128 + stop.received)
     return run.best["accuracy"]
 
 
@@ -127,6 +132,6 @@ def report(config: dict[str, Any], best: dict[str, float], folder: Path) -> None
         f"best in validation: {100 * best['accuracy']:.2f} ± {100 * best['ci95']:.2f} % at step {best['step']} "
         f"({config['way']}-way {config['shot']}-shot, {config['eval_episodes']} episodes, {config['norm']})\n"
         f"checkpoint: {folder / 'best.pt'}\n"
-        f"on test:    metacv evaluate checkpoint={folder}\n"
+        f"on test:    metacv evaluate {setting('checkpoint', folder)}\n"
         f"curves:     tensorboard --logdir {folder}"
     )

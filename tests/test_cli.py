@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, TRAIN
+from conftest import ALGORITHMS, SMALL, TRAIN
 
 from metacv import completion
 from metacv.config_dir import config_dir
@@ -94,6 +94,7 @@ def test_another_data_set_is_taken_as_it_is(run):
         (("train", "optimizer.lr=-1"), "optimizer: Invalid learning rate"),
         (("train", "+foo=1"), "foo: there is no such setting"),
         (("train", "algo.way=1"), "way=1: must be at least 2"),
+        (("train", "algo.way=4"), "algo.way=4 but train_way=5: the head is trained for train_way classes"),
         (("train", "backbone.padding=1000"), "padding=1000: one value"),
         (("train", "data_dir=''"), "data_dir is empty"),
         (("train", "steps=0"), "steps=0: must be positive"),
@@ -276,7 +277,7 @@ def test_help_names_the_commands_and_each_commands_help_its_choices(metacv):
         return subprocess.run(command_line, check=True, capture_output=True, text=True).stdout
 
     train = text("train")
-    assert "algo: maml, protonet, relationnet, reptile" in train
+    assert f"algo: {', '.join(ALGORITHMS)}" in train
     assert "meta_batch: 4" in train
     assert "episodes: 600" in text("evaluate")
 

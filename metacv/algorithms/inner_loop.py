@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from metacv import MetacvError
 from metacv.algorithms.base import Algorithm, in_fixed_chunks, uses_batch_statistics
 from metacv.backbones import Backbone
 from metacv.data.episodes import TaskBatch
@@ -65,6 +66,8 @@ class InnerLoop(Algorithm):
         """The parameters with a head for `way` classes, by the rule above."""
         if way == self.way:
             return params
+        if self.training:
+            raise MetacvError(f"algo.way={self.way} but train_way={way}: the head is trained for train_way classes")
         head = {name: params[name] for name in ("head.weight", "head.bias")}
         return params | {
             name: rows.mean(0, keepdim=True).repeat(way, *[1] * (rows.dim() - 1)) for name, rows in head.items()

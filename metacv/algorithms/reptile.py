@@ -75,7 +75,7 @@ class Reptile(InnerLoop):
                             moments[name] = BETA2 * moments[name] + (1 - BETA2) * grad.square()
                             grad = grad / ((moments[name] / (1 - BETA2**count)).sqrt() + EPSILON)
                         params[name] = weight - self.inner_lr * grad
-        if self.training and not self.reset_moments and self.inner_optimizer == "adam" and way == self.way:
+        if self.training and not self.reset_moments and self.inner_optimizer == "adam":
             self.moment_steps.fill_(count)
             for name, moment in moments.items():
                 self.get_buffer(_buffer(name)).copy_(moment)
