@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from metacv.cli import COMMANDS
 from metacv.config_dir import config_dir
 
 # The shell's word begins after the last `=`, so only what follows it is answered; fish replaces the whole word.
@@ -44,9 +45,9 @@ def candidates(line: str) -> list[str]:
     words = line.split()[1:] + ([""] if line.endswith(" ") else [])
     last = words[-1] if words else ""
     if len(words) <= 1:
-        return [word for word in ("train", "evaluate") if word.startswith(last)]
+        return [word for word in COMMANDS if word.startswith(last)]
     command, root = words[0], config_dir()
-    if command not in ("train", "evaluate"):
+    if command not in COMMANDS:
         return []
     choices = {
         group.name: sorted(file.relative_to(group).with_suffix("").as_posix() for file in group.rglob("*.yaml"))

@@ -183,16 +183,16 @@ def begin_or_resume(
     if cfg.resume is True and here is None:
         raise MetacvError(f"resume=true but {folder} holds no last.pt: give resume=RUN, or hydra.run.dir=RUN too")
     path = last if cfg.resume is True else checkpoint.find(str(cfg.resume), "last.pt")
-    state = checkpoint.load(path, checkpoint.STATE)
+    state = here if path == last and here is not None else checkpoint.load(path, checkpoint.STATE)
     if here is not None and not path.samefile(last):
         raise MetacvError(f"resume={cfg.resume} but hydra.run.dir={folder} holds another run")
     own = state["overrides"]
     again = {"resume", *(word for word in own if word[0] in "+~")}  # a key is added or deleted only once
     overrides = own + [word for word in overrides if word not in again and word.split("=")[0] not in again]
     config = plain(compose("train", overrides))
-    for name, here, there in _differences(config, state["config"]):
+    for name, given, trained in _differences(config, state["config"]):
         if name.split(".")[0] not in RESUMABLE:
-            raise MetacvError(f"resume: {name} is {here} but {path} was trained with {there}")
+            raise MetacvError(f"resume: {name} is {given} but {path} was trained with {trained}")
     if path.parent.resolve() != folder.resolve():
         for name in ("best.pt", "metrics.jsonl"):
             if (path.parent / name).exists():
