@@ -2,6 +2,8 @@
 
 import dataclasses
 import importlib
+import platform
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -113,6 +115,18 @@ def build_optimizer(config: dict[str, Any], algorithm: Algorithm) -> tuple[Optim
     if isinstance(schedule, ReduceLROnPlateau):
         raise MetacvError("schedule: ReduceLROnPlateau is not a function of the step; take another")
     return optimizer, schedule
+
+
+def describe_device(device: torch.device) -> str:
+    """The hardware, for a result's reader."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    threads = torch.get_num_threads()
+    return f"{found[1] if found else platform.processor() or 'CPU'}, {threads} thread{'s' * (threads > 1)}"
 
 
 def pick_device(name: str) -> torch.device:

@@ -79,17 +79,17 @@ def _resumed_folder(word: str) -> str | None:
         return None
     path = Path(value).expanduser()
     folder = path if path.is_dir() else path.parent
-    return _quoted(str(folder)) if (folder / "last.pt").is_file() else None
+    return quoted(str(folder)) if (folder / "last.pt").is_file() else None
 
 
 def setting(name: str, value: Path) -> str:
     """`name=value` as it can be typed into a shell."""
     if re.fullmatch(r"[\w./-]+", str(value)):
         return f"{name}={value}"
-    return shlex.quote(f"{name}={_quoted(str(value))}")
+    return shlex.quote(f"{name}={quoted(str(value))}")
 
 
-def _quoted(value: str) -> str:
+def quoted(value: str) -> str:
     """As Hydra takes text of any characters."""
     return "'" + value.replace("'", "\\'") + "'"
 

@@ -1,5 +1,6 @@
 """Tab completion, read off configs/ without Hydra so that <TAB> answers at once."""
 
+import functools
 import os
 import sys
 from pathlib import Path
@@ -58,10 +59,11 @@ def candidates(line: str) -> list[str]:
     if equals:
         before = value[: value.rfind(",") + 1]  # of a sweep: algo=maml,protonet
         return [word for c in choices.get(key, []) if (word := f"{key}={before}{c}").startswith(last)]
-    chosen = dict(word.split("=", 1) for word in words[1:-1] if "=" in word)
+    given = dict(word.split("=", 1) for word in words[1:-1] if "=" in word)
     path = root / f"{command}.yaml"
     config = _read(path)
-    for default in yaml.safe_load(path.read_text())["defaults"]:
+    chosen = _overridden(root / "experiment" / f"{given.get('experiment')}.yaml") | given
+    for default in _defaults(path):
         group, name = next(iter(default.items())) if isinstance(default, dict) else ("", None)
         name = chosen.get(group, name)
         if name and group in choices:
@@ -73,22 +75,47 @@ def candidates(line: str) -> list[str]:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    """The settings of a file and of those that it builds on."""
+    result: dict[str, Any] = {}
+    for base in _bases(path):
+        _merge(result, _read(base))
+    _merge(result, {key: value for key, value in _content(path).items() if key not in ("defaults", "hydra")})
+    return result
+
+
+def _overridden(path: Path) -> dict[str, str]:
+    """The choices that an experiment, or one that it builds on, makes in other groups."""
+    found: dict[str, str] = {}
+    for base in _bases(path):
+        found |= _overridden(base)
+    for default in _defaults(path):
+        if isinstance(default, dict):
+            found |= {key.removeprefix("override /"): name for key, name in default.items()}
+    return found
+
+
+def _bases(path: Path) -> list[Path]:
+    names = [name for name in _defaults(path) if isinstance(name, str) and not name.startswith("_")]
+    return [(config_dir() if name.startswith("/") else path.parent) / f"{name.lstrip('/')}.yaml" for name in names]
+
+
+def _defaults(path: Path) -> list[str | dict[str, str]]:
+    return _content(path).get("defaults", [])
+
+
+@functools.cache
+def _content(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text()) or {}
+        return yaml.safe_load(path.read_text()) or {}
     except (OSError, yaml.YAMLError):
         return {}
-    result: dict[str, Any] = {}
-    for default in content.pop("defaults", []):
-        if isinstance(default, str) and not default.startswith("_"):
-            _merge(result, _read(path.with_name(f"{default}.yaml")))
-    _merge(result, content)
-    result.pop("hydra", None)
-    return result
 
 
 def _merge(into: dict[str, Any], other: dict[str, Any]) -> None:
     for key, value in other.items():
-        if isinstance(value, dict) and isinstance(into.get(key), dict):
+        if isinstance(value, dict):
+            if not isinstance(into.get(key), dict):
+                into[key] = {}
             _merge(into[key], value)
         else:
             into[key] = value

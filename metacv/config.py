@@ -17,6 +17,7 @@ class TrainConfig:
     way: int = MISSING
     shot: int = MISSING
     query: int = MISSING
+    episodes: int = MISSING
     train_way: int = MISSING
     train_shot: int = MISSING
     train_query: int = MISSING
@@ -45,7 +46,7 @@ class EvaluateConfig:
     way: int | None = None
     shot: int | None = None
     query: int | None = None
-    episodes: int = MISSING
+    episodes: int | None = None
     norm: str | None = None
     seed: int = MISSING
     device: str = MISSING

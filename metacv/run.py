@@ -4,6 +4,7 @@ import contextlib
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +27,7 @@ from metacv.files import write_bytes_atomically
 from metacv.logger import Logger
 
 # What may change when a run goes on: none of it changes what a step computes, but for the last bits on another device.
-RESUMABLE = {"resume", "steps", "eval_every", "patience", "log_every", "device", "data_dir"}
+RESUMABLE = {"resume", "episodes", "steps", "eval_every", "patience", "log_every", "device", "data_dir"}
 
 
 @dataclass
@@ -44,6 +45,12 @@ class Run:
     best: dict[str, float] = field(default_factory=lambda: {"accuracy": -1.0})
     since_best: int = 0  # validations
     window: list[Tensor] = field(default_factory=list)  # loss and accuracy of the steps not logged yet
+    began: float = field(default_factory=time.perf_counter)
+
+    @property
+    def seconds(self) -> float:
+        """Of work, without the time between a stop and a resume."""
+        return time.perf_counter() - self.began
 
     @property
     def validation_due(self) -> bool:
@@ -78,6 +85,7 @@ class Run:
             "validated": self.validated,
             "best": self.best,
             "since_best": self.since_best,
+            "seconds": self.seconds,
             "window": torch.stack(self.window).cpu() if self.window else torch.zeros(0, 2),
         }
 
@@ -90,6 +98,7 @@ class Run:
             checkpoint.set_random_states(state["random"])
             self.step, self.validated = int(state["step"]), int(state["validated"])
             self.best, self.since_best = dict(state["best"]), int(state["since_best"])
+            self.began = time.perf_counter() - float(state.get("seconds", 0))
             self.window = list(state["window"].to(self.sampler.device))
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise MetacvError(f"{path}: its state does not fit its config ({error})") from error
@@ -188,7 +197,8 @@ def begin_or_resume(
         raise MetacvError(f"resume={cfg.resume} but hydra.run.dir={folder} holds another run")
     own = state["overrides"]
     again = {"resume", *(word for word in own if word[0] in "+~")}  # a key is added or deleted only once
-    overrides = own + [word for word in overrides if word not in again and word.split("=")[0] not in again]
+    given = {word.split("=")[0]: word for word in overrides if {word, word.split("=")[0]}.isdisjoint(again)}
+    overrides = [word for word in own if word.split("=")[0] not in given] + list(given.values())
     config = plain(compose("train", overrides))
     for name, given, trained in _differences(config, state["config"]):
         if name.split(".")[0] not in RESUMABLE:

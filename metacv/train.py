@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from metacv import MetacvError, checkpoint
 from metacv.algorithms.base import Algorithm
-from metacv.build import build_algorithm, build_dataset, build_optimizer, pick_device
+from metacv.build import build_algorithm, build_dataset, build_optimizer, describe_device, pick_device
 from metacv.cli import setting
 from metacv.data.episodes import EpisodeList, EpisodeSampler
 from metacv.evaluate import check_norm, evaluate_episodes, summary
@@ -33,6 +33,7 @@ def train(cfg: DictConfig, folder: Path, overrides: list[str]) -> float:
         run, validation = prepare(config, overrides)
         if resumed is not None:
             run.load(*resumed)
+        finished_before = run.finished
         with (
             Logger(folder, run.step, run.validated) as logger,
             StopSignals() as stop,
@@ -71,7 +72,7 @@ def train(cfg: DictConfig, folder: Path, overrides: list[str]) -> float:
                     raise SystemExit(128 + stop.received)
     if run.step < config["steps"]:
         print(f"stopped at step {run.step}: no new best in {run.since_best} validations (patience)")
-    report(config, run.best, folder)
+    report(run, folder, write=not finished_before or not (folder / "result.json").exists())
     if stop.received:  # as all was done
         raise SystemExit(128 + stop.received)
     return run.best["accuracy"]
@@ -124,10 +125,18 @@ def clip(algorithm: Algorithm, norm: float | None, value: float | None) -> None:
             nn.utils.clip_grad_value_(parameters, value)
 
 
-def report(config: dict[str, Any], best: dict[str, float], folder: Path) -> None:
-    tested = {name: config[name] for name in ("norm", "way", "shot", "query", "eval_episodes")}
-    result = {"split": "val"} | best | tested
-    write_bytes_atomically(folder / "result.json", (json.dumps(result, indent=2) + "\n").encode())
+def report(run: Run, folder: Path, write: bool) -> None:
+    """`write` is False where a finished run was only looked at again, on whatever machine."""
+    config, best = run.config, run.best
+    result = (
+        {"split": "val"}
+        | best
+        | {name: config[name] for name in ("norm", "way", "shot", "query", "eval_episodes", "seed")}
+        | {"steps": run.step, "seconds": round(run.seconds, 1), "device": describe_device(run.sampler.device)}
+        | {"torch": torch.__version__, "overrides": run.overrides}
+    )
+    if write:
+        write_bytes_atomically(folder / "result.json", (json.dumps(result, indent=2) + "\n").encode())
     print(
         f"best in validation: {100 * best['accuracy']:.2f} ± {100 * best['ci95']:.2f} % at step {best['step']} "
         f"({config['way']}-way {config['shot']}-shot, {config['eval_episodes']} episodes, {config['norm']})\n"

@@ -40,6 +40,12 @@ def test_evaluate_reports_what_the_number_depends_on(run):
     assert f"accuracy {100 * found['accuracy']:.2f} ± {100 * found['ci95']:.2f} %" in out
 
 
+def test_evaluate_takes_as_many_episodes_as_the_checkpoint_says(metacv):
+    assert metacv("train", "algo=protonet", *TRAIN, "episodes=7", "hydra.run.dir=run")[0] == 0
+    assert metacv("evaluate", "checkpoint=run", "hydra.run.dir=evaluation")[0] == 0
+    assert result()["episodes"] == 7
+
+
 def test_evaluate_takes_a_file_or_a_run_and_gives_the_same_number_twice(run):
     numbers = []
     for checkpoint in ("run", "run/best.pt"):
@@ -279,7 +285,7 @@ def test_help_names_the_commands_and_each_commands_help_its_choices(metacv):
     train = text("train")
     assert f"algo: {', '.join(ALGORITHMS)}" in train
     assert "meta_batch: 4" in train
-    assert "episodes: 600" in text("evaluate")
+    assert "episodes: null" in text("evaluate")
 
 
 def quickest(*arguments: str, **environment: str) -> float:
@@ -309,6 +315,9 @@ def test_help_and_completion_answer_at_once():
         ("metacv train clip", ["clip_norm=", "clip_value="]),
         ("metacv evaluate dataset=o", ["dataset=omniglot"]),
         ("metacv evaluate ch", ["checkpoint="]),
+        ("metacv train experiment=omniglot/protonet_5w5s algo.m", ["algo.metric="]),
+        ("metacv train experiment=omniglot/protonet_5w5s dataset.co", ["dataset.counts."]),
+        ("metacv train experiment=omniglot/reptile_5w1s algo=maml algo.eval_", ["algo.eval_inner_steps="]),
         ("metacv train nothing", []),
         ("metacv nothing ", []),
     ],

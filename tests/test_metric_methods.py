@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import Identity, SmoothNet, random_tasks
 from torch import nn
 
@@ -45,11 +46,14 @@ def test_protonet_loss_is_the_cross_entropy_of_the_softmax_over_distances():
 
 
 class DotProduct(nn.Module):
-    """A relation module that a hand can calculate: the dot product of the two halves."""
+    """l . r = ((l + r)^2 - (l^2 + r^2)) / 2, from the sum of a pair's halves as relation modules take it."""
 
-    def forward(self, pairs):
-        left, right = pairs.flatten(1).chunk(2, dim=1)
-        return (left * right).sum(1)
+    def first_layer(self, images, part):
+        return torch.cat([images.flatten(1), images.flatten(1) ** 2], dim=1)
+
+    def forward(self, sums):
+        both, squares = sums.chunk(2, dim=1)
+        return (both**2 - squares).sum(1) / 2
 
 
 def test_relationnet_compares_the_sum_of_a_classs_support_maps_with_each_query():
@@ -84,7 +88,7 @@ def test_mlp_scores_are_never_negative_and_probabilities_sum_to_one():
     algorithm = RelationNet(SmoothNet(), relation="mlp")
     algorithm.relation.fc2.weight.data *= 100
     torch.testing.assert_close(algorithm(tasks).exp().sum(-1), torch.ones(2, 12))
-    assert (algorithm.relation(torch.randn(50, 2 * 36)) >= 0).all()
+    assert (algorithm.relation(torch.randn(50, 8)) >= 0).all()
 
 
 @pytest.mark.parametrize(("side", "maps", "features"), [(28, 5, 64), (84, 19, 64 * 3 * 3)])
@@ -93,6 +97,31 @@ def test_the_relation_module_has_the_papers_shapes(side, maps, features):
     assert encoder.out_shape == (64, maps, maps)
     module = ConvRelation(encoder.out_shape, hidden=8)
     assert module.fc1.in_features == features
-    scores = module(torch.randn(3, 128, maps, maps))
+    scores = module(torch.randn(3, 64, maps, maps))
     assert scores.shape == (3,)
     assert ((scores >= 0) & (scores <= 1)).all()
+
+
+@pytest.mark.parametrize("kind", ["conv", "mlp"])
+@pytest.mark.parametrize("training", [True, False])
+def test_scores_are_the_relation_modules_of_the_joined_pairs(kind, training):
+    """Support before query along the channels, through the layers as the paper draws them."""
+    torch.manual_seed(0)
+    algorithm = RelationNet(SmoothNet(image_shape=(1, 10, 10), channels=3), relation=kind).double().train(training)
+    left, right = torch.randn(2, 3, 3, 5, 5).double(), torch.randn(2, 4, 3, 5, 5).double()
+    module = algorithm.relation
+
+    def joined(task: int) -> torch.Tensor:
+        pairs = torch.stack([torch.cat([one, other]) for other in right[task] for one in left[task]])
+        if kind == "mlp":
+            return F.softplus(module.fc2(F.relu(module.fc1(pairs.flatten(1)))))
+        for conv, norm, *_ in module.blocks:
+            pairs = F.conv2d(pairs, conv.weight, conv.bias, padding=conv.padding)
+            pairs = F.batch_norm(pairs, norm.running_mean.clone(), norm.running_var.clone(), norm.weight, norm.bias,
+                                 training)  # fmt: skip
+            pairs = F.max_pool2d(F.relu(pairs), 2)
+        return torch.sigmoid(module.fc2(F.relu(module.fc1(pairs.flatten(1)))))
+
+    expected = torch.stack([joined(task).view(4, 3) for task in range(2)])
+    given = (left, right) if kind == "conv" else (left.flatten(2), right.flatten(2))
+    torch.testing.assert_close(algorithm.scores(*given), expected, rtol=1e-12, atol=1e-12)

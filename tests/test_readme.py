@@ -1,5 +1,6 @@
 """What the README promises: its example, its table of choices, and the wheel."""
 
+import itertools
 import json
 import os
 import re
@@ -44,13 +45,19 @@ def test_the_example_of_a_new_algorithm_works_as_it_stands(tmp_path, data_dir):
     assert "matchingnet" in run(place, tmp_path, data_dir, "train", "--help").stdout
 
 
+def expanded(word: str) -> list[str]:
+    """a{b,c} as a shell has it: ab ac."""
+    parts = [part.strip("{}").split(",") for part in re.findall(r"\{.*?\}|[^{}]+", word)]
+    return ["".join(choice) for choice in itertools.product(*parts)]
+
+
 @pytest.mark.parametrize("group", ["algo", "backbone", "dataset", "optimizer", "schedule", "experiment"])
 def test_the_table_of_choices_lists_the_files_of_configs(group):
     row = re.search(rf"^\| `{group}/` \| (.*?) \|", README, re.MULTILINE)
     files = sorted(p.relative_to(config_dir() / group).with_suffix("").as_posix()
                    for p in (config_dir() / group).rglob("*.yaml"))  # fmt: skip
     assert row is not None
-    assert sorted(re.findall(r"`([\w/]+)`", row[1])) == files
+    assert sorted(name for word in re.findall(r"`([\w/{},]+)`", row[1]) for name in expanded(word)) == files
 
 
 def test_every_file_and_folder_that_the_readme_links_is_there():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -41,7 +42,7 @@ def assert_same_run(one: str | Path, other: str | Path) -> None:
     """Bit for bit: weights, optimizer, sampler, random states, best and metrics."""
     ours, theirs = (torch.load(Path(folder) / "last.pt", weights_only=True) for folder in (one, other))
     for content in (ours, theirs):
-        del content["config"], content["overrides"]
+        del content["config"], content["overrides"], content["seconds"]
 
     def compare(a, b, name):
         assert type(a) is type(b), name
@@ -309,6 +310,20 @@ def test_eight_jobs_of_a_sweep_leave_eight_results(metacv):
     results = [json.loads(path.read_text()) for path in Path("sweep").glob("*/result.json")]
     assert sorted(result["shot"] for result in results) == [1] * 4 + [5] * 4
     assert len(list(Path("sweep").glob("*/best.pt"))) == 8
+
+
+def test_the_time_of_a_run_is_what_was_worked_and_not_what_lay_between(metacv):
+    assert metacv("train", "algo=protonet", *TRAIN, "steps=2", "device=cpu", RUN)[0] == 0
+    first = json.loads(Path("run/result.json").read_text())["seconds"]
+    last = torch.load("run/last.pt", weights_only=True)
+    torch.save(last | {"seconds": last["seconds"] + 1000}, "run/last.pt")
+    start = time.perf_counter()
+    assert metacv("train", "resume=run", "steps=4")[0] == 0
+    result = json.loads(Path("run/result.json").read_text())
+    assert 1000 < result["seconds"] < 1000 + first + time.perf_counter() - start
+    assert result["steps"] == 4
+    assert result["torch"] == torch.__version__
+    assert re.search(r"\S.*, \d+ threads?$", result["device"])
 
 
 def test_training_never_loads_the_test_split(metacv, monkeypatch):

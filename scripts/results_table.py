@@ -1,0 +1,265 @@
+"""Writes RESULTS.md, and the measured lines at the head of each experiment, from the files in outputs/reference alone.
+
+python scripts/results_table.py
+"""
+
+import json
+import re
+import shlex
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+
+from metacv import checkpoint
+from metacv.config import TrainConfig
+from metacv.run import plain
+
+ROOT = Path(__file__).resolve().parent.parent
+CELLS = ["5w1s", "5w5s", "20w1s", "20w5s"]
+METHODS = {
+    "maml": "MAML",
+    "fomaml": "FOMAML",
+    "reptile": "Reptile",
+    "protonet": "ProtoNet",
+    "relationnet": "RelationNet",
+}
+PAPER = ["method", "task", "protocol", "paper", "ours", "difference", "reproduced", "steps", "time", "hardware"]
+SCALES = ["method", "steps", "with the mean", "with the sum", "difference"]
+# runs that differ in the inner loss alone: with the mean, with the sum
+LOSS_SCALE = {"maml": ("loss_scale/maml_mean", "maml_5w1s"), "fomaml": ("fomaml_5w1s", "loss_scale/fomaml_sum")}
+FILES = ["best.pt", "config.yaml", "metrics.jsonl", "train.json", "common.json", "result.json"]
+MEASURED = re.compile(r"# (measured|trained|command) ")  # the lines of a head that are written here
+ELSEWHERE = {"experiment", "data_dir", "device", "resume"}  # overrides that a command is shown without
+
+
+class Kept:
+    """A folder of outputs/reference: one trained model and what it was measured to be."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __bool__(self) -> bool:
+        """Whether all is there, and both evaluations are of this checkpoint."""
+        if not all((self.folder / name).exists() for name in FILES):
+            return False
+        digest = checkpoint.file_hash(self.folder / "best.pt")
+        return all(found["checkpoint_sha256"] == digest for found in [*self.paper.values(), self.common])
+
+    def _json(self, name: str) -> dict[str, Any]:
+        return json.loads((self.folder / name).read_text())
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        return yaml.safe_load((self.folder / "config.yaml").read_text())
+
+    @cached_property
+    def paper(self) -> dict[str, dict[str, Any]]:
+        """By batch norm mode, under the paper's protocol."""
+        found = self._json("result.json")
+        return {found["norm"]: found} if "norm" in found else found
+
+    @property
+    def own(self) -> dict[str, Any]:
+        """As the paper measures."""
+        return self.paper[self.config["norm"]]
+
+    @cached_property
+    def common(self) -> dict[str, Any]:
+        return self._json("common.json")
+
+    @cached_property
+    def train(self) -> dict[str, Any]:
+        return self._json("train.json")
+
+    @property
+    def changes(self) -> list[str]:
+        """What was set otherwise than the experiment says."""
+        words = {word.split("=")[0]: word for word in self.train["overrides"]}
+        return [word for name, word in words.items() if name not in ELSEWHERE]
+
+
+class Experiment:
+    """One file of configs/experiment/omniglot, and what is kept of it."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.path = ROOT / f"configs/experiment/omniglot/{name}.yaml"
+        self.lines = self.path.read_text().splitlines()
+        self.kept = Kept(ROOT / "outputs/reference/omniglot" / name)
+        self.config = plain(compose("train", [f"experiment=omniglot/{name}"]))
+
+    @property
+    def published(self) -> dict[str, tuple[str, str]]:
+        """Mean and interval ("" if none) by batch norm mode, of `# paper     98.7 ± 0.4 %; inductive 95.4 ± 0.1 %`."""
+        (line,) = [line for line in self.lines if line.startswith("# paper ")]
+        found = re.findall(r"(inductive )?(\d+\.\d+)(?: ± (\d+\.\d+))? %", line)
+        return {norm.strip() or self.config["norm"]: (mean, around) for norm, mean, around in found}
+
+    @property
+    def budget(self) -> str:
+        done, full = self.kept.train["steps"], self.config["steps"]
+        shared = self.kept.train.get("steps_of")  # of an experiment that trains in just the same way
+        return (f"{done}" if done == full else f"{done} of {full}") + (f", those of {shared}" if shared else "")
+
+    @property
+    def time(self) -> str:
+        return f"{self.kept.train['seconds'] / 60:.0f} min"
+
+    def text(self) -> str:
+        """The file with its measured lines as they ought to be."""
+        command = f"# command   python scripts/reproduce.py {self.name}"
+        lines = ["# measured  not run", command]
+        if self.kept:
+            own, *others = self.published
+            found = [percent(self.kept.paper[own]), *(f"{norm} {percent(self.kept.paper[norm])}" for norm in others)]
+            lines = [
+                f"# measured  {'; '.join(found)}; under the common protocol {percent(self.kept.common)}",
+                f"# trained   {self.budget} steps in {self.time}, {self.kept.train['device']}",
+                command + (f" -- {shlex.join(self.kept.changes)}" if self.kept.changes else ""),
+            ]
+        head = [line for line in self.lines if not MEASURED.match(line)]
+        below = next(i for i, line in enumerate(head) if line.startswith("# paper ")) + 1
+        return "\n".join([*head[:below], *lines, *head[below:]]) + "\n"
+
+    def rows(self) -> list[list[str]]:
+        """Of the table under the papers' protocols: one for each published number."""
+        return [self._row(norm, mean, around) for norm, (mean, around) in self.published.items()]
+
+    def _row(self, norm: str, mean: str, around: str) -> list[str]:
+        method, cell = self.name.split("_")
+        tested = self.kept.config if self.kept else self.config
+        protocol = (
+            f"{tested['query']} quer{'y' if tested['query'] == 1 else 'ies'} a class, {norm}, "
+            f"rotation {tested['dataset']['test_rotation']}, {tested['episodes']} episodes"
+        )
+        start = [METHODS[method], cell, protocol, f"{mean} ± {around}" if around else mean]
+        if not self.kept:
+            return [*start, "not run", *[""] * 5]
+        found = self.kept.paper[norm]
+        ours, ci95 = 100 * found["accuracy"], 100 * found["ci95"]
+        return [
+            *start,
+            f"[{ours:.2f} ± {ci95:.2f}](outputs/reference/omniglot/{self.name})",
+            f"{ours - float(mean):+.2f}",
+            "yes" if ours >= float(mean) - (float(around) if around else ci95) else "no",
+            self.budget,
+            self.time,
+            self.kept.train["device"],
+        ]
+
+
+def main() -> None:
+    for path, text in files().items():
+        path.write_text(text)
+        print(path.relative_to(ROOT))
+
+
+def files() -> dict[Path, str]:
+    """Every file that this script writes, with what belongs in it."""
+    ConfigStore.instance().store(name="train_schema", node=TrainConfig)
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        experiments = {name: Experiment(name) for cell in CELLS for method in METHODS for name in [f"{method}_{cell}"]}
+    return {e.path: e.text() for e in experiments.values()} | {ROOT / "RESULTS.md": results(experiments)}
+
+
+def results(experiments: dict[str, Experiment]) -> str:
+    common = [
+        [
+            name,
+            *(percent(e.kept.common) if (e := experiments[f"{method}_{cell}"]).kept else "not run" for cell in CELLS),
+        ]
+        for method, name in METHODS.items()
+    ]
+    changes = [f"- `{e.name}`: `{shlex.join(e.kept.changes)}`" for e in experiments.values() if e.kept]
+    return PAGE.format(
+        paper=table(PAPER, [row for e in experiments.values() for row in e.rows()]),
+        changes="\n".join(changes) or "None was run.",
+        common=table(["method", *CELLS], common),
+        scales=loss_scale(),
+    )
+
+
+def loss_scale() -> str:
+    """MAML and FOMAML with either inner loss, at the last step at which both were validated."""
+    rows = []
+    for method, folders in LOSS_SCALE.items():
+        kept = [ROOT / "outputs/reference/omniglot" / folder for folder in folders]
+        if all((folder / "metrics.jsonl").exists() for folder in kept):
+            mean, summed = (validations(folder) for folder in kept)
+            step = max(mean.keys() & summed.keys())
+            gain = summed[step]["accuracy"] - mean[step]["accuracy"]
+            ci95 = (summed[step]["ci95"] ** 2 + mean[step]["ci95"] ** 2) ** 0.5
+            row = [METHODS[method], f"{step}", percent(mean[step]), percent(summed[step])]
+            rows.append([*row, f"{100 * gain:+.2f} ± {100 * ci95:.2f}"])
+    return table(SCALES, rows) if rows else "Not run."
+
+
+def validations(folder: Path) -> dict[int, dict[str, float]]:
+    """Accuracy and interval by step."""
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return {
+        line["step"]: {"accuracy": line["val/accuracy"], "ci95": line["val/ci95"]}
+        for line in lines
+        if "val/accuracy" in line
+    }
+
+
+def percent(found: dict[str, Any]) -> str:
+    return f"{100 * found['accuracy']:.2f} ± {100 * found['ci95']:.2f} %"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
+
+
+PAGE = """\
+# Results
+
+Written by `python scripts/results_table.py`: every accuracy, time and step count comes from a file in
+outputs/reference. Each folder there holds a checkpoint, its config, the metrics of its training and its results;
+`metacv evaluate checkpoint=outputs/reference/omniglot/protonet_5w1s` gives the number of its row again. Accuracies are
+in %, with 1.96 standard errors over episodes on each side.
+
+## Omniglot, each method under its paper's protocol
+
+`python scripts/reproduce.py NAME` trains and tests a row from nothing. *Steps* are those that were run, of those that
+the experiment names. *Time* is that of training with its validations. *Reproduced* means a mean at or above the lower
+end of the paper's interval or, where the paper gives none, within our own interval of its number.
+
+{paper}
+
+These numbers cannot be compared between methods: each paper tests in its own way. What was set otherwise than the
+experiment says, to fit the time:
+
+{changes}
+
+All experiments depart from the papers in two ways. The test characters are the same 423 for all, drawn by
+`dataset.split_seed`; the papers drew their own, Prototypical Networks from a published list. Reptile and Relation
+Networks trained on all other 1200 and chose no checkpoint, or chose it on test characters; here 100 of the 1200 are
+for choosing. And the images are resized with `dataset.resample=lanczos`. The papers' code asks Pillow for that or for
+nothing, but Pillow resizes the one-bit files of Omniglot by nearest neighbour whatever it is asked, so the papers'
+networks saw black and white (`dataset.resample=nearest`).
+
+## Omniglot, all methods under one protocol
+
+The same models on the same tasks, of characters that no experiment trains or selects on: 2000 episodes, 15 queries a
+class, no rotations, and inductive batch norm (no query sees another). Each model is as far trained as above.
+
+{common}
+
+## The scale of MAML's inner loss
+
+The paper says 0.4 for the inner learning rate of 5-way Omniglot. Its code sums the loss over classes where other
+implementations take the mean (`algo.inner_loss`), which makes its step `way` times as long, as 2.0 would with the mean.
+In validation after as many steps, 5-way 1-shot, all else equal and 0.4 with both:
+
+{scales}
+"""
+
+
+if __name__ == "__main__":
+    main()
