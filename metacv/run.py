@@ -40,6 +40,7 @@ class Run:
     optimizer: Optimizer
     schedule: LRScheduler
     sampler: EpisodeSampler
+    hardware: str
     step: int = 0
     validated: int = 0  # the step of the last validation
     best: dict[str, float] = field(default_factory=lambda: {"accuracy": -1.0})
@@ -86,6 +87,7 @@ class Run:
             "best": self.best,
             "since_best": self.since_best,
             "seconds": self.seconds,
+            "hardware": self.hardware,
             "window": torch.stack(self.window).cpu() if self.window else torch.zeros(0, 2),
         }
 
@@ -100,6 +102,8 @@ class Run:
             self.best, self.since_best = dict(state["best"]), int(state["since_best"])
             self.began = time.perf_counter() - float(state.get("seconds", 0))
             self.window = list(state["window"].to(self.sampler.device))
+            if self.finished:  # and so is not trained any more on what it is looked at with
+                self.hardware = str(state.get("hardware", self.hardware))
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise MetacvError(f"{path}: its state does not fit its config ({error})") from error
         if self.step > self.config["steps"]:

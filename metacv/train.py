@@ -33,7 +33,6 @@ def train(cfg: DictConfig, folder: Path, overrides: list[str]) -> float:
         run, validation = prepare(config, overrides)
         if resumed is not None:
             run.load(*resumed)
-        finished_before = run.finished
         with (
             Logger(folder, run.step, run.validated) as logger,
             StopSignals() as stop,
@@ -72,7 +71,7 @@ def train(cfg: DictConfig, folder: Path, overrides: list[str]) -> float:
                     raise SystemExit(128 + stop.received)
     if run.step < config["steps"]:
         print(f"stopped at step {run.step}: no new best in {run.since_best} validations (patience)")
-    report(run, folder, write=not finished_before or not (folder / "result.json").exists())
+    report(run, folder)
     if stop.received:  # as all was done
         raise SystemExit(128 + stop.received)
     return run.best["accuracy"]
@@ -111,7 +110,8 @@ def prepare(config: dict[str, Any], overrides: list[str]) -> tuple[Run, EpisodeL
     torch.manual_seed(config["seed"])
     algorithm = build_algorithm(config, training.bank.image_shape).to(device)
     optimizer, schedule = build_optimizer(config, algorithm)
-    return Run(config, overrides, algorithm, optimizer, schedule, training), validation
+    run = Run(config, overrides, algorithm, optimizer, schedule, training, describe_device(device))
+    return run, validation
 
 
 def clip(algorithm: Algorithm, norm: float | None, value: float | None) -> None:
@@ -125,18 +125,16 @@ def clip(algorithm: Algorithm, norm: float | None, value: float | None) -> None:
             nn.utils.clip_grad_value_(parameters, value)
 
 
-def report(run: Run, folder: Path, write: bool) -> None:
-    """`write` is False where a finished run was only looked at again, on whatever machine."""
+def report(run: Run, folder: Path) -> None:
     config, best = run.config, run.best
     result = (
         {"split": "val"}
         | best
         | {name: config[name] for name in ("norm", "way", "shot", "query", "eval_episodes", "seed")}
-        | {"steps": run.step, "seconds": round(run.seconds, 1), "device": describe_device(run.sampler.device)}
+        | {"steps": run.step, "seconds": round(run.seconds, 1), "device": run.hardware}
         | {"torch": torch.__version__, "overrides": run.overrides}
     )
-    if write:
-        write_bytes_atomically(folder / "result.json", (json.dumps(result, indent=2) + "\n").encode())
+    write_bytes_atomically(folder / "result.json", (json.dumps(result, indent=2) + "\n").encode())
     print(
         f"best in validation: {100 * best['accuracy']:.2f} ± {100 * best['ci95']:.2f} % at step {best['step']} "
         f"({config['way']}-way {config['shot']}-shot, {config['eval_episodes']} episodes, {config['norm']})\n"

@@ -57,7 +57,7 @@ def main() -> None:
         print(f"== {folder}", flush=True)
         try:
             reproduce(name, given.runs / folder, given.reference / folder, overrides)
-        except (Failed, MetacvError) as error:
+        except (Failed, MetacvError, OSError) as error:
             print(f"reproduce: {folder}: {error}", file=sys.stderr)
             failed.append(folder)
     if failed:
@@ -133,4 +133,7 @@ def metacv(*words: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

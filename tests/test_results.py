@@ -186,6 +186,7 @@ def test_the_table_compares_with_the_papers_interval_and_says_what_was_not_run(c
     # 97.65 is within 97.68 ± 0.04; 95.00 is not within 95.39 ± 0.09
     assert f"| 97.68 ± 0.04 | [97.65 ± 0.10]{link} | -0.03 | yes | 400 of 100000 | 10 min | abacus |" in rows[0]
     assert f"| 95.39 ± 0.09 | [95.00 ± 0.20]{link} | -0.39 | no | 400 of 100000 | 10 min | abacus |" in rows[1]
+    assert [results_table.rounding(number) for number in ("98.9", "97.68")] == [0.05, 0.005]
     assert "| Reptile | 90.00 ± 1.00 % | not run | not run | not run |" in page
     assert sum("| not run |" in line for line in page) == (5 * 4 - 1) + (4 - 1) + 5
     head = written["reptile_5w1s.yaml"].splitlines()

@@ -323,7 +323,12 @@ def test_the_time_of_a_run_is_what_was_worked_and_not_what_lay_between(metacv):
     assert 1000 < result["seconds"] < 1000 + first + time.perf_counter() - start
     assert result["steps"] == 4
     assert result["torch"] == torch.__version__
+    assert result["overrides"] == ["algo=protonet", *TRAIN[:4], *TRAIN[5:], "device=cpu", "steps=4"]
     assert re.search(r"\S.*, \d+ threads?$", result["device"])
+    last = torch.load("run/last.pt", weights_only=True)
+    torch.save(last | {"hardware": "abacus"}, "run/last.pt")
+    assert metacv("train", "resume=run")[0] == 0  # of a finished run, which was trained elsewhere
+    assert json.loads(Path("run/result.json").read_text())["device"] == "abacus"
 
 
 def test_training_never_loads_the_test_split(metacv, monkeypatch):
