@@ -72,6 +72,7 @@ def reproduce(experiment: str, run: Path, reference: Path, overrides: list[str])
             check_same(asked, run / "last.pt")
             asked.append("resume=true")
         metacv("train", *asked, f"hydra.run.dir={quoted(str(run))}")
+        check_longest(run, reference)
         # Reptile's paper reports both ways of batch norm.
         evaluate(run, "test", ["norm=both"] if experiment.startswith("reptile") else [])
         evaluate(run, "common", COMMON)
@@ -84,6 +85,13 @@ def check_same(asked: list[str], last: Path) -> None:
     names = {word.split("=")[0] for word in asked}
     if forgotten := [word for name, word in trained.items() if name not in names]:
         raise MetacvError(f"{last.parent} was begun with {' '.join(forgotten)}: say so again, or give another --name")
+
+
+def check_longest(run: Path, reference: Path) -> None:
+    """A trial does not take the place of a longer run."""
+    kept, steps = Kept(reference), json.loads((run / "result.json").read_text())["steps"]
+    if kept and kept.train["steps"] > steps:
+        raise MetacvError(f"{reference} keeps a longer run, of {kept.train['steps']} steps: give another --reference")
 
 
 def evaluate(run: Path, name: str, protocol: list[str]) -> None:
@@ -101,9 +109,6 @@ def is_of(result: dict, best: Path) -> bool:
 
 def keep(run: Path, reference: Path) -> None:
     """Copies what is shown; result.json comes last, so that a folder that has it is whole."""
-    kept, train = Kept(reference), json.loads((run / "result.json").read_text())
-    if kept and kept.train["steps"] > train["steps"]:
-        raise MetacvError(f"{reference} keeps a longer run, of {kept.train['steps']} steps: give another --reference")
     reference.mkdir(parents=True, exist_ok=True)
     (reference / "result.json").unlink(missing_ok=True)
     for name, as_kept in (("best.pt", "best.pt"), ("metrics.jsonl", "metrics.jsonl"), ("result.json", "train.json")):

@@ -66,11 +66,6 @@ class Kept:
         found = self._json("result.json")
         return {found["norm"]: found} if "norm" in found else found
 
-    @property
-    def own(self) -> dict[str, Any]:
-        """As the paper measures."""
-        return self.paper[self.config["norm"]]
-
     @cached_property
     def common(self) -> dict[str, Any]:
         return self._json("common.json")
@@ -182,10 +177,11 @@ def results(experiments: dict[str, Experiment]) -> str:
         ]
         for method, name in METHODS.items()
     ]
-    changes = [f"- `{e.name}`: `{shlex.join(e.kept.changes)}`" for e in experiments.values() if e.kept]
+    kept = [e for e in experiments.values() if e.kept and e.kept.changes]
+    changes = [f"- `{e.name}`: `{shlex.join(e.kept.changes)}`" for e in kept]
     return PAGE.format(
         paper=table(PAPER, [row for e in experiments.values() for row in e.rows()]),
-        changes="\n".join(changes) or "None was run.",
+        changes="\n".join(changes) or "Nothing.",
         common=table(["method", *CELLS], common),
         scales=loss_scale(),
     )
@@ -233,18 +229,18 @@ PAGE = """\
 # Results
 
 Written by `python scripts/results_table.py`: every accuracy, time and step count comes from a file in
-outputs/reference. Each folder there holds a checkpoint, its config, the metrics of its training and its results;
-`metacv evaluate checkpoint=outputs/reference/omniglot/protonet_5w1s` gives the number of its row again. Accuracies are
-in %, with 1.96 standard errors over episodes on each side.
+outputs/reference. Each folder linked below holds a checkpoint with its config, the metrics of its training (train.json
+says how far it went) and its results; `metacv evaluate checkpoint=outputs/reference/omniglot/protonet_5w1s` gives the
+number of its row again. Accuracies are in %, with 1.96 standard errors over episodes on each side.
 
 ## Omniglot, each method under its paper's protocol
 
 `python scripts/reproduce.py NAME` trains and tests a row from nothing. *Steps* are those that were run, of those that
 the experiment names. *Time* is that of training with its validations; runs of 1 thread shared a 2-core machine with up
-to three others, and alone are up to twice as fast. *Reproduced* means a mean at or above the lower
-end of the paper's interval or, where the paper gives none, an interval of ours that reaches its number (printed as
-98.9, that is 98.85 and up). *The run of* another experiment served where both train in just the same way, as
-Prototypical Networks do for 5-way and 20-way: its checkpoints were validated once more, on this experiment's tasks.
+to three others, and alone are up to twice as fast. *Reproduced* means a mean at or above the lower end of the paper's
+interval or, where the paper gives none, an interval of ours that reaches its number (printed as 98.9, that is 98.85
+and up). *The run of* another experiment served where both train in just the same way, as Prototypical Networks do for
+5-way and 20-way: its checkpoints were validated once more, on this experiment's tasks.
 
 {paper}
 
@@ -253,17 +249,20 @@ experiment says, to fit the time:
 
 {changes}
 
-All experiments depart from the papers in two ways. The test characters are the same 423 for all, drawn by
+The experiments depart from the papers. The test characters are the same 423 for all, drawn by
 `dataset.split_seed`; the papers drew their own, Prototypical Networks from a published list. Reptile and Relation
 Networks trained on all other 1200 and chose no checkpoint, or chose it on test characters; here 100 of the 1200 are
-for choosing. And the images are resized with `dataset.resample=lanczos`. The papers' code asks Pillow for that or for
-nothing, but Pillow resizes the one-bit files of Omniglot by nearest neighbour whatever it is asked, so the papers'
-networks saw black and white (`dataset.resample=nearest`).
+for choosing. Prototypical Networks were trained once more on train and val together; here they are not. MAML's authors
+scale the inner loss otherwise, as said at the end; the first-order numbers are those of Reptile's paper, which ran
+their code. And the images are resized with `dataset.resample=lanczos`. The code of MAML, Reptile and Prototypical
+Networks asks Pillow for that or for nothing, but Pillow resizes the one-bit files of Omniglot by nearest neighbour
+whatever it is asked, so those networks saw black and white (`dataset.resample=nearest`).
 
 ## Omniglot, all methods under one protocol
 
 The same models on the same tasks, of characters that no experiment trains or selects on: 2000 episodes, 15 queries a
-class, no rotations, and inductive batch norm (no query sees another). Each model is as far trained as above.
+class, no rotations, and inductive batch norm (no query sees another). Each model is as far trained, and set, as above:
+how far a row can be compared with another is a matter of their steps too.
 
 {common}
 
@@ -271,7 +270,8 @@ class, no rotations, and inductive batch norm (no query sees another). Each mode
 
 The paper says 0.4 for the inner learning rate of 5-way Omniglot. Its code sums the loss over classes where other
 implementations take the mean (`algo.inner_loss`), which makes its step `way` times as long, as 2.0 would with the mean.
-In validation after as many steps, 5-way 1-shot, all else equal and 0.4 with both:
+In validation after as many steps, 5-way 1-shot, all else equal and 0.4 with both (of the runs that are not above,
+outputs/reference/omniglot/loss_scale has the config and the metrics, as far as they went):
 
 {scales}
 """
