@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 from omegaconf import OmegaConf
-from results_table import CELLS, METHODS, ROOT, Kept
+from results_table import CELLS, METHODS, ROOT, Kept, by_norm
 
 from metacv import MetacvError, checkpoint
 from metacv.cli import quoted
@@ -96,15 +96,13 @@ def check_longest(run: Path, reference: Path) -> None:
 
 def evaluate(run: Path, name: str, protocol: list[str]) -> None:
     try:
-        if is_of(json.loads((run / name / "result.json").read_text()), run / "best.pt"):
+        found = by_norm(json.loads((run / name / "result.json").read_text()))
+        digest = checkpoint.file_hash(run / "best.pt")
+        if found and all(one.get("checkpoint_sha256") == digest for one in found.values()):
             return
     except (OSError, ValueError):
         pass
     metacv("evaluate", f"checkpoint={quoted(str(run))}", *protocol, f"hydra.run.dir={quoted(str(run / name))}")
-
-
-def is_of(result: dict, best: Path) -> bool:
-    return result.get("inductive", result).get("checkpoint_sha256") == checkpoint.file_hash(best)
 
 
 def keep(run: Path, reference: Path) -> None:
@@ -117,7 +115,7 @@ def keep(run: Path, reference: Path) -> None:
     (reference / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
     for name, as_kept in (("common", "common.json"), ("test", "result.json")):
         result = json.loads((run / name / "result.json").read_text())
-        for found in [result] if "norm" in result else result.values():
+        for found in by_norm(result).values():
             found["checkpoint"] = os.path.relpath(reference / "best.pt", ROOT)
         write_bytes_atomically(reference / as_kept, (json.dumps(result, indent=2) + "\n").encode())
 

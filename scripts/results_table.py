@@ -44,6 +44,10 @@ class Kept:
         self.folder = folder
 
     def __bool__(self) -> bool:
+        return self.whole
+
+    @cached_property
+    def whole(self) -> bool:
         """Whether all is there, and both evaluations are of this checkpoint."""
         if not all((self.folder / name).exists() for name in FILES):
             return False
@@ -63,8 +67,7 @@ class Kept:
     @cached_property
     def paper(self) -> dict[str, dict[str, Any]]:
         """By batch norm mode, under the paper's protocol."""
-        found = self._json("result.json")
-        return {found["norm"]: found} if "norm" in found else found
+        return by_norm(self._json("result.json"))
 
     @cached_property
     def common(self) -> dict[str, Any]:
@@ -215,6 +218,11 @@ def validations(folder: Path) -> dict[int, dict[str, float]]:
 def rounding(number: str) -> float:
     """The most that a number as printed may lie above what was measured: 0.05 for 98.9."""
     return 0.5 * 10 ** -len(number.partition(".")[2])
+
+
+def by_norm(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What `metacv evaluate` wrote, of one batch norm mode or of both, by mode."""
+    return {result["norm"]: result} if "norm" in result else result
 
 
 def percent(found: dict[str, Any]) -> str:

@@ -209,7 +209,7 @@ def test_a_kept_model_is_small_whole_and_the_one_that_was_measured(folder):
     assert OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")) == content["config"]
     digest = hashlib.sha256(best.read_bytes()).hexdigest()
     result, common = (json.loads((folder / f"{name}.json").read_text()) for name in ("result", "common"))
-    result = {result["norm"]: result} if "norm" in result else result
+    result = results_table.by_norm(result)
     assert content["config"]["norm"] in result
     measured = [*result.values(), common]
     assert {found["checkpoint_sha256"] for found in measured} == {digest}
