@@ -11,10 +11,10 @@ from metacv.algorithms.maml import MAML
 from metacv.backbones.conv4 import Conv4
 
 
-def smooth_maml(**settings) -> MAML:
+def smooth_maml(backbone=None, **settings) -> MAML:
     torch.manual_seed(0)
     settings = {"inner_lr": 0.1, "inner_steps": 1, "eval_inner_steps": 2, "adapt_norm": True} | settings
-    return MAML(SmoothNet(), way=3, **settings).double()
+    return MAML(backbone or SmoothNet(), way=3, **settings).double()
 
 
 def outer_gradient(algorithm, tasks) -> torch.Tensor:
@@ -116,8 +116,44 @@ def test_the_outer_loss_is_that_of_the_adapted_parameters():
 def test_the_batch_gradient_is_the_mean_of_the_tasks_gradients():
     algorithm = smooth_maml()
     tasks = random_tasks(tasks=2, dtype=torch.float64)
-    one, other = (outer_gradient(algorithm, task) for task in tasks)
+    one, other = (outer_gradient(algorithm, task) for task in tasks.split(1))
     torch.testing.assert_close(outer_gradient(algorithm, tasks), (one + other) / 2, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("first_order", [False, True])
+@pytest.mark.parametrize("inner_steps", [1, 3])
+@pytest.mark.parametrize(
+    "net",
+    [
+        {"downsample": "stride", "global_pool": True, "norm_scale": False},
+        {"downsample": ["max_pool", "max_pool", "none", "none"]},
+    ],
+    ids=["strided", "pooled"],
+)
+@pytest.mark.parametrize("chunk", [2, 8])
+def test_tasks_together_have_the_gradient_of_tasks_in_a_loop(net, inner_steps, first_order, chunk):
+    """Also through fused batch norm and max pool, where vmap over the gradient itself would be off by percents."""
+    tasks = random_tasks(tasks=5, shape=(1, 14, 14), dtype=torch.float64)
+    gradients = []
+    for batching in ("loop", "vmap"):
+        torch.manual_seed(0)
+        backbone = Conv4((1, 14, 14), channels=8, running_stats=False, **net)
+        settings = {"inner_steps": inner_steps, "eval_inner_steps": 1, "first_order": first_order}
+        algorithm = MAML(backbone, 3, 0.4, **settings, task_batching=batching, task_chunk=chunk).double()
+        gradients.append(outer_gradient(algorithm, tasks))
+    difference = (gradients[0] - gradients[1]).norm() / gradients[0].norm()
+    assert difference < 1e-10
+
+
+def test_auto_passes_small_tasks_together_and_running_statistics_one_after_another():
+    def auto(running_stats: bool) -> MAML:
+        return smooth_maml(SmoothNet(running_stats=running_stats))
+
+    assert auto(False).together(10)
+    assert not auto(False).together(11)
+    assert not auto(True).together(5)
+    with pytest.raises(ValueError, match="task_batching=vmap"):
+        smooth_maml(SmoothNet(running_stats=True), task_batching="vmap")
 
 
 def test_sum_per_shot_is_way_times_the_mean_loss():

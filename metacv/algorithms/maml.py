@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metacv.algorithms.base import accuracies, batch_norms
-from metacv.algorithms.inner_loop import InnerLoop, Params
+from metacv.algorithms.inner_loop import InnerLoop, Params, TaskBatching
 from metacv.backbones import Backbone
 from metacv.data.episodes import TaskBatch
 
@@ -25,8 +25,10 @@ class MAML(InnerLoop):
         first_order: bool = False,
         inner_loss: Literal["mean", "sum_per_shot"] = "mean",
         adapt_norm: bool = False,
+        task_batching: TaskBatching = "auto",
+        task_chunk: int | None = None,
     ) -> None:
-        super().__init__(backbone, way)
+        super().__init__(backbone, way, task_batching, task_chunk)
         if inner_lr <= 0 or inner_steps < 1 or eval_inner_steps < 1:
             raise ValueError(
                 f"inner_lr={inner_lr}, inner_steps={inner_steps}, eval_inner_steps={eval_inner_steps}: "
@@ -42,7 +44,7 @@ class MAML(InnerLoop):
             name for name, p in self.net.named_parameters() if p.requires_grad and (adapt_norm or p not in norms)
         ]
 
-    def adapt(self, task: TaskBatch) -> Params:
+    def adapt(self, tasks: TaskBatch) -> Params:
         """Equation 1. In training mode the result is a function of the initial parameters that can be
         differentiated: of second order unless `first_order`, which takes the inner gradients as constants."""
         params: Params = dict(self.net.named_parameters())
@@ -50,11 +52,14 @@ class MAML(InnerLoop):
             params = {name: p.detach().requires_grad_() for name, p in params.items()}
         second_order = self.training and not self.first_order
         with torch.enable_grad():
-            params = self.for_way(params, task.way)
+            params = self.for_way(params, tasks.way)
+            params |= {name: params[name].expand(len(tasks), *params[name].shape) for name in self.adapted}
             for _ in range(self.inner_steps if self.training else self.eval_inner_steps):
-                loss = F.cross_entropy(self.classify(params, task.support_x[0]), task.support_y[0])
+                loss = len(tasks) * F.cross_entropy(
+                    self.classify(params, tasks.support_x).flatten(0, 1), tasks.support_y.flatten()
+                )  # the sum over the tasks, so that each gets the gradient of its own mean
                 if self.inner_loss == "sum_per_shot":
-                    loss = loss * task.way
+                    loss = loss * tasks.way
                 adapted = [params[name] for name in self.adapted]
                 grads = torch.autograd.grad(loss, adapted, create_graph=second_order)
                 params = params | {
@@ -63,12 +68,12 @@ class MAML(InnerLoop):
         return params
 
     def backward(self, tasks: TaskBatch) -> dict[str, Tensor]:
-        """Task by task, so that memory holds the graph of one task only."""
+        """A part of the tasks after another, so that memory holds the graph of one part only."""
         losses, right = [], []
-        for task in tasks:
-            logits = self(task)
-            loss = self.loss(logits, task.query_y)
-            (loss / len(tasks)).backward()
+        for part in self.parts(tasks):
+            logits = self(part)
+            loss = self.loss(logits, part.query_y) * (len(part) / len(tasks))
+            loss.backward()
             losses.append(loss.detach())
-            right.append(accuracies(logits, task.query_y))
-        return {"loss": torch.stack(losses).mean(), "accuracy": torch.cat(right).mean()}
+            right.append(accuracies(logits, part.query_y))
+        return {"loss": torch.stack(losses).sum(), "accuracy": torch.cat(right).mean()}

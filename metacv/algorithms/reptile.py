@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metacv.algorithms.base import accuracies
-from metacv.algorithms.inner_loop import InnerLoop, Params
+from metacv.algorithms.inner_loop import InnerLoop, Params, TaskBatching
 from metacv.backbones import Backbone
 from metacv.data.episodes import TaskBatch
 
@@ -35,8 +35,10 @@ class Reptile(InnerLoop):
         eval_inner_batch: int,
         inner_optimizer: Literal["adam", "sgd"] = "adam",
         reset_moments: bool = False,
+        task_batching: TaskBatching = "auto",
+        task_chunk: int | None = None,
     ) -> None:
-        super().__init__(backbone, way)
+        super().__init__(backbone, way, task_batching, task_chunk)
         if min(inner_lr, inner_steps, inner_batch, eval_inner_steps, eval_inner_batch) <= 0:
             raise ValueError(
                 f"inner_lr={inner_lr}, inner_steps={inner_steps}, inner_batch={inner_batch}, "
@@ -53,20 +55,25 @@ class Reptile(InnerLoop):
             for name in self.trained:
                 self.register_buffer(_buffer(name), torch.zeros_like(self.net.get_parameter(name)))
 
-    def adapt(self, task: TaskBatch) -> Params:
+    def together(self, images: int) -> bool:
+        return not self.training and super().together(images)  # in training the moments pass from task to task
+
+    def adapt(self, tasks: TaskBatch) -> Params:
         """Parameters after training on the support set, detached."""
-        images, labels, way = task.support_x[0], task.support_y[0], task.way
+        images, labels, way = tasks.support_x, tasks.support_y, tasks.way
         steps, size = self.eval_inner_steps, self.eval_inner_batch
         if self.training:
             steps, size = self.inner_steps, self.inner_batch
         params = {name: p.detach() for name, p in self.net.named_parameters()}
         params = self.for_way(params, way)
+        params |= {name: params[name].expand(len(tasks), *params[name].shape) for name in self.trained}
         moments, count = self._moments(way)
         with torch.enable_grad():
-            for rows in self._batches(len(images), size, steps):
+            for rows in self._batches(images.shape[1], size, steps):
                 rows = rows.to(images.device)
                 weights = [params[name].requires_grad_() for name in self.trained]
-                loss = F.cross_entropy(self.classify(params, images[rows]), labels[rows])
+                logits = self.classify(params, images[:, rows])
+                loss = len(tasks) * F.cross_entropy(logits.flatten(0, 1), labels[:, rows].flatten())
                 grads = torch.autograd.grad(loss, weights)
                 with torch.no_grad():
                     count += 1
@@ -78,20 +85,20 @@ class Reptile(InnerLoop):
         if self.training and not self.reset_moments and self.inner_optimizer == "adam":
             self.moment_steps.fill_(count)
             for name, moment in moments.items():
-                self.get_buffer(_buffer(name)).copy_(moment)
+                self.get_buffer(_buffer(name)).copy_(moment.squeeze(0))
         return {name: p.detach() for name, p in params.items()}
 
     def backward(self, tasks: TaskBatch) -> dict[str, Tensor]:
         """Adds the mean of initial minus adapted parameters to `.grad`, as if it were a gradient (section 2)."""
         losses, right = [], []
-        for task in tasks:
+        for task in tasks.split(1):
             params = self.adapt(task)
             with torch.no_grad():
                 for name in self.trained:
                     weight = self.net.get_parameter(name)
-                    step = (weight - params[name]) / len(tasks)
+                    step = (weight - params[name].squeeze(0)) / len(tasks)
                     weight.grad = step if weight.grad is None else weight.grad + step
-                logits = self.classify(params, task.query_x[0]).unsqueeze(0)
+                logits = self.classify(params, task.query_x)
             losses.append(self.loss(logits, task.query_y))
             right.append(accuracies(logits, task.query_y))
         return {"loss": torch.stack(losses).mean(), "accuracy": torch.cat(right).mean()}

@@ -21,6 +21,13 @@ BLOCKS = 4
 Downsample = Literal["max_pool", "stride", "none"]
 
 
+class GlobalMean(nn.Module):
+    """The mean over each map, [B, C, H, W] -> [B, C, 1, 1]; nn.AdaptiveAvgPool2d(1) does not vectorise over tasks."""
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return maps.mean((2, 3), keepdim=True)
+
+
 class Conv4(Backbone):
     """Four times: 3x3 convolution, batch norm, ReLU, and a halving of the map by max pool or by stride.
 
@@ -59,7 +66,7 @@ class Conv4(Backbone):
             blocks.append(nn.Sequential(*layers, nn.ReLU()))
             inputs = channels
         if global_pool:
-            blocks.append(nn.AdaptiveAvgPool2d(1))
+            blocks.append(GlobalMean())
         self.blocks = nn.Sequential(*blocks)
         try:
             with torch.no_grad():  # in eval mode with a batch of 2, so that no statistics change and none lack samples

@@ -32,9 +32,9 @@ class TaskBatch:
     def __len__(self) -> int:
         return len(self.support_x)
 
-    def __iter__(self) -> "Iterator[TaskBatch]":
-        """Each task as a batch of one."""
-        parts = (part.split(1) for part in (self.support_x, self.support_y, self.query_x, self.query_y))
+    def split(self, tasks: int) -> "Iterator[TaskBatch]":
+        """As batches of so many tasks; the last may have fewer."""
+        parts = (part.split(tasks) for part in (self.support_x, self.support_y, self.query_x, self.query_y))
         for support_x, support_y, query_x, query_y in zip(*parts, strict=True):
             yield TaskBatch(support_x, support_y, query_x, query_y, self.way)
 
