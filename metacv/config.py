@@ -7,6 +7,19 @@ from omegaconf import MISSING
 
 
 @dataclass
+class AugmentConfig:
+    crop: int = MISSING
+    flip: bool = MISSING
+    jitter: float = MISSING
+
+
+@dataclass
+class NormalizeConfig:
+    mean: list[float] = MISSING
+    std: list[float] = MISSING
+
+
+@dataclass
 class TrainConfig:
     dataset: dict[str, Any] = MISSING
     backbone: dict[str, Any] = MISSING
@@ -21,6 +34,8 @@ class TrainConfig:
     train_way: int = MISSING
     train_shot: int = MISSING
     train_query: int = MISSING
+    augment: AugmentConfig = MISSING
+    normalize: NormalizeConfig = MISSING
 
     steps: int = MISSING
     meta_batch: int = MISSING

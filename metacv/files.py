@@ -1,34 +1,39 @@
 """Files of tensors that are whole at every instant, whenever the program is killed, and checked when they are read."""
 
-import io
 import os
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 
-def read_checked(path: Path) -> Any:
-    """torch.load of tensors and plain values, after the checksums of the file, which torch does not look at."""
+def read_checked(path: Path, mmap: bool = False) -> Any:
+    """torch.load of tensors and plain values, after the checksums of the file, which torch does not look at.
+
+    With `mmap` the tensors stay in the file, in memory that all programs which read it share.
+    """
     with path.open("rb") as file:
         if zipfile.is_zipfile(file) and (damaged := zipfile.ZipFile(file).testzip()):
             raise ValueError(f"{damaged} is damaged")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
 
 def write_atomically(path: Path, content: Any) -> None:
     """torch.save to a temporary file, synced and renamed: at every instant `path` is the old file or the new one."""
-    buffer = io.BytesIO()  # torch's zip writer hides a full disk behind an error of its own
-    torch.save(content, buffer)
-    write_bytes_atomically(path, buffer.getbuffer())
+    _atomically(path, lambda file: torch.save(content, file))
 
 
-def write_bytes_atomically(path: Path, content: bytes | memoryview) -> None:
+def write_bytes_atomically(path: Path, content: bytes) -> None:
+    _atomically(path, lambda file: file.write(content))
+
+
+def _atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            file.write(content)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -15,6 +15,7 @@ from metacv import MetacvError, checkpoint
 from metacv.algorithms.base import Algorithm
 from metacv.build import build_algorithm, build_dataset, build_optimizer, describe_device, pick_device
 from metacv.cli import setting
+from metacv.data.augment import Augment
 from metacv.data.episodes import EpisodeList, EpisodeSampler
 from metacv.evaluate import check_norm, evaluate_episodes, summary
 from metacv.files import write_bytes_atomically
@@ -101,12 +102,14 @@ def prepare(config: dict[str, Any], overrides: list[str]) -> tuple[Run, EpisodeL
     device = pick_device(config["device"])
     dataset = build_dataset(config, config["data_dir"])
 
-    def sampler(split: str, prefix: str, seed: int) -> EpisodeSampler:
+    def sampler(split: str, prefix: str, seed: int, augment: Augment | None) -> EpisodeSampler:
         way, shot, query = (config[f"{prefix}{name}"] for name in ("way", "shot", "query"))
-        return EpisodeSampler(dataset.load(split), way, shot, query, dataset.rotation(split), seed, device, prefix)
+        rotation = dataset.rotation(split)
+        return EpisodeSampler(dataset.load(split), way, shot, query, rotation, seed, device, prefix, augment)
 
-    training = sampler("train", "train_", config["seed"])
-    validation = EpisodeList(sampler("val", "", 0), config["eval_episodes"], "eval_episodes")
+    augment = Augment(**config["augment"], seed=config["seed"])
+    training = sampler("train", "train_", config["seed"], augment)
+    validation = EpisodeList(sampler("val", "", 0, None), config["eval_episodes"], "eval_episodes")
     torch.manual_seed(config["seed"])
     algorithm = build_algorithm(config, training.bank.image_shape).to(device)
     optimizer, schedule = build_optimizer(config, algorithm)

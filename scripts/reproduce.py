@@ -1,10 +1,10 @@
-"""From an experiment of configs/experiment/omniglot to its folder in outputs/reference: trains, evaluates on test under
-the paper's protocol and under the common one, and keeps checkpoint, config, metrics and results.
+"""From an experiment in configs/experiment to its folder in outputs/reference: trains, evaluates on test under the
+paper's protocol and under the common one, and keeps checkpoint, config, metrics and results.
 
     python scripts/reproduce.py                                   every experiment, one after another
-    python scripts/reproduce.py protonet_5w1s maml_5w1s           these
-    python scripts/reproduce.py maml_5w1s -- steps=5000           with other settings, here a smaller budget
-    python scripts/reproduce.py maml_5w1s --name mean_5w1s -- algo.inner_loss=mean
+    python scripts/reproduce.py omniglot/protonet_5w1s omniglot/maml_5w1s        these
+    python scripts/reproduce.py omniglot/maml_5w1s -- steps=5000  with other settings, here a smaller budget
+    python scripts/reproduce.py omniglot/maml_5w1s --name omniglot/mean_5w1s -- algo.inner_loss=mean
 
 Stopped or killed, the same command goes on where it was; what is done is not done again.
 """
@@ -19,15 +19,14 @@ import sys
 from pathlib import Path
 
 from omegaconf import OmegaConf
-from results_table import CELLS, METHODS, ROOT, Kept, by_norm
+from results_table import EXPERIMENTS, REFERENCE, ROOT, Kept, by_norm
 
 from metacv import MetacvError, checkpoint
 from metacv.cli import quoted
 from metacv.files import write_bytes_atomically
 from metacv.run import only_run_in
 
-EXPERIMENTS = [f"{method}_{cell}" for cell in CELLS for method in METHODS]
-# The same tasks for every method: no experiment trains or selects on these characters.
+# The same tasks for every method: no experiment trains or selects on these classes.
 COMMON = ["query=15", "norm=inductive", "episodes=2000", "dataset.test_rotation=none"]
 # Memory that glibc gives back to the system after each step is paid for again, page by page, in the next.
 ENVIRONMENT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
@@ -41,8 +40,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help="default: all")
     parser.add_argument("--name", help="of one experiment's folders, when its settings are changed")
-    parser.add_argument("--runs", type=Path, default=ROOT / "outputs/omniglot", help="where the runs are")
-    parser.add_argument("--reference", type=Path, default=ROOT / "outputs/reference/omniglot", help="where results go")
+    parser.add_argument("--runs", type=Path, default=ROOT / "outputs", help="where the runs are")
+    parser.add_argument("--reference", type=Path, default=ROOT / REFERENCE, help="where results go")
     words = sys.argv[1:]
     cut = words.index("--") if "--" in words else len(words)
     given, overrides = parser.parse_args(words[:cut]), words[cut + 1 :]
@@ -67,14 +66,14 @@ def main() -> None:
 def reproduce(experiment: str, run: Path, reference: Path, overrides: list[str]) -> None:
     (run / "test").mkdir(parents=True, exist_ok=True)
     with only_run_in(run / "test"):
-        asked = [f"experiment=omniglot/{experiment}", *overrides]
+        asked = [f"experiment={experiment}", *overrides]
         if (run / "last.pt").exists():
             check_same(asked, run / "last.pt")
             asked.append("resume=true")
         metacv("train", *asked, f"hydra.run.dir={quoted(str(run))}")
         check_longest(run, reference)
         # Reptile's paper reports both ways of batch norm.
-        evaluate(run, "test", ["norm=both"] if experiment.startswith("reptile") else [])
+        evaluate(run, "test", ["norm=both"] if "/reptile" in experiment else [])
         evaluate(run, "common", COMMON)
         keep(run, reference)
 

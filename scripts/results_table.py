@@ -20,7 +20,7 @@ from metacv.config import TrainConfig
 from metacv.run import plain
 
 ROOT = Path(__file__).resolve().parent.parent
-CELLS = ["5w1s", "5w5s", "20w1s", "20w5s"]
+CELLS = {"omniglot": ["5w1s", "5w5s", "20w1s", "20w5s"], "miniimagenet": ["5w1s", "5w5s"]}
 METHODS = {
     "maml": "MAML",
     "fomaml": "FOMAML",
@@ -28,10 +28,15 @@ METHODS = {
     "protonet": "ProtoNet",
     "relationnet": "RelationNet",
 }
+EXPERIMENTS = [f"{data}/{method}_{cell}" for data, cells in CELLS.items() for cell in cells for method in METHODS]
+REFERENCE = Path("outputs/reference")
 PAPER = ["method", "task", "protocol", "paper", "ours", "difference", "reproduced", "steps", "time", "hardware"]
 SCALES = ["method", "steps", "with the mean", "with the sum", "difference"]
 # runs that differ in the inner loss alone: with the mean, with the sum
-LOSS_SCALE = {"maml": ("loss_scale/maml_mean", "maml_5w1s"), "fomaml": ("fomaml_5w1s", "loss_scale/fomaml_sum")}
+LOSS_SCALE = {
+    "maml": ("loss_scale/maml_mean", "loss_scale/maml_sum"),
+    "fomaml": ("fomaml_5w1s", "loss_scale/fomaml_sum"),
+}
 FILES = ["best.pt", "config.yaml", "metrics.jsonl", "train.json", "common.json", "result.json"]
 MEASURED = re.compile(r"# (measured|trained|command) ")  # the lines of a head that are written here
 ELSEWHERE = {"experiment", "data_dir", "device", "resume"}  # overrides that a command is shown without
@@ -85,14 +90,14 @@ class Kept:
 
 
 class Experiment:
-    """One file of configs/experiment/omniglot, and what is kept of it."""
+    """One file of configs/experiment/DATASET, and what is kept of it."""
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.path = ROOT / f"configs/experiment/omniglot/{name}.yaml"
+        self.path = ROOT / f"configs/experiment/{name}.yaml"
         self.lines = self.path.read_text().splitlines()
-        self.kept = Kept(ROOT / "outputs/reference/omniglot" / name)
-        self.config = plain(compose("train", [f"experiment=omniglot/{name}"]))
+        self.kept = Kept(ROOT / REFERENCE / name)
+        self.config = plain(compose("train", [f"experiment={name}"]))
 
     @property
     def published(self) -> dict[str, tuple[str, str]]:
@@ -136,11 +141,12 @@ class Experiment:
         return [self._row(norm, mean, around) for norm, (mean, around) in self.published.items()]
 
     def _row(self, norm: str, mean: str, around: str) -> list[str]:
-        method, cell = self.name.split("_")
+        method, cell = self.name.split("/")[1].split("_")
         tested = self.kept.config if self.kept else self.config
+        rotation = tested["dataset"]["test_rotation"]
         protocol = (
             f"{tested['query']} quer{'y' if tested['query'] == 1 else 'ies'} a class, {norm}, "
-            f"rotation {tested['dataset']['test_rotation']}, {tested['episodes']} episodes"
+            f"{'' if rotation == 'none' else f'rotation {rotation}, '}{tested['episodes']} episodes"
         )
         start = [METHODS[method], cell, protocol, f"{mean} ± {around}" if around else mean]
         if not self.kept:
@@ -149,7 +155,7 @@ class Experiment:
         ours, ci95 = 100 * found["accuracy"], 100 * found["ci95"]
         return [
             *start,
-            f"[{ours:.2f} ± {ci95:.2f}](outputs/reference/omniglot/{self.name})",
+            f"[{ours:.2f} ± {ci95:.2f}]({REFERENCE / self.name})",
             f"{ours - float(mean):+.2f}",
             "yes" if ours >= float(mean) - (float(around) if around else rounding(mean) + ci95) else "no",
             self.budget + self.shared,
@@ -168,33 +174,30 @@ def files() -> dict[Path, str]:
     """Every file that this script writes, with what belongs in it."""
     ConfigStore.instance().store(name="train_schema", node=TrainConfig)
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        experiments = {name: Experiment(name) for cell in CELLS for method in METHODS for name in [f"{method}_{cell}"]}
+        experiments = {name: Experiment(name) for name in EXPERIMENTS}
     return {e.path: e.text() for e in experiments.values()} | {ROOT / "RESULTS.md": results(experiments)}
 
 
 def results(experiments: dict[str, Experiment]) -> str:
-    common = [
-        [
-            name,
-            *(percent(e.kept.common) if (e := experiments[f"{method}_{cell}"]).kept else "not run" for cell in CELLS),
-        ]
-        for method, name in METHODS.items()
-    ]
-    kept = [e for e in experiments.values() if e.kept and e.kept.changes]
-    changes = [f"- `{e.name}`: `{shlex.join(e.kept.changes)}`" for e in kept]
-    return PAGE.format(
-        paper=table(PAPER, [row for e in experiments.values() for row in e.rows()]),
-        changes="\n".join(changes) or "Nothing.",
-        common=table(["method", *CELLS], common),
-        scales=loss_scale(),
-    )
+    sections = {}
+    for data, cells in CELLS.items():
+        own = [e for name, e in experiments.items() if name.startswith(f"{data}/")]
+        common = {e.name: percent(e.kept.common) if e.kept else "not run" for e in own}
+        rows = [[title, *(common[f"{data}/{method}_{cell}"] for cell in cells)] for method, title in METHODS.items()]
+        changes = [f"- `{e.name}`: `{shlex.join(e.kept.changes)}`" for e in own if e.kept and e.kept.changes]
+        sections |= {
+            data: table(PAPER, [row for e in own for row in e.rows()]),
+            f"{data}_common": table(["method", *cells], rows),
+            f"{data}_changes": "\n".join(changes) or "Nothing.",
+        }
+    return PAGE.format(**sections, scales=loss_scale())
 
 
 def loss_scale() -> str:
     """MAML and FOMAML with either inner loss, at the steps at which both were validated."""
     rows = []
     for method, folders in LOSS_SCALE.items():
-        kept = [ROOT / "outputs/reference/omniglot" / folder for folder in folders]
+        kept = [ROOT / REFERENCE / "omniglot" / folder for folder in folders]
         if all((folder / "metrics.jsonl").exists() for folder in kept):
             mean, summed = (validations(folder) for folder in kept)
             for step in sorted(mean.keys() & summed.keys()):
@@ -250,12 +253,12 @@ interval or, where the paper gives none, an interval of ours that reaches its nu
 and up). *The run of* another experiment served where both train in just the same way, as Prototypical Networks do for
 5-way and 20-way: its checkpoints were validated once more, on this experiment's tasks.
 
-{paper}
+{omniglot}
 
 These numbers cannot be compared between methods: each paper tests in its own way. What was set otherwise than the
 experiment says, to fit the time:
 
-{changes}
+{omniglot_changes}
 
 The experiments depart from the papers. The test characters are the same 423 for all, drawn by
 `dataset.split_seed`; the papers drew their own, Prototypical Networks from a published list. Reptile and Relation
@@ -272,7 +275,26 @@ The same models on the same tasks, of characters that no experiment trains or se
 class, no rotations, and inductive batch norm (no query sees another). Each model is as far trained, and set, as above:
 how far a row can be compared with another is a matter of their steps too.
 
-{common}
+{omniglot_common}
+
+## miniImageNet, each method under its paper's protocol
+
+As for Omniglot. All papers use the split of Ravi & Larochelle: 64, 16 and 20 classes.
+
+{miniimagenet}
+
+What was set otherwise than the experiment says, to fit the time:
+
+{miniimagenet_changes}
+
+The experiments depart from the papers in this: Prototypical Networks, Relation Networks and MAML validated in ways of
+their own, here best.pt is chosen on 600 (Reptile: 200) fixed tasks of the validation classes.
+
+## miniImageNet, all methods under one protocol
+
+2000 episodes of the test classes, 15 queries a class, inductive batch norm.
+
+{miniimagenet_common}
 
 ## The scale of MAML's inner loss
 

@@ -21,19 +21,19 @@ from metacv.data.bank import ImageBank
 from metacv.data.omniglot import Omniglot
 
 ROOT = Path(__file__).resolve().parent.parent
-REFERENCE = ROOT / "outputs/reference/omniglot"
+REFERENCE = ROOT / "outputs/reference"
 sys.path.insert(0, str(ROOT / "scripts"))
 results_table = importlib.import_module("results_table")
 reproduce = importlib.import_module("reproduce")
 
-KEPT = sorted(path for path in REFERENCE.glob("*_*w*s") if path.is_dir())
+KEPT = sorted(path for path in REFERENCE.glob("*/*_*w*s") if path.is_dir())
 CELLS = [(5, 1), (5, 5), (20, 1), (20, 5)]
 
 
 @pytest.fixture
 def composed(metacv):
     def compose(experiment: str) -> dict:
-        code, out, err = metacv("train", f"experiment=omniglot/{experiment}", "--cfg", "job", "--resolve")
+        code, out, err = metacv("train", f"experiment={experiment}", "--cfg", "job", "--resolve")
         assert (code, err) == (0, "")
         return OmegaConf.to_container(OmegaConf.create(out))
 
@@ -64,6 +64,14 @@ def omniglot(train: str, test: str, invert: bool = True, counts: tuple[int, int]
     return {"split": "random", "split_seed": 0, "counts": counted, "size": 28, "invert": invert} | rotations
 
 
+# No paper augments or normalizes miniImageNet.
+PLAIN = {
+    "dataset": {"train_rotation": "none", "test_rotation": "none"},
+    "augment": {"crop": 0, "flip": False, "jitter": 0.0},
+    "normalize": {"mean": [0.0], "std": [1.0]},
+}
+
+
 @pytest.mark.parametrize(("way", "shot"), CELLS)
 @pytest.mark.parametrize("method", ["maml", "fomaml"])
 def test_maml_is_trained_as_in_its_paper(composed, method, way, shot):
@@ -80,7 +88,7 @@ def test_maml_is_trained_as_in_its_paper(composed, method, way, shot):
     }  # fmt: skip
     expected |= as_tested(way, shot, shot, 600, "transductive")
     expected |= as_trained(way, shot, shot, 32 if way == 5 else 16, 60000)
-    assert_says(composed(f"{method}_{way}w{shot}s"), expected)
+    assert_says(composed(f"omniglot/{method}_{way}w{shot}s"), expected)
 
 
 @pytest.mark.parametrize(("way", "shot"), CELLS)
@@ -97,7 +105,7 @@ def test_reptile_is_trained_as_in_its_paper(composed, way, shot):
         "clip_norm": None,
     }
     expected |= as_tested(way, shot, 1, 10000, "transductive")
-    assert_says(composed(f"reptile_{way}w{shot}s"), expected | as_trained(way, 10, 1, 5, steps))
+    assert_says(composed(f"omniglot/reptile_{way}w{shot}s"), expected | as_trained(way, 10, 1, 5, steps))
 
 
 @pytest.mark.parametrize(("way", "shot"), CELLS)
@@ -111,7 +119,7 @@ def test_protonet_is_trained_as_in_its_paper(composed, way, shot):
         "clip_norm": None,
     }
     expected |= as_tested(way, shot, 15, 1000, "inductive")
-    assert_says(composed(f"protonet_{way}w{shot}s"), expected | as_trained(60, shot, 5, 1, 20000))
+    assert_says(composed(f"omniglot/protonet_{way}w{shot}s"), expected | as_trained(60, shot, 5, 1, 20000))
 
 
 @pytest.mark.parametrize(("way", "shot", "query"), [(5, 1, 19), (5, 5, 15), (20, 1, 10), (20, 5, 5)])
@@ -125,7 +133,61 @@ def test_relationnet_is_trained_as_in_its_paper(composed, way, shot, query):
         "clip_norm": 0.5,
     }
     expected |= as_tested(way, shot, shot, 10000, "transductive")
-    assert_says(composed(f"relationnet_{way}w{shot}s"), expected | as_trained(way, shot, query, 1, 1000000))
+    assert_says(composed(f"omniglot/relationnet_{way}w{shot}s"), expected | as_trained(way, shot, query, 1, 1000000))
+
+
+@pytest.mark.parametrize("shot", [1, 5])
+@pytest.mark.parametrize("method", ["maml", "fomaml"])
+def test_maml_on_miniimagenet_is_trained_as_in_its_paper(composed, method, shot):
+    expected = {
+        "algo": {"inner_lr": 0.01, "inner_steps": 5, "eval_inner_steps": 10, "first_order": method == "fomaml"},
+        "backbone": {"channels": 32, "downsample": "max_pool", "norm_scale": False, "running_stats": False,
+                     "global_pool": False},
+        "optimizer": {"_target_": "torch.optim.Adam", "lr": 1e-3},
+        "schedule": {"_target_": "torch.optim.lr_scheduler.ConstantLR", "factor": 1.0},
+    }  # fmt: skip
+    expected |= as_tested(5, shot, shot, 600, "transductive") | PLAIN
+    expected |= as_trained(5, shot, 15, 4 if shot == 1 else 2, 60000) | {"clip_value": 10.0}
+    assert_says(composed(f"miniimagenet/{method}_5w{shot}s"), expected)
+
+
+@pytest.mark.parametrize("shot", [1, 5])
+def test_reptile_on_miniimagenet_is_trained_as_in_its_paper(composed, shot):
+    inner = {"inner_lr": 1e-3, "inner_steps": 8, "inner_batch": 10, "eval_inner_steps": 50}
+    expected = {
+        "algo": inner | {"eval_inner_batch": 5 if shot == 1 else 15, "inner_optimizer": "adam"},
+        "backbone": {"channels": 32, "downsample": "max_pool", "ceil_pool": True, "running_stats": False,
+                     "norm_scale": True},
+        "optimizer": {"_target_": "torch.optim.SGD", "lr": 1.0},
+        "schedule": {"start_factor": 1.0, "end_factor": 0.0, "total_iters": 100000},
+    }  # fmt: skip
+    expected |= as_tested(5, shot, 1, 10000, "transductive") | PLAIN
+    assert_says(composed(f"miniimagenet/reptile_5w{shot}s"), expected | as_trained(5, 15, 1, 5, 100000))
+
+
+@pytest.mark.parametrize(("shot", "way"), [(1, 30), (5, 20)])
+def test_protonet_on_miniimagenet_is_trained_as_in_its_paper(composed, shot, way):
+    expected = {
+        "algo": {"metric": "sqeuclidean", "temperature": 1.0},
+        "backbone": {"channels": 64, "downsample": "max_pool", "running_stats": True, "global_pool": False},
+        "optimizer": {"_target_": "torch.optim.Adam", "lr": 1e-3},
+        "schedule": {"step_size": 2000, "gamma": 0.5},
+    }
+    expected |= as_tested(5, shot, 15, 600, "inductive") | PLAIN
+    assert_says(composed(f"miniimagenet/protonet_5w{shot}s"), expected | as_trained(way, shot, 15, 1, 20000))
+
+
+@pytest.mark.parametrize(("shot", "query"), [(1, 15), (5, 10)])
+def test_relationnet_on_miniimagenet_is_trained_as_in_its_paper(composed, shot, query):
+    expected = {
+        "algo": {"relation": "conv", "hidden": 8},
+        "backbone": {"channels": 64, "downsample": ["max_pool", "max_pool", "none", "none"], "padding": [0, 0, 1, 1]},
+        "optimizer": {"_target_": "torch.optim.Adam", "lr": 1e-3},
+        "schedule": {"step_size": 100000, "gamma": 0.5},
+        "clip_norm": 0.5,
+    }
+    expected |= as_tested(5, shot, 15, 6000, "transductive") | PLAIN
+    assert_says(composed(f"miniimagenet/relationnet_5w{shot}s"), expected | as_trained(5, shot, query, 1, 500000))
 
 
 def all_of_omniglot() -> ImageBank:
@@ -139,7 +201,7 @@ def test_all_experiments_test_on_the_same_characters_and_none_has_them_in_traini
     everything = all_of_omniglot()
     monkeypatch.setattr(Omniglot, "_decode", lambda self: everything)
     shared = set()
-    for experiment in reproduce.EXPERIMENTS:
+    for experiment in [name for name in reproduce.EXPERIMENTS if name.startswith("omniglot/")]:
         dataset = build_dataset(composed(experiment), str(data_dir / "noise"))
         test = dataset.load("test").class_names
         shared.add(test)
@@ -148,9 +210,9 @@ def test_all_experiments_test_on_the_same_characters_and_none_has_them_in_traini
 
 
 def test_the_experiments_are_every_method_at_every_task():
-    files = {path.stem for path in (ROOT / "configs/experiment/omniglot").glob("*.yaml")}
+    files = {f"{path.parent.name}/{path.stem}" for path in (ROOT / "configs/experiment").glob("*/*.yaml")}
     assert files == {*reproduce.EXPERIMENTS}
-    assert len(files) == 20
+    assert len(files) == 20 + 10
 
 
 def test_the_results_and_the_heads_of_the_experiments_are_what_the_files_say():
@@ -163,7 +225,9 @@ def test_the_table_compares_with_the_papers_interval_and_says_what_was_not_run(c
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     place = tmp_path / "outputs/reference/omniglot/reptile_5w1s"
     place.mkdir(parents=True)
-    (place / "config.yaml").write_text(OmegaConf.to_yaml(composed("reptile_5w1s") | {"steps": 400, "episodes": 50}))
+    (place / "config.yaml").write_text(
+        OmegaConf.to_yaml(composed("omniglot/reptile_5w1s") | {"steps": 400, "episodes": 50})
+    )
     (place / "metrics.jsonl").write_text("")
     (place / "best.pt").write_text("weights")
     of = {"checkpoint_sha256": hashlib.sha256(b"weights").hexdigest()}
@@ -178,23 +242,23 @@ def test_the_table_compares_with_the_papers_interval_and_says_what_was_not_run(c
     }
     for name, content in kept.items():
         (place / f"{name}.json").write_text(json.dumps(content))
-    written = {path.name: text for path, text in results_table.files().items()}
-    page = written["RESULTS.md"].splitlines()
-    rows = [line for line in page if "Reptile | 5w1s" in line]
+    written = {f"{path.parent.name}/{path.name}": text for path, text in results_table.files().items()}
+    page = written[f"{tmp_path.name}/RESULTS.md"].splitlines()
+    rows = [line for line in page if "Reptile | 5w1s" in line][:2]
     link = "(outputs/reference/omniglot/reptile_5w1s)"
     # 97.65 is within 97.68 ± 0.04; 95.00 is not within 95.39 ± 0.09
     assert f"| 97.68 ± 0.04 | [97.65 ± 0.10]{link} | -0.03 | yes | 400 of 100000 | 10 min | abacus |" in rows[0]
     assert f"| 95.39 ± 0.09 | [95.00 ± 0.20]{link} | -0.39 | no | 400 of 100000 | 10 min | abacus |" in rows[1]
     assert [results_table.rounding(number) for number in ("98.9", "97.68")] == [0.05, 0.005]
     assert "| Reptile | 90.00 ± 1.00 % | not run | not run | not run |" in page
-    assert sum("| not run |" in line for line in page) == (5 * 4 - 1) + (4 - 1) + 5
-    head = written["reptile_5w1s.yaml"].splitlines()
+    assert sum("| not run |" in line for line in page) == (5 * 4 - 1) + (4 - 1) + 5 + (5 * 2) + 2 + 5
+    head = written["omniglot/reptile_5w1s.yaml"].splitlines()
     assert "# measured  97.65 ± 0.10 %; inductive 95.00 ± 0.20 %; under the common protocol 90.00 ± 1.00 %" in head
     assert "# trained   400 of 100000 steps in 10 min, abacus" in head
-    assert "# command   python scripts/reproduce.py reptile_5w1s -- steps=400 episodes=50" in head
-    assert "- `reptile_5w1s`: `steps=400 episodes=50`" in page
-    assert "inductive, rotation none, 50 episodes" in rows[1]
-    assert "# measured  not run" in written["reptile_5w5s.yaml"]
+    assert "# command   python scripts/reproduce.py omniglot/reptile_5w1s -- steps=400 episodes=50" in head
+    assert "- `omniglot/reptile_5w1s`: `steps=400 episodes=50`" in page
+    assert "inductive, 50 episodes" in rows[1]
+    assert "# measured  not run" in written["omniglot/reptile_5w5s.yaml"]
 
     (place / "best.pt").write_text("other weights")
     assert "97.65" not in "".join(results_table.files().values())
@@ -240,10 +304,13 @@ def test_models_of_one_task_were_compared_on_the_same_episodes():
 
 @pytest.mark.parametrize("method", ["maml", "fomaml"])
 def test_the_two_runs_of_the_loss_scale_differ_in_that_alone(method):
-    folders = (REFERENCE / folder for folder in results_table.LOSS_SCALE[method])
+    folders = (REFERENCE / "omniglot" / folder for folder in results_table.LOSS_SCALE[method])
     one, other = (OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")) for folder in folders)
     assert [config["algo"].pop("inner_loss") for config in (one, other)] == ["mean", "sum_per_shot"]
     assert [config.pop("eval_every") for config in (one, other)] == [400, 400]
+    for config in (one, other):  # which change rounding alone, and came later
+        for name in ("task_batching", "task_chunk"):
+            config["algo"].pop(name, None)
     assert {**one, "steps": 0} == {**other, "steps": 0}
 
 
@@ -252,7 +319,7 @@ SHORT = ["backbone.channels=4", "train_way=5", "train_query=2", "eval_every=2", 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """reproduce.py in this process on made-up characters, with few episodes: run("protonet_5w1s", "--", "steps=2")."""
+    """reproduce.py in this process on made-up characters: run("omniglot/protonet_5w1s", "--", "steps=2")."""
     monkeypatch.setenv("METACV_DATA_DIR", str(tmp_path))
     monkeypatch.setattr(Omniglot, "_decode", lambda self: all_of_omniglot())
     content = OmegaConf.to_container(OmegaConf.load(ROOT / "configs/dataset/omniglot.yaml"))
@@ -271,8 +338,8 @@ def run(tmp_path, monkeypatch):
 
 
 def test_reproduce_goes_on_with_a_run_and_keeps_all_that_the_table_needs(run, monkeypatch, capsys):
-    run("protonet_5w1s", "--", "steps=2")
-    folder = run("protonet_5w1s", "--", "steps=4") / "protonet_5w1s"
+    run("omniglot/protonet_5w1s", "--", "steps=2")
+    folder = run("omniglot/protonet_5w1s", "--", "steps=4") / "omniglot/protonet_5w1s"
     assert sorted(path.name for path in folder.iterdir()) == sorted(results_table.FILES)
     train, result, common = (
         json.loads((folder / f"{name}.json").read_text()) for name in ("train", "result", "common")
@@ -286,19 +353,19 @@ def test_reproduce_goes_on_with_a_run_and_keeps_all_that_the_table_needs(run, mo
 
     called = []
     monkeypatch.setattr(reproduce, "metacv", lambda *words: called.append(words[0]))
-    run("protonet_5w1s", "--", "steps=4")
+    run("omniglot/protonet_5w1s", "--", "steps=4")
     assert called == ["train"]  # which finds nothing to do; both evaluations are of this checkpoint
     with pytest.raises(SystemExit):
-        run("protonet_5w1s", "--")
+        run("omniglot/protonet_5w1s", "--")
     assert "was begun with steps=4: say so again" in capsys.readouterr().err
 
 
 def test_reproduce_does_not_replace_a_longer_run(run, tmp_path, capsys):
-    folder = run("protonet_5w1s", "--", "steps=4") / "protonet_5w1s"
+    folder = run("omniglot/protonet_5w1s", "--", "steps=4") / "omniglot/protonet_5w1s"
     before = {path: path.read_bytes() for path in folder.iterdir()}
     (tmp_path / "some runs").rename(tmp_path / "elsewhere")
     with pytest.raises(SystemExit):
-        run("protonet_5w1s", "--", "steps=2")
+        run("omniglot/protonet_5w1s", "--", "steps=2")
     assert "keeps a longer run, of 4 steps" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
@@ -312,10 +379,12 @@ def test_reproduce_goes_on_after_an_experiment_that_fails(monkeypatch, tmp_path,
             raise reproduce.Failed("metacv train ended with an error")
 
     monkeypatch.setattr(reproduce, "reproduce", fail)
-    monkeypatch.setattr(sys, "argv", ["reproduce.py", "maml_5w1s", "reptile_5w1s", "maml_5w5s"])
-    with pytest.raises(SystemExit, match="failed: reptile_5w1s"):
+    monkeypatch.setattr(
+        sys, "argv", ["reproduce.py", "omniglot/maml_5w1s", "omniglot/reptile_5w1s", "miniimagenet/maml_5w5s"]
+    )
+    with pytest.raises(SystemExit, match="failed: omniglot/reptile_5w1s"):
         reproduce.main()
-    assert tried == ["maml_5w1s", "reptile_5w1s", "maml_5w5s"]
+    assert tried == ["omniglot/maml_5w1s", "omniglot/reptile_5w1s", "miniimagenet/maml_5w5s"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -354,7 +423,10 @@ def test_reproduce_waits_for_a_stopped_command_to_save(tmp_path, number):
 
 def test_reproduce_names_what_there_is():
     done = subprocess.run(
-        [sys.executable, ROOT / "scripts/reproduce.py", "maml_6w1s"], capture_output=True, text=True, check=False
+        [sys.executable, ROOT / "scripts/reproduce.py", "omniglot/maml_6w1s"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 2
-    assert re.search(r"there is no experiment maml_6w1s; one of: maml_5w1s, ", done.stderr)
+    assert re.search(r"there is no experiment omniglot/maml_6w1s; one of: omniglot/maml_5w1s, ", done.stderr)

@@ -15,17 +15,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from metacv.backbones import Backbone
+from metacv.backbones import Backbone, GlobalMean
 
 BLOCKS = 4
 Downsample = Literal["max_pool", "stride", "none"]
-
-
-class GlobalMean(nn.Module):
-    """The mean over each map, [B, C, H, W] -> [B, C, 1, 1]; nn.AdaptiveAvgPool2d(1) does not vectorise over tasks."""
-
-    def forward(self, maps: Tensor) -> Tensor:
-        return maps.mean((2, 3), keepdim=True)
 
 
 class Conv4(Backbone):

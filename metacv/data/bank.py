@@ -74,7 +74,7 @@ def cached_bank(data_dir: Path, name: str, settings: dict[str, Any], make: Calla
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     path = data_dir / "cache" / f"{name}-{key}.pt"
     try:
-        kept = read_checked(path)
+        kept = read_checked(path, mmap=True)
         bank = ImageBank(name, kept["images"], kept["offsets"], tuple(kept["class_names"]))
         whole = len(bank.class_names) == len(bank.sizes) and int(bank.offsets[-1]) == len(bank.images)
         if not whole or bank.images.dtype != torch.uint8 or bank.images.dim() != 4:

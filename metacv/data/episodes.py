@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from metacv import MetacvError
+from metacv.data.augment import Augment
 from metacv.data.bank import ImageBank, Rotation
 
 
@@ -56,6 +57,7 @@ class EpisodeSampler:
         seed: int = 0,
         device: torch.device | str = "cpu",
         prefix: str = "",
+        augment: Augment | None = None,
     ) -> None:
         """`prefix` is of the settings' names in errors, such as train_ for train_way."""
         if way < 2:
@@ -66,7 +68,7 @@ class EpisodeSampler:
         if not 0 <= seed < 2**63:
             raise MetacvError(f"seed={seed}: must lie between 0 and 2**63 - 1")
         self.way, self.shot, self.query, self.device = way, shot, query, torch.device(device)
-        self.bank, self.rotation = bank, rotation
+        self.bank, self.rotation, self.augment = bank, rotation, augment
         self.classes = len(bank.sizes) * (4 if rotation == "as_classes" else 1)
         if way > self.classes:
             raise MetacvError(f"{prefix}way={way} but {bank.name} has only {self.classes} classes")
@@ -110,6 +112,8 @@ class EpisodeSampler:
         """The tasks that `draw` describes."""
         tasks = len(rows)
         images = self.images[rows.to(self.device)].float().div_(255)  # [T, N, K+Q, C, H, W]
+        if self.augment:
+            images = self.augment(images.flatten(0, 2)).view_as(images)
         labels = torch.arange(self.way, device=self.device)
         return TaskBatch(
             support_x=images[:, :, : self.shot].flatten(1, 2),
@@ -123,10 +127,13 @@ class EpisodeSampler:
         return self.gather(self.draw(tasks))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"generator": self.generator.get_state()}
+        state = {"generator": self.generator.get_state()}
+        return state | ({"augment": self.augment.state_dict()} if self.augment else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.generator.set_state(state["generator"])
+        if self.augment:
+            self.augment.load_state_dict(state["augment"])
 
 
 class EpisodeList:

@@ -1,0 +1,68 @@
+"""Random changes of training images, each image by a draw of its own, on the device where the images are."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from metacv import MetacvError
+
+GREY = (0.299, 0.587, 0.114)  # of red, green and blue, as ITU-R 601 and torchvision have it
+
+
+class Augment:
+    """Calls give images [B, C, H, W], 0 to 1, changed in this order:
+
+    crop    moved by up to so many pixels up, down, left and right, zeros coming in
+    flip    half of them turned left to right
+    jitter  brightness, contrast and saturation multiplied by factors between 1 - jitter and 1 + jitter
+    """
+
+    def __init__(self, crop: int, flip: bool, jitter: float, seed: int = 0) -> None:
+        if not 0 <= crop < 2**15 or not 0 <= jitter <= 1:
+            raise MetacvError(f"augment.crop={crop}, augment.jitter={jitter}: crop from 0, jitter from 0 to 1")
+        self.crop, self.flip, self.jitter = crop, flip, jitter
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __bool__(self) -> bool:
+        return bool(self.crop or self.flip or self.jitter)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        count, channels, height, width = images.shape
+        if self.crop:
+            image, channel = torch.arange(count).view(-1, 1, 1, 1), torch.arange(channels).view(1, -1, 1, 1)
+            down, right = self._integers(2 * self.crop + 1, (2, count, 1))
+            rows = (torch.arange(height) + down).view(count, 1, height, 1)
+            columns = (torch.arange(width) + right).view(count, 1, 1, width)
+            index = [part.to(images.device) for part in (image, channel, rows, columns)]
+            images = F.pad(images, [self.crop] * 4)[index[0], index[1], index[2], index[3]]
+        if self.flip:
+            flipped = self._integers(2, (count, 1, 1, 1)).bool().to(images.device)
+            images = torch.where(flipped, images.flip(-1), images)
+        if self.jitter:
+            brightness, contrast, saturation = self._factors(count).to(images)
+            images = (images * brightness).clamp(0, 1)
+            mean = _grey(images).mean((2, 3), keepdim=True)
+            images = torch.lerp(mean.expand_as(images), images, contrast).clamp(0, 1)
+            images = torch.lerp(_grey(images).expand_as(images), images, saturation).clamp(0, 1)
+        return images
+
+    def _integers(self, below: int, shape: tuple[int, ...]) -> Tensor:
+        return torch.randint(below, shape, generator=self.generator)
+
+    def _factors(self, count: int) -> Tensor:
+        return 1 + self.jitter * (2 * torch.rand(3, count, 1, 1, 1, generator=self.generator) - 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.generator.set_state(state["generator"])
+
+
+def _grey(images: Tensor) -> Tensor:
+    """[B, C, H, W] -> [B, 1, H, W]; images that are not of three channels are grey already."""
+    if images.shape[1] != 3:
+        return images[:, :1]
+    return (images * images.new_tensor(GREY).view(3, 1, 1)).sum(1, keepdim=True)

@@ -1,0 +1,265 @@
+"""miniImageNet (Vinyals et al., 2016) in the split of Ravi & Larochelle (2017): 64, 16 and 20 classes of 600 images."""
+
+import csv
+import os
+import pickle
+import re
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from metacv import MetacvError
+from metacv.data.bank import SPLITS, Dataset, ImageBank, Rotation, cached_bank, check_split
+
+SIZE, IMAGES = 84, 600
+CLASSES = {
+    split: names.split()
+    for split, names in {
+        "train": """
+            n01532829 n01558993 n01704323 n01749939 n01770081 n01843383 n01910747 n02074367 n02089867 n02091831
+            n02101006 n02105505 n02108089 n02108551 n02108915 n02111277 n02113712 n02120079 n02165456 n02457408
+            n02606052 n02687172 n02747177 n02795169 n02823428 n02966193 n03017168 n03047690 n03062245 n03207743
+            n03220513 n03337140 n03347037 n03400231 n03476684 n03527444 n03676483 n03838899 n03854065 n03888605
+            n03908618 n03924679 n03998194 n04067472 n04243546 n04251144 n04258138 n04275548 n04296562 n04389033
+            n04435653 n04443257 n04509417 n04515003 n04596742 n04604644 n04612504 n06794110 n07584110 n07697537
+            n07747607 n09246464 n13054560 n13133613
+        """,
+        "val": """
+            n01855672 n02091244 n02114548 n02138441 n02174001 n02950826 n02971356 n02981792 n03075370 n03417042
+            n03535780 n03584254 n03770439 n03773504 n03980874 n09256479
+        """,
+        "test": """
+            n01930112 n01981276 n02099601 n02110063 n02110341 n02116738 n02129165 n02219486 n02443484 n02871525
+            n03127925 n03146219 n03272010 n03544143 n03775546 n04146614 n04149813 n04418357 n04522168 n07613480
+        """,
+    }.items()
+}
+PICKLE = "mini-imagenet-cache-{}.pkl"
+ARCHIVE = re.compile(r"\.(zip|tar|tgz|tbz2?|txz|tar\.(gz|bz2|xz))$", re.IGNORECASE)
+
+
+class MiniImageNet(Dataset):
+    """Read from whichever of these forms lies in a folder `miniimagenet` (or mini-imagenet, ...) of data_dir:
+
+    - train/, val/ and test/ with a folder of images for each class
+    - images/ with Ravi's train.csv, val.csv and test.csv
+    - mini-imagenet-cache-train.pkl, -val.pkl and -test.pkl, which are read without running what they may contain
+    - zip or tar archives of these, which are unpacked beside themselves
+
+    Classes are in the order of their names, images in that of their files (of a pickle: of its class_dict).
+    """
+
+    def __init__(
+        self, data_dir: Path, resize: bool, train_rotation: Rotation = "none", test_rotation: Rotation = "none"
+    ) -> None:
+        super().__init__(data_dir, train_rotation, test_rotation)
+        self.resize = resize
+
+    def load(self, split: str) -> ImageBank:
+        check_split(split)
+        bank = cached_bank(self.data_dir, f"miniimagenet-{split}", {"resize": self.resize}, lambda: self._decode(split))
+        return replace(bank, name=f"miniimagenet {split}")
+
+    def _decode(self, split: str) -> ImageBank:
+        places = list(_places(self.data_dir))
+        if not any(_form(place, split) for place in places):
+            for archive in _archives(self.data_dir):
+                places += _unpack(archive)
+        for place in places:
+            if form := _form(place, split):
+                return self._from_pickle(form, split) if form.is_file() else self._from_files(place, split)
+        folder = self.data_dir / "miniimagenet"
+        raise MetacvError(
+            f"data_dir={self.data_dir}: miniImageNet's {split} split is not there, and has no official download. "
+            f"Put into {folder} one of: train/, val/ and test/ with a folder of images for each class; images/ with "
+            f"train.csv, val.csv and test.csv; {', '.join(map(PICKLE.format, SPLITS))}; or a zip or tar of these"
+        )
+
+    def _from_files(self, place: Path, split: str) -> ImageBank:
+        files = _listed(place, split)
+        _check({name: len(paths) for name, paths in files.items()}, place, split)
+        paths = [path for name in sorted(files) for path in files[name]]
+        images = torch.empty(len(paths), 3, SIZE, SIZE, dtype=torch.uint8)
+
+        def read(row: int) -> None:
+            images[row] = self._read(paths[row])
+
+        with ThreadPoolExecutor() as pool:
+            rows = pool.map(read, range(len(paths)))
+            try:
+                for _ in tqdm(rows, f"miniimagenet {split}", len(paths), unit="image", leave=False, disable=None):
+                    pass
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        return _bank(images, sorted(files))
+
+    def _read(self, path: Path) -> Tensor:
+        try:
+            with Image.open(path) as image:
+                if image.size != (SIZE, SIZE) and not self.resize:
+                    raise ValueError(f"{image.size[0]}x{image.size[1]} instead of {SIZE}x{SIZE}; dataset.resize=true?")
+                image = image.convert("RGB")
+                if image.size != (SIZE, SIZE):
+                    image = image.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
+        except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+            raise MetacvError(f"{path} is not a readable image ({error})") from None
+        return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(SIZE, SIZE, 3).permute(2, 0, 1)
+
+    def _from_pickle(self, path: Path, split: str) -> ImageBank:
+        try:
+            with path.open("rb") as file:
+                content = _PlainUnpickler(file, encoding="latin1").load()
+            rows = {str(name): torch.as_tensor(list(rows)) for name, rows in content["class_dict"].items()}
+            found = torch.from_numpy(content["image_data"])
+            if found.dtype != torch.uint8 or tuple(found.shape[1:]) != (SIZE, SIZE, 3):
+                raise ValueError(f"images are {found.dtype} {tuple(found.shape[1:])}, not uint8 ({SIZE}, {SIZE}, 3)")
+            _check({name: len(own.unique()) for name, own in rows.items()}, path, split)
+            every = torch.cat(list(rows.values()))
+            if every.min() < 0 or len(every.unique()) < len(every):
+                raise ValueError("its class_dict has an image in two classes, or before the first")
+            images = torch.empty(len(rows) * IMAGES, 3, SIZE, SIZE, dtype=torch.uint8)
+            for c, name in enumerate(sorted(rows)):
+                images[c * IMAGES : (c + 1) * IMAGES] = found[rows[name]].permute(0, 3, 1, 2)
+        except MetacvError:
+            raise
+        except Exception as error:  # a damaged or ill-meant pickle may raise anything
+            raise MetacvError(
+                f"{path} is not a pickle of miniImageNet ({str(error) or type(error).__name__})"
+            ) from None
+        return _bank(images, sorted(rows))
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Unpickles arrays and plain values; whatever else a pickle names is refused before it is looked up."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        import numpy
+
+        array = numpy.zeros(1)
+        allowed = {
+            "ndarray": numpy.ndarray,
+            "dtype": numpy.dtype,
+            "_reconstruct": array.__reduce__()[0],
+            "_frombuffer": array.__reduce_ex__(5)[0],
+            "scalar": array[0].__reduce__()[0],
+        }
+        if module.split(".")[0] == "numpy" and name in allowed:
+            return allowed[name]
+        if (module, name) == ("_codecs", "encode"):  # of the bytes in pickles of protocol 2
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which images do not need")
+
+
+def _places(data_dir: Path) -> Iterator[Path]:
+    """Folders in which a form may lie: those named after miniImageNet, what is up to two deep in them, data_dir."""
+    for folder in [path for path in _folders(data_dir) if _is_named(path.name)]:
+        yield folder
+        for inside in _folders(folder):
+            yield inside
+            yield from _folders(inside)
+    yield data_dir
+
+
+def _folders(folder: Path) -> list[Path]:
+    if folder.name == "images" or not folder.is_dir():
+        return []
+    with os.scandir(folder) as entries:
+        return sorted(Path(entry) for entry in entries if entry.is_dir() and not entry.name.startswith((".", "__")))
+
+
+def _is_named(name: str) -> bool:
+    return "miniimagenet" in re.sub("[^a-z]", "", name.lower())
+
+
+def _form(place: Path, split: str) -> Path | None:
+    """The folder, list or pickle by which a place holds a split."""
+    table = place / f"{split}.csv"
+    if (place / split).is_dir():
+        return place
+    if table.is_file() and (place / "images").is_dir():
+        return place
+    pickled = place / PICKLE.format(split)
+    return pickled if pickled.is_file() else None
+
+
+def _listed(place: Path, split: str) -> dict[str, list[Path]]:
+    """The files of each class."""
+    if (place / split).is_dir():
+        classes = [path for path in (place / split).glob("[!.]*") if path.is_dir()]
+        return {path.name: sorted(path.glob("[!.]*")) for path in classes}
+    table = place / f"{split}.csv"
+    found: dict[str, list[Path]] = {}
+    try:
+        with table.open(newline="") as file:
+            for row in csv.DictReader(file):
+                found.setdefault(row["label"], []).append(place / "images" / Path(row["filename"]).name)
+    except (OSError, KeyError, TypeError, UnicodeDecodeError, csv.Error) as error:
+        raise MetacvError(f"{table} is not a table of filename,label ({type(error).__name__}: {error})") from None
+    return {name: sorted(paths) for name, paths in found.items()}
+
+
+def _check(sizes: dict[str, int], where: Path, split: str) -> None:
+    """Refuses anything but the classes of the split, each with all its images."""
+    expected = CLASSES[split]
+    if missing := sorted(set(expected) - sizes.keys()):
+        raise MetacvError(
+            f"{where}: the {split} split lacks {len(missing)} of {len(expected)} classes: {_few(missing)}"
+        )
+    if others := sorted(sizes.keys() - set(expected)):
+        raise MetacvError(f"{where}: the {split} split holds what is not among its classes: {_few(others)}")
+    if odd := [name for name in expected if sizes[name] != IMAGES]:
+        raise MetacvError(f"{where}: {odd[0]} of the {split} split has {sizes[odd[0]]} images, not {IMAGES}")
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
+def _bank(images: Tensor, names: list[str]) -> ImageBank:
+    return ImageBank("miniimagenet", images, torch.arange(0, len(images) + 1, IMAGES), tuple(names))
+
+
+def _archives(data_dir: Path) -> list[Path]:
+    inside = [path for folder in _folders(data_dir) if _is_named(folder.name) for path in folder.glob("*")]
+    beside = [path for path in data_dir.glob("*") if _is_named(path.name)]
+    return sorted(path for path in [*inside, *beside] if path.is_file() and ARCHIVE.search(path.name))
+
+
+def _unpack(archive: Path) -> list[Path]:
+    """Unpacks an archive beside itself, if that has not been done, and gives the folders in it."""
+    target = archive.with_name(f"{archive.name}.unpacked")
+    if not target.exists():
+        print(f"metacv: unpacking {archive} into {target}", file=sys.stderr)
+        try:
+            # In a folder of its own, then renamed: what is in its place is whole, also with two runs at once.
+            with tempfile.TemporaryDirectory(dir=archive.parent, prefix=f".{target.name}.") as own:
+                _extract(archive, Path(own) / "all")
+                if not target.exists():
+                    os.rename(Path(own) / "all", target)
+        except (OSError, tarfile.TarError, zipfile.BadZipFile, EOFError, RuntimeError, ValueError) as error:
+            raise MetacvError(f"{archive} cannot be unpacked ({error})") from None
+    return [target, *_folders(target), *(deeper for inside in _folders(target) for deeper in _folders(inside))]
+
+
+def _extract(archive: Path, to: Path) -> None:
+    if archive.suffix.lower() != ".zip":
+        with tarfile.open(archive) as tar:
+            tar.extractall(to, filter="data")  # refuses what would lie or point outside
+        return
+    with zipfile.ZipFile(archive) as zipped:
+        for name in zipped.namelist():
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise ValueError(f"{name} would lie outside its folder")
+        zipped.extractall(to)

@@ -1,0 +1,112 @@
+"""Backbones, against the papers' feature sizes, published parameter counts and hand calculations."""
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from metacv.backbones import Backbone
+from metacv.backbones.conv4 import Conv4
+from metacv.backbones.resnet12 import ResNet12, drop_blocks
+from metacv.backbones.resnet18 import ResNet18
+from metacv.build import build
+from metacv.config_dir import config_dir
+
+NAMES = sorted(path.stem for path in (config_dir() / "backbone").glob("*.yaml"))
+
+
+def from_yaml(name: str, shape: tuple[int, int, int], **changes) -> Backbone:
+    node = {"defaults": [name]}
+    while base := node.pop("defaults", None):
+        node = yaml.safe_load((config_dir() / f"backbone/{base[0]}.yaml").read_text()) | node
+    return build("backbone", node | changes, Backbone, image_shape=shape)
+
+
+def parameters(network: nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters())
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 84, 84)], ids=["28", "84"])
+def test_every_backbone_gives_maps_of_the_shape_that_it_says(name, shape):
+    backbone = from_yaml(name, shape).eval()
+    assert backbone(torch.rand(2, *shape)).shape == (2, *backbone.out_shape)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "features"),
+    [
+        ("conv4", {}, 1600),  # Prototypical Networks
+        ("conv4", {"channels": 32, "norm_scale": False, "running_stats": False}, 800),  # MAML
+        ("conv4", {"channels": 32, "ceil_pool": True, "running_stats": False}, 1152),  # Reptile
+        ("conv4_relation", {}, 64 * 19 * 19),  # Relation Networks
+        ("resnet12", {}, 640),
+        ("resnet12", {"global_pool": False}, 640 * 5 * 5),
+        ("resnet18", {}, 512),
+        ("resnet18", {"global_pool": False}, 512 * 11 * 11),
+    ],
+)
+def test_features_of_84_pixels_are_as_many_as_in_the_papers(name, changes, features):
+    assert torch.Size(from_yaml(name, (3, 84, 84), **changes).out_shape).numel() == features
+
+
+def test_parameters_are_as_many_as_published():
+    assert parameters(ResNet12((3, 84, 84))) == 12_424_320
+    # torchvision's 11,689,512 without the last layer of 513,000 and with 3x3 for 7x7 in the first
+    assert parameters(ResNet18((3, 84, 84))) == 11_689_512 - 513_000 - 64 * 3 * (49 - 9)
+    assert parameters(Conv4((3, 84, 84))) == 64 * (3 * 9 + 3) + 3 * 64 * (64 * 9 + 3)
+
+
+def test_a_residual_block_is_the_sum_of_its_branches():
+    torch.manual_seed(0)
+    block = ResNet12((3, 16, 16)).eval().get_submodule("layer1.0")
+    images = torch.rand(2, 3, 16, 16)
+    out = images
+    for number in (1, 2, 3):
+        out = block.get_submodule(f"bn{number}")(block.get_submodule(f"conv{number}")(out))
+        out = nn.functional.leaky_relu(out, 0.1) if number < 3 else out
+    expected = nn.functional.max_pool2d(nn.functional.leaky_relu(out + block.downsample(images), 0.1), 2)
+    torch.testing.assert_close(block(images), expected)
+
+
+def test_drop_block_drops_about_its_share_in_squares_and_keeps_the_scale():
+    torch.manual_seed(0)
+    maps = torch.ones(64, 50, 10, 10)
+    out = drop_blocks(maps, 0.1)
+    dropped = out == 0
+    assert 0.08 < dropped.float().mean() < 0.1  # squares that overlap drop a little less
+    assert out.mean() == pytest.approx(1, abs=1e-4)
+    whole = (nn.functional.avg_pool2d(dropped.float(), 5, stride=1) == 1).float()
+    squares = nn.functional.max_pool2d(nn.functional.pad(whole, (4, 4, 4, 4)), 5, stride=1)
+    assert torch.equal(squares.bool(), dropped)  # what is dropped is a union of 5x5 squares
+    backbone = ResNet12((3, 84, 84), drop_block=0.5, global_pool=False)
+    images = torch.rand(2, 3, 84, 84)
+    assert torch.equal(backbone.eval()(images), backbone(images))
+    assert (backbone.train()(images) == 0).any()
+
+
+@pytest.mark.parametrize("cls", [ResNet12, ResNet18])
+def test_without_running_statistics_tasks_leave_no_trace(cls):
+    backbone = cls((3, 32, 32), running_stats=False)
+    assert not [name for name, _ in backbone.named_buffers()]
+
+
+@pytest.mark.parametrize(
+    ("cls", "settings", "message"),
+    [(ResNet12, {"drop_block": 1.0}, "drop_block=1.0"), (ResNet12, {"image_shape": (3, 12, 12)}, "too small")],
+)
+def test_impossible_settings_are_refused(cls, settings, message):
+    with pytest.raises(ValueError, match=message):
+        cls(**({"image_shape": (3, 84, 84)} | settings))
+
+
+def test_a_normalized_backbone_is_the_backbone_of_normalized_images():
+    backbone = Conv4((3, 28, 28)).eval()
+    images, mean, std = torch.rand(2, 3, 28, 28), [0.4, 0.5, 0.6], [0.2, 0.3, 0.25]
+    expected = backbone((images - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1))
+    names = list(backbone.state_dict())
+    backbone.normalize(mean, std)
+    torch.testing.assert_close(backbone(images), expected)
+    assert list(backbone.state_dict()) == names
+    with pytest.raises(ValueError, match="std above 0"):
+        backbone.normalize([0.5], [0.0])
