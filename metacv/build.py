@@ -17,10 +17,10 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from metacv import MetacvError
 from metacv.algorithms.base import Algorithm
 from metacv.backbones import Backbone
+from metacv.config import AS_THEY_ARE
 from metacv.data.bank import Dataset
 
 T = TypeVar("T")
-AS_THEY_ARE = {"mean": [0.0], "std": [1.0]}
 
 
 def build(name: str, node: dict[str, Any], base: type[T], **given: Any) -> T:
@@ -105,8 +105,9 @@ def build_dataset(config: dict[str, Any], data_dir: str) -> Dataset:
 def build_algorithm(config: dict[str, Any], image_shape: tuple[int, int, int]) -> Algorithm:
     backbone = build("backbone", config["backbone"], Backbone, image_shape=image_shape)
     normalize = config["normalize"]
-    if len(normalize["mean"]) not in (1, image_shape[0]):
-        raise MetacvError(f"normalize.mean={normalize['mean']}: the images have {image_shape[0]} channels")
+    for name, values in normalize.items():
+        if len(values) not in (1, image_shape[0]):
+            raise MetacvError(f"normalize.{name}={values}: the images have {image_shape[0]} channels")
     if normalize != AS_THEY_ARE:
         try:
             backbone.normalize(**normalize)

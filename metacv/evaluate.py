@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from metacv import MetacvError, checkpoint
 from metacv.algorithms.base import Algorithm, Norm, accuracies
-from metacv.build import AS_THEY_ARE, build_algorithm, build_dataset, check_settings, describe_device, pick_device
-from metacv.config import EvaluateConfig
+from metacv.build import build_algorithm, build_dataset, check_settings, describe_device, pick_device
+from metacv.config import EvaluateConfig, as_now
 from metacv.data.bank import check_split
 from metacv.data.episodes import EpisodeList, EpisodeSampler
 from metacv.files import write_bytes_atomically
@@ -125,8 +125,8 @@ def describe(result: dict[str, Any]) -> str:
 
 def _merged(saved: dict[str, Any], given: dict[str, Any], path: Path) -> dict[str, Any]:
     """The trained config with what the command line gave laid over it."""
-    before_it_was_a_setting = {"episodes": 600, "normalize": AS_THEY_ARE}
-    config = before_it_was_a_setting | saved | {name: value for name, value in given.items() if value is not None}
+    saved = as_now(saved)
+    config = saved | {name: value for name, value in given.items() if value is not None}
     for group in ("algo", "dataset"):
         changes = given[group] or {}
         if "_target_" in changes:

@@ -20,6 +20,15 @@ def read_checked(path: Path, mmap: bool = False) -> Any:
     return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
 
+def rename_unless_there(folder: Path, target: Path) -> None:
+    """Puts a whole folder into its place; what another program has put there meanwhile stays."""
+    try:
+        os.rename(folder, target)
+    except OSError:
+        if not target.is_dir():
+            raise
+
+
 def write_atomically(path: Path, content: Any) -> None:
     """torch.save to a temporary file, synced and renamed: at every instant `path` is the old file or the new one."""
     _atomically(path, lambda file: torch.save(content, file))

@@ -21,13 +21,14 @@ from torch.optim.lr_scheduler import LRScheduler
 from metacv import MetacvError, checkpoint
 from metacv.algorithms.base import Algorithm
 from metacv.build import check_settings
-from metacv.config import TrainConfig
+from metacv.config import TrainConfig, as_now
 from metacv.data.episodes import EpisodeSampler
 from metacv.files import write_bytes_atomically
 from metacv.logger import Logger
 
 # What may change when a run goes on: none of it changes what a step computes, but for the last bits on another device.
 RESUMABLE = {"resume", "steps", "eval_every", "patience", "log_every", "device", "data_dir"}
+RESUMABLE |= {"algo.task_batching", "algo.task_chunk"}
 
 
 @dataclass
@@ -204,8 +205,8 @@ def begin_or_resume(
     given = {word.split("=")[0]: word for word in overrides if {word, word.split("=")[0]}.isdisjoint(again)}
     overrides = [word for word in own if word.split("=")[0] not in given] + list(given.values())
     config = plain(compose("train", overrides))
-    for name, given, trained in _differences(config, state["config"]):
-        if name.split(".")[0] not in RESUMABLE:
+    for name, given, trained in _differences(config, as_now(state["config"])):
+        if RESUMABLE.isdisjoint({name, name.split(".")[0]}):
             raise MetacvError(f"resume: {name} is {given} but {path} was trained with {trained}")
     if path.parent.resolve() != folder.resolve():
         for name in ("best.pt", "metrics.jsonl"):

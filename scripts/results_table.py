@@ -287,8 +287,9 @@ What was set otherwise than the experiment says, to fit the time:
 
 {miniimagenet_changes}
 
-The experiments depart from the papers in this: Prototypical Networks, Relation Networks and MAML validated in ways of
-their own, here best.pt is chosen on 600 (Reptile: 200) fixed tasks of the validation classes.
+The experiments depart from the papers. Reptile does not validate, and Relation Networks' code chooses its model on the
+test classes; here best.pt is chosen on 600 fixed tasks of the validation classes. MAML's authors scale the inner loss
+otherwise, as said at the end.
 
 ## miniImageNet, all methods under one protocol
 

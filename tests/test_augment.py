@@ -82,3 +82,8 @@ def test_the_stream_of_tasks_is_the_same_with_and_without_augmentation_and_both_
 def test_impossible_settings_are_refused(crop, jitter):
     with pytest.raises(MetacvError, match="augment"):
         Augment(crop, False, jitter)
+
+
+def test_a_crop_from_beyond_the_image_is_refused():
+    with pytest.raises(MetacvError, match=r"augment.crop=4 but the images are 4 pixels high and 6 wide"):
+        EpisodeSampler(bank_of([20] * 12, shape=(3, 4, 6)), 3, 1, 2, augment=Augment(4, False, 0.0))

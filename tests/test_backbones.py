@@ -57,6 +57,31 @@ def test_parameters_are_as_many_as_published():
     assert parameters(Conv4((3, 84, 84))) == 64 * (3 * 9 + 3) + 3 * 64 * (64 * 9 + 3)
 
 
+def test_parameters_have_the_names_and_shapes_of_published_weights():
+    """Those of MetaOptNet's ResNet-12, and of torchvision's ResNet-18 under `net`."""
+    ours = {name: tuple(p.shape) for name, p in ResNet12((3, 84, 84)).state_dict().items()}
+    inputs, expected = 3, {}
+    for layer, outputs in enumerate((64, 160, 320, 640), start=1):
+        norms = []
+        for conv, depth, side in (("conv1", inputs, 3), ("conv2", outputs, 3), ("conv3", outputs, 3)):
+            expected[f"layer{layer}.0.{conv}.weight"] = (outputs, depth, side, side)
+            norms.append(f"layer{layer}.0.bn{conv[-1]}")
+        expected[f"layer{layer}.0.downsample.0.weight"] = (outputs, inputs, 1, 1)
+        for norm in [*norms, f"layer{layer}.0.downsample.1"]:
+            expected |= {f"{norm}.{name}": (outputs,) for name in ("weight", "bias", "running_mean", "running_var")}
+            expected[f"{norm}.num_batches_tracked"] = ()
+        inputs = outputs
+    assert ours == expected
+
+    from torchvision.models import resnet18
+
+    theirs = {f"net.{name}": tuple(p.shape) for name, p in resnet18().state_dict().items() if not name.startswith("fc")}
+    ours = {name: tuple(p.shape) for name, p in ResNet18((3, 84, 84)).state_dict().items()}
+    assert ours.pop("net.conv1.weight") == (64, 3, 3, 3)
+    assert theirs.pop("net.conv1.weight") == (64, 3, 7, 7)
+    assert ours == theirs
+
+
 def test_a_residual_block_is_the_sum_of_its_branches():
     torch.manual_seed(0)
     block = ResNet12((3, 16, 16)).eval().get_submodule("layer1.0")
@@ -110,3 +135,5 @@ def test_a_normalized_backbone_is_the_backbone_of_normalized_images():
     assert list(backbone.state_dict()) == names
     with pytest.raises(ValueError, match="std above 0"):
         backbone.normalize([0.5], [0.0])
+    with pytest.raises(ValueError, match="finite"):
+        backbone.normalize([0.5], [float("nan")])

@@ -177,6 +177,22 @@ def test_inductive_queries_each_get_one_batch_with_the_support_set(name):
             torch.testing.assert_close(found, expected, rtol=bound, atol=bound)
 
 
+@pytest.mark.parametrize("norm", ["inductive", "transductive"])
+@pytest.mark.parametrize("way", [3, 4])
+@pytest.mark.parametrize(
+    "make", [maml, reptile, lambda b, **s: maml(b, adapt_norm=True, inner_loss="sum_per_shot", **s)]
+)
+def test_tasks_together_are_classified_as_tasks_in_a_loop(make, way, norm):
+    tasks = random_tasks(tasks=5, way=way, shape=SHAPE, dtype=torch.float64)
+    logits = []
+    for batching in ("loop", "vmap"):
+        torch.manual_seed(0)
+        algorithm = make(backbone(False), task_batching=batching, task_chunk=2).double()
+        algorithm.train().backward(random_tasks(tasks=2, shape=SHAPE, dtype=torch.float64))  # fills Reptile's moments
+        logits.append(algorithm.predict(tasks, norm))
+    assert (logits[0] - logits[1]).norm() < 1e-10 * logits[0].norm()
+
+
 def test_the_interval_is_over_episodes():
     values = torch.tensor([0.2, 0.4, 0.6, 1.0], dtype=torch.float64)
     # deviations -.35 -.15 .05 .45: squares sum to .35, / 3, root .341565, * 1.96 / 2

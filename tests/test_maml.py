@@ -149,9 +149,10 @@ def test_auto_passes_small_tasks_together_and_running_statistics_one_after_anoth
     def auto(running_stats: bool) -> MAML:
         return smooth_maml(SmoothNet(running_stats=running_stats))
 
-    assert auto(False).together(10)
-    assert not auto(False).together(11)
-    assert not auto(True).together(5)
+    assert auto(False).together(torch.rand(10, 1, 28, 28))
+    assert not auto(False).together(torch.rand(11, 1, 28, 28))
+    assert not auto(False).together(torch.rand(5, 3, 84, 84))
+    assert not auto(True).together(torch.rand(5, 1, 28, 28))
     with pytest.raises(ValueError, match="task_batching=vmap"):
         smooth_maml(SmoothNet(running_stats=True), task_batching="vmap")
 

@@ -15,7 +15,7 @@ import torch
 from conftest import TRAIN
 from PIL import Image
 
-from metacv import MetacvError
+from metacv import MetacvError, checkpoint
 from metacv.data import miniimagenet
 from metacv.data.bank import SPLITS
 from metacv.data.miniimagenet import MiniImageNet
@@ -218,7 +218,20 @@ def test_a_listed_image_that_is_not_there_is_named(tmp_path):
     assert file_name("n01", 2) in fails(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["a,b\n1,2\n", "", "filename,label\nn01.jpg\n", "\x00\xff"])
+def test_a_list_may_begin_with_a_mark_and_may_not_name_an_image_twice(tmp_path, expected):
+    as_lists(root := tmp_path / "miniimagenet")
+    table = root / "train.csv"
+    table.write_text(table.read_text(), encoding="utf-8-sig")
+    assert banks(tmp_path)["train"].fingerprint == expected["train"]
+    shutil.rmtree(tmp_path / "cache")
+    twice = table.read_text().replace(file_name("n01", 0), file_name("n01", 1))
+    table.write_text(twice)
+    assert f"lists {file_name('n01', 1)} more than once" in fails(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content", ["a,b\n1,2\n", "", "filename,label\nn0100000000.jpg,\n", "filename,label\nn01.jpg\n", "\x00\xff"]
+)
 def test_a_list_that_is_none_is_refused(tmp_path, content):
     as_lists(root := tmp_path / "miniimagenet")
     (root / "train.csv").write_bytes(content.encode("latin1"))
@@ -232,15 +245,27 @@ def test_a_corrupt_image_and_one_of_another_size_are_named(tmp_path):
     assert f"{corrupt} is not a readable image" in fails(tmp_path)
     large = root / "val" / "n04" / file_name("n04", 1)
     Image.fromarray(pixels("n04", 1, size=100)).save(large)
-    assert f"{large} is not a readable image (100x100 instead of 84x84" in fails(tmp_path, "val")
+    assert f"{large} is 100x100, not 84x84" in fails(tmp_path, "val")
     assert MiniImageNet(tmp_path, resize=True).load("val").image_shape == (3, 84, 84)
 
 
 def test_grey_images_and_those_with_a_palette_become_colour(tmp_path):
     as_folders(root := tmp_path / "miniimagenet")
-    Image.fromarray(pixels("n01", 0)).convert("L").save(root / "train" / "n01" / file_name("n01", 0))
-    found = banks(tmp_path)["train"].images[0]
-    assert torch.equal(found[0], found[1])
+    grey = Image.fromarray(pixels("n01", 0)).convert("L")
+    grey.save(root / "train" / "n01" / file_name("n01", 0))
+    palette = Image.fromarray(pixels("n01", 1)).quantize(8)
+    (root / "train" / "n01" / file_name("n01", 1)).unlink()
+    palette.save(root / "train" / "n01" / f"{file_name('n01', 1)[:-4]}.png")
+    found = banks(tmp_path)["train"].images
+    assert torch.equal(found[0, 0], found[0, 1])
+    assert np.array_equal(found[1].permute(1, 2, 0).numpy(), np.asarray(palette.convert("RGB")))
+
+
+def test_a_program_in_the_place_of_an_image_is_not_run(tmp_path):
+    as_folders(root := tmp_path / "miniimagenet")
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 84 84\n%%EndComments\nshowpage\n"
+    (root / "train" / "n01" / file_name("n01", 0)).write_bytes(postscript)
+    assert "is not a readable image (cannot identify" in fails(tmp_path)
 
 
 class Evil:
@@ -254,6 +279,26 @@ class Evil:
 class EvilNumpy:
     def __reduce__(self):
         return (np.save, ("saved", np.zeros(1)))
+
+
+# An array of numpy's own that says of eight bytes that they are the address of an object: dtype's state is (3, "|",
+# None, ("a",), {"a": (dtype("O"), 0)}, 8, 1, 0).
+FORGED = (
+    b"(dVclass_dict\n(dVn01\ncnumpy.core.numeric\n_frombuffer\n(C\x08AAAAAAAAcnumpy\ndtype\n(VV8\nI00\nI01\ntR"
+    b"(I3\nV|\nN(Va\nt(dVa\n(cnumpy\ndtype\n(VO\nI00\nI01\ntRI0\ntsI8\nI1\nI0\ntb(I1\ntVC\ntRss."
+)
+
+
+def test_a_forged_array_is_refused_and_nothing_reads_through_it(tmp_path):
+    (root := tmp_path / "miniimagenet").mkdir()
+    (root / "mini-imagenet-cache-train.pkl").write_bytes(FORGED)
+    program = (
+        "import sys; from pathlib import Path; from metacv.data.miniimagenet import MiniImageNet as m; "
+        "m(Path(sys.argv[1]), False).load('train')"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "is not a pickle of miniImageNet" in done.stderr.splitlines()[-1]
 
 
 def test_a_pickle_can_run_nothing(tmp_path, monkeypatch):
@@ -271,11 +316,14 @@ def test_a_pickle_can_run_nothing(tmp_path, monkeypatch):
     ("change", "words"),
     [
         (lambda c: c.pop("class_dict"), "class_dict"),
-        (lambda c: c.update(image_data=c["image_data"][:, :50]), "not uint8 (84, 84, 3)"),
-        (lambda c: c.update(image_data=c["image_data"].astype(float)), "not uint8 (84, 84, 3)"),
+        (lambda c: c.update(image_data=c["image_data"][:, :50]), "not u1 (images, 84, 84, 3)"),
+        (lambda c: c.update(image_data=c["image_data"].astype(float)), "not u1 (images, 84, 84, 3)"),
         (lambda c: c["class_dict"].pop("n02"), "lacks 1 of 3 classes: n02"),
         (lambda c: c["class_dict"].update(n01=[0, 1, 2, 2]), "has 3 images, not 4"),
         (lambda c: c["class_dict"].update(n02=[0, 1, 2, 999]), "999"),
+        (lambda c: c.update(image_data=c["image_data"].astype(">i4")), "byte order >"),
+        (lambda c: c.update(image_data=np.asfortranarray(c["image_data"])), "not u1"),
+        (lambda c: c.update(image_data=c["image_data"].tolist()), "not a pickle of miniImageNet"),
         (lambda c: c["class_dict"].update(n01=[4, 5, 6, -1]), "before the first"),
         (lambda c: c["class_dict"].update(n01=c["class_dict"]["n02"]), "in two classes"),
         (lambda c: c["class_dict"].update(n01=[0.5, 1, 2, 3]), "not a pickle of miniImageNet"),
@@ -303,24 +351,58 @@ def test_an_archive_cannot_write_outside_its_folder(tmp_path):
             archive.writestr(name, "x")
         assert "would lie outside its folder" in fails(data_dir)
     (data_dir / "miniimagenet.zip").unlink()
-    with tarfile.open(data_dir / "miniimagenet.tar", "w") as tar:
-        tar.addfile(tarfile.TarInfo("../outside.txt"))
-    assert "outside" in fails(data_dir)
+    for name in ("../outside.txt", str(tmp_path / "outside.txt")):
+        with tarfile.open(data_dir / "miniimagenet.tar", "w") as tar:
+            tar.addfile(tarfile.TarInfo(name))
+        assert "would lie outside its folder" in fails(data_dir)
     with tarfile.open(data_dir / "miniimagenet.tar", "w") as tar:
         link = tarfile.TarInfo("train")
         link.type, link.linkname = tarfile.SYMTYPE, str(tmp_path)
         tar.addfile(link)
-    assert "cannot be unpacked" in fails(data_dir)
+    assert "train is neither a file nor a folder" in fails(data_dir)
     assert not (tmp_path / "outside.txt").exists()
     assert sorted(path.name for path in data_dir.iterdir()) == ["miniimagenet.tar"]
 
 
-def test_a_damaged_archive_leaves_nothing_behind(tmp_path):
-    tarred(tmp_path / "miniimagenet")
-    archive = tmp_path / "miniimagenet" / "all.tar.gz"
-    archive.write_bytes(archive.read_bytes()[:-2000])
+def packed(path: Path) -> None:
+    """A zip or tar of all folders."""
+    as_folders(path.parent / "loose")
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as zipped_:
+            for file in (path.parent / "loose").rglob("*.jpg"):
+                zipped_.write(file, file.relative_to(path.parent / "loose"))
+    else:
+        with tarfile.open(path, f"w:{path.suffix[1:]}") as tar:
+            tar.add(path.parent / "loose", ".")
+    shutil.rmtree(path.parent / "loose")
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "other"])
+@pytest.mark.parametrize(
+    "name", ["miniimagenet.zip", "miniimagenet.tar.gz", "miniimagenet.tar.bz2", "miniimagenet.tar.xz"]
+)
+def test_a_damaged_archive_is_named_and_leaves_nothing_behind(tmp_path, name, damage):
+    packed(archive := tmp_path / name)
+    content = bytearray(archive.read_bytes())
+    middle = len(content) // 2
+    if damage == "cut":
+        del content[middle:]
+    elif damage == "flipped":
+        content[middle : middle + 500] = bytes(255 - byte for byte in content[middle : middle + 500])
+    else:
+        content = bytearray(b"" if damage == "empty" else b"something else\n" * 100)
+    archive.write_bytes(content)
     assert f"{archive} cannot be unpacked" in fails(tmp_path)
-    assert [path.name for path in archive.parent.iterdir()] == ["all.tar.gz"]
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_what_else_lies_around_does_not_hide_the_data(tmp_path, expected):
+    """Another data set's folders, a Mac's file beside the archive, and an archive that is damaged."""
+    packed(tmp_path / "miniimagenet.zip")
+    (tmp_path / "train" / "n99").mkdir(parents=True)
+    (tmp_path / "._miniimagenet.zip").write_bytes(b"Mac")
+    (tmp_path / "a-miniimagenet.tar").write_bytes(b"damaged")
+    assert banks(tmp_path)["train"].fingerprint == expected["train"]
 
 
 def test_two_runs_at_once_unpack_and_decode_the_same(tmp_path, expected):
@@ -335,16 +417,35 @@ def test_two_runs_at_once_unpack_and_decode_the_same(tmp_path, expected):
         for _ in range(2)
     ]
     assert [run.communicate()[0].strip() for run in both] == [expected["train"]] * 2
+    assert [run.returncode for run in both] == [0, 0]
 
 
 def test_training_and_evaluating_in_colour(metacv, tmp_path, monkeypatch):
     as_folders(tmp_path / "miniimagenet")
     monkeypatch.setenv("METACV_DATA_DIR", str(tmp_path))
-    settings = [word for word in TRAIN if not word.startswith("dataset.")]
-    code, out, err = metacv(
-        "train", "algo=protonet", "dataset=miniimagenet", *settings, "way=3", "query=2", "hydra.run.dir=run"
-    )
+    settings = ["algo=protonet", "dataset=miniimagenet", "way=3", "query=2", "augment.flip=true", "augment.jitter=0.3"]
+    settings += [word for word in TRAIN if not word.startswith(("dataset.", "query="))] + [
+        "normalize.std=[0.2,0.3,0.4]"
+    ]
+    code, out, err = metacv("train", *settings, "hydra.run.dir=whole")
     assert (code, err) == (0, "")
-    code, out, err = metacv("evaluate", "checkpoint=run", "episodes=5")
+    metacv("train", *settings, "steps=2", "hydra.run.dir=parts")
+    code, out, err = metacv("train", "resume=parts", "steps=4")
+    assert (code, err) == (0, "")
+    one, other = (checkpoint.load(Path(run) / "best.pt")["algorithm"] for run in ("whole", "parts"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    code, out, err = metacv("evaluate", "checkpoint=whole", "episodes=5")
     assert code == 0
     assert "MiniImageNet test" in out
+    saved = checkpoint.load(Path("whole/best.pt"))
+    assert saved["config"]["normalize"] == {"mean": [0.0], "std": [0.2, 0.3, 0.4]}
+    code, out, err = metacv("train", "-m", *settings, "steps=1", "seed=0,1", "hydra.sweep.dir=sweep")
+    assert code == 0
+    assert len(list(Path("sweep").glob("*/best.pt"))) == 2
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (events := EventAccumulator("whole", {"images": 0})).Reload()
+    with Image.open(io.BytesIO(events.Images("val/episode")[0].encoded_image_string)) as picture:
+        red, green, blue = picture.convert("RGB").split()
+    assert red.tobytes() != green.tobytes() != blue.tobytes()

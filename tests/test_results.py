@@ -296,7 +296,9 @@ def test_models_of_one_task_were_compared_on_the_same_episodes():
         config = checkpoint.load(folder / "best.pt")["config"]
         common = json.loads((folder / "common.json").read_text())
         # the hash covers the pixels, and Reptile's are not inverted
-        same = hashes.setdefault((config["way"], config["shot"], config["dataset"]["invert"]), set())
+        dataset = config["dataset"]
+        key = (dataset["_target_"], config["way"], config["shot"], dataset.get("invert"))
+        same = hashes.setdefault(key, set())
         same.add(common["episodes_sha256"])
     assert hashes
     assert all(len(same) == 1 for same in hashes.values())

@@ -16,9 +16,9 @@ from metacv.data.episodes import TaskBatch
 
 Params = dict[str, Tensor]
 TaskBatching = Literal["auto", "loop", "vmap"]
-# Measured on CPUs: passes of so few images a task are 1.5 to 1.8 times as fast when so many tasks go together; with
-# 20 images or more nothing is gained.
-FEW_IMAGES, FEW_TASKS = 10, 8
+# Measured on CPUs with Conv4: passes of so few pixels a task (ten images of 28x28) are 1.5 to 1.8 times as fast when so
+# many tasks go together; with twice as many nothing is gained, with ten times as many it is slower.
+FEW_PIXELS, FEW_TASKS = 10 * 28 * 28, 8
 
 
 class Classifier(nn.Module):
@@ -69,7 +69,7 @@ class InnerLoop(Algorithm):
             own = self.of_each(self.adapt(part), len(part))
             for params, support, queries in zip(own, part.support_x, part.query_x, strict=True):
                 beside = partial(self._beside, params, support)
-                logits.append(in_fixed_chunks(beside, queries, 1 if self.task_batching == "loop" else 8))
+                logits.append(in_fixed_chunks(beside, queries, FEW_TASKS if self.together(support) else 1))
         return torch.stack(logits)
 
     def _beside(self, params: Params, support: Tensor, queries: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ class InnerLoop(Algorithm):
     def classify(self, params: Params, images: Tensor) -> Tensor:
         """Logits [T, B, N] of images [T, B, C, H, W] under each task's parameters."""
         inductive = not (self.training or uses_batch_statistics(self.net))
-        if self.together(images.shape[1]) and not inductive:
+        if self.together(images[0]) and not inductive:
             # Gradients are taken outside of vmap: inside, fused batch norm's are wrong (pytorch/functorch#534).
             shared = {name: None if self._is_shared(name, p) else 0 for name, p in params.items()}
             return vmap(self._call, in_dims=(shared, 0), randomness="different")(params, images)
@@ -92,16 +92,16 @@ class InnerLoop(Algorithm):
             logits.append(in_fixed_chunks(call, task) if inductive else call(task))
         return torch.stack(logits)
 
-    def together(self, images: int) -> bool:
-        """Whether tasks of so many images pass through the network together."""
+    def together(self, images: Tensor) -> bool:
+        """Whether tasks with as many images as [B, C, H, W] pass through the network together."""
         if self.task_batching != "auto":
             return self.task_batching == "vmap"
-        worth_it = self.net.head.weight.is_cuda or images <= FEW_IMAGES
+        worth_it = images.is_cuda or len(images) * images[0, 0].numel() <= FEW_PIXELS
         return worth_it and not any(norm.track_running_stats for norm in batch_norms(self.net))
 
     def parts(self, tasks: TaskBatch) -> Iterator[TaskBatch]:
         """The tasks, as many at a time as are adapted together."""
-        if not self.together(tasks.support_x.shape[1]):
+        if not self.together(tasks.support_x[0]):
             return tasks.split(1)
         return tasks.split(self.task_chunk or (len(tasks) if tasks.support_x.is_cuda else FEW_TASKS))
 

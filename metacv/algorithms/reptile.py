@@ -55,7 +55,7 @@ class Reptile(InnerLoop):
             for name in self.trained:
                 self.register_buffer(_buffer(name), torch.zeros_like(self.net.get_parameter(name)))
 
-    def together(self, images: int) -> bool:
+    def together(self, images: Tensor) -> bool:
         return not self.training and super().together(images)  # in training the moments pass from task to task
 
     def adapt(self, tasks: TaskBatch) -> Params:

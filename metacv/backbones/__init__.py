@@ -1,5 +1,7 @@
 """Networks from images to feature maps."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -11,8 +13,8 @@ class Backbone(nn.Module):
 
     def normalize(self, mean: list[float], std: list[float]) -> None:
         """From now on takes (images - mean) / std, by channel; one value goes for all. Not part of the weights."""
-        if len(mean) != len(std) or min(std) <= 0:
-            raise ValueError(f"mean={mean}, std={std}: as many of each, and every std above 0")
+        if not all(map(math.isfinite, mean)) or not all(0 < value < math.inf for value in std):
+            raise ValueError(f"mean={mean}, std={std}: finite, and every std above 0")
         self.register_buffer("input_mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("input_std", torch.tensor(std).view(-1, 1, 1), persistent=False)
         self.register_forward_pre_hook(lambda self, images: (images[0] - self.input_mean) / self.input_std)

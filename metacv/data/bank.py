@@ -74,12 +74,7 @@ def cached_bank(data_dir: Path, name: str, settings: dict[str, Any], make: Calla
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     path = data_dir / "cache" / f"{name}-{key}.pt"
     try:
-        kept = read_checked(path, mmap=True)
-        bank = ImageBank(name, kept["images"], kept["offsets"], tuple(kept["class_names"]))
-        whole = len(bank.class_names) == len(bank.sizes) and int(bank.offsets[-1]) == len(bank.images)
-        if not whole or bank.images.dtype != torch.uint8 or bank.images.dim() != 4:
-            raise ValueError("not a bank of images")
-        return bank
+        return _read(path, name)
     except (FileNotFoundError, NotADirectoryError):
         pass
     except Exception as error:
@@ -89,8 +84,18 @@ def cached_bank(data_dir: Path, name: str, settings: dict[str, Any], make: Calla
         path.parent.mkdir(parents=True, exist_ok=True)
         content = {"images": bank.images, "offsets": bank.offsets, "class_names": list(bank.class_names)}
         write_atomically(path, content)
+        return _read(path, name)
     except OSError as error:
         print(f"metacv: {path} cannot be written ({error.strerror}): going on without a cache", file=sys.stderr)
+    return bank
+
+
+def _read(path: Path, name: str) -> ImageBank:
+    kept = read_checked(path, mmap=True)
+    bank = ImageBank(name, kept["images"], kept["offsets"], tuple(kept["class_names"]))
+    whole = len(bank.class_names) == len(bank.sizes) and int(bank.offsets[-1]) == len(bank.images)
+    if not whole or bank.images.dtype != torch.uint8 or bank.images.dim() != 4:
+        raise ValueError("not a bank of images")
     return bank
 
 

@@ -79,6 +79,9 @@ class EpisodeSampler:
                 f"{prefix}shot={shot} + {prefix}query={query} needs {shot + query} images a class "
                 f"but {name} of {bank.name} has {smallest}"
             )
+        if augment and augment.crop >= min(bank.image_shape[1:]):
+            raise MetacvError(f"augment.crop={augment.crop} but the images are {bank.images.shape[2]} pixels high and "
+                              f"{bank.images.shape[3]} wide")  # fmt: skip
         images = bank.images
         if rotation != "none":  # turned once here, so that a task is one gather
             if images.shape[2] != images.shape[3]:
@@ -143,7 +146,8 @@ class EpisodeList:
         if not 2 <= episodes < 2**31:
             raise MetacvError(f"{setting}={episodes}: an interval needs at least 2, and 2**31 is too many")
         self.sampler = sampler
-        self.rows = sampler.draw(episodes)  # [episodes, N, K+Q]
+        parts = torch.arange(episodes).split(1000)  # a draw takes memory for every image of its classes
+        self.rows = torch.cat([sampler.draw(len(part)) for part in parts])  # [episodes, N, K+Q]
 
     def __len__(self) -> int:
         return len(self.rows)

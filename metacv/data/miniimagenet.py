@@ -1,18 +1,22 @@
 """miniImageNet (Vinyals et al., 2016) in the split of Ravi & Larochelle (2017): 64, 16 and 20 classes of 600 images."""
 
 import csv
+import operator
 import os
 import pickle
 import re
+import shutil
 import sys
 import tarfile
 import tempfile
 import zipfile
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from PIL import Image
@@ -21,6 +25,7 @@ from tqdm import tqdm
 
 from metacv import MetacvError
 from metacv.data.bank import SPLITS, Dataset, ImageBank, Rotation, cached_bank, check_split
+from metacv.files import rename_unless_there
 
 SIZE, IMAGES = 84, 600
 CLASSES = {
@@ -72,21 +77,29 @@ class MiniImageNet(Dataset):
         return replace(bank, name=f"miniimagenet {split}")
 
     def _decode(self, split: str) -> ImageBank:
-        places = list(_places(self.data_dir))
-        if not any(_form(place, split) for place in places):
-            for archive in _archives(self.data_dir):
-                places += _unpack(archive)
-        for place in places:
-            if form := _form(place, split):
-                return self._from_pickle(form, split) if form.is_file() else self._from_files(place, split)
+        problem = None
+        for place in _places(self.data_dir):
+            if _holds(place, split):
+                return self._from(place, split)
+        for archive in _archives(self.data_dir):
+            try:
+                inside = _unpack(archive)
+            except MetacvError as error:
+                problem = problem or error
+                continue
+            for place in [inside, *_deeper(inside)]:
+                if _holds(place, split):
+                    return self._from(place, split)
         folder = self.data_dir / "miniimagenet"
-        raise MetacvError(
+        raise problem or MetacvError(
             f"data_dir={self.data_dir}: miniImageNet's {split} split is not there, and has no official download. "
             f"Put into {folder} one of: train/, val/ and test/ with a folder of images for each class; images/ with "
             f"train.csv, val.csv and test.csv; {', '.join(map(PICKLE.format, SPLITS))}; or a zip or tar of these"
         )
 
-    def _from_files(self, place: Path, split: str) -> ImageBank:
+    def _from(self, place: Path, split: str) -> ImageBank:
+        if (pickled := place / PICKLE.format(split)).is_file():
+            return _unpickled(pickled, split)
         files = _listed(place, split)
         _check({name: len(paths) for name, paths in files.items()}, place, split)
         paths = [path for name in sorted(files) for path in files[name]]
@@ -107,69 +120,103 @@ class MiniImageNet(Dataset):
 
     def _read(self, path: Path) -> Tensor:
         try:
-            with Image.open(path) as image:
-                if image.size != (SIZE, SIZE) and not self.resize:
-                    raise ValueError(f"{image.size[0]}x{image.size[1]} instead of {SIZE}x{SIZE}; dataset.resize=true?")
-                image = image.convert("RGB")
-                if image.size != (SIZE, SIZE):
-                    image = image.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
+            with Image.open(path, formats=("JPEG", "PNG")) as opened:
+                image = opened.convert("RGB")
         except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
             raise MetacvError(f"{path} is not a readable image ({error})") from None
+        if image.size != (SIZE, SIZE):
+            if not self.resize:
+                found = "x".join(map(str, image.size))
+                raise MetacvError(f"{path} is {found}, not {SIZE}x{SIZE}; dataset.resize=true would resize it")
+            image = image.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
         return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(SIZE, SIZE, 3).permute(2, 0, 1)
 
-    def _from_pickle(self, path: Path, split: str) -> ImageBank:
-        try:
-            with path.open("rb") as file:
-                content = _PlainUnpickler(file, encoding="latin1").load()
-            rows = {str(name): torch.as_tensor(list(rows)) for name, rows in content["class_dict"].items()}
-            found = torch.from_numpy(content["image_data"])
-            if found.dtype != torch.uint8 or tuple(found.shape[1:]) != (SIZE, SIZE, 3):
-                raise ValueError(f"images are {found.dtype} {tuple(found.shape[1:])}, not uint8 ({SIZE}, {SIZE}, 3)")
-            _check({name: len(own.unique()) for name, own in rows.items()}, path, split)
-            every = torch.cat(list(rows.values()))
-            if every.min() < 0 or len(every.unique()) < len(every):
-                raise ValueError("its class_dict has an image in two classes, or before the first")
-            images = torch.empty(len(rows) * IMAGES, 3, SIZE, SIZE, dtype=torch.uint8)
-            for c, name in enumerate(sorted(rows)):
-                images[c * IMAGES : (c + 1) * IMAGES] = found[rows[name]].permute(0, 3, 1, 2)
-        except MetacvError:
-            raise
-        except Exception as error:  # a damaged or ill-meant pickle may raise anything
-            raise MetacvError(
-                f"{path} is not a pickle of miniImageNet ({str(error) or type(error).__name__})"
-            ) from None
-        return _bank(images, sorted(rows))
+
+def _unpickled(path: Path, split: str) -> ImageBank:
+    try:
+        with path.open("rb") as file:
+            content = _PlainUnpickler(file, encoding="latin1").load()
+        rows = {str(name): _rows(found) for name, found in content["class_dict"].items()}
+        array: _Array = content.pop("image_data")
+        if array.code != "u1" or array.shape[1:] != (SIZE, SIZE, 3) or array.by_column:
+            raise ValueError(f"image_data is {array.code} {array.shape}, not u1 (images, {SIZE}, {SIZE}, 3)")
+        _check({name: len(set(own)) for name, own in rows.items()}, path, split)
+        every = [row for own in rows.values() for row in own]
+        if min(every) < 0 or len(set(every)) < len(every):
+            raise ValueError("its class_dict has an image in two classes, or before the first")
+        found = torch.frombuffer(bytearray(array.raw), dtype=torch.uint8).view(array.shape)
+        del array, content
+        images = torch.empty(len(every), 3, SIZE, SIZE, dtype=torch.uint8)
+        for c, name in enumerate(sorted(rows)):
+            images[c * IMAGES : (c + 1) * IMAGES] = found[rows[name]].permute(0, 3, 1, 2)
+    except MetacvError:
+        raise
+    except Exception as error:  # a damaged or ill-meant pickle may raise anything
+        raise MetacvError(f"{path} is not a pickle of miniImageNet ({str(error) or type(error).__name__})") from None
+    return _bank(images, sorted(rows))
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Unpickles arrays and plain values; whatever else a pickle names is refused before it is looked up."""
+    """Unpickles plain values, and arrays as bare bytes with a shape. Nothing that a pickle names is looked up: what an
+    array is made with stands for itself here, and the rest is refused."""
 
     def find_class(self, module: str, name: str) -> Any:
-        import numpy
-
-        array = numpy.zeros(1)
-        allowed = {
-            "ndarray": numpy.ndarray,
-            "dtype": numpy.dtype,
-            "_reconstruct": array.__reduce__()[0],
-            "_frombuffer": array.__reduce_ex__(5)[0],
-            "scalar": array[0].__reduce__()[0],
+        known = {
+            "dtype": lambda code, *_: _DType(code),
+            "ndarray": lambda *_: _Array(),
+            "_reconstruct": lambda *_: _Array(),
+            "_frombuffer": lambda raw, dtype, shape, order: _Array(dtype, shape, raw, order == "F"),
+            "scalar": lambda dtype, raw: _rows(_Array(dtype, (1,), raw))[0],
         }
-        if module.split(".")[0] == "numpy" and name in allowed:
-            return allowed[name]
-        if (module, name) == ("_codecs", "encode"):  # of the bytes in pickles of protocol 2
-            return super().find_class(module, name)
+        if module.split(".")[0] == "numpy" and name in known:
+            return known[name]
+        if (module, name) == ("_codecs", "encode"):  # of bytes, in pickles of protocol 2
+            return lambda text, _: text.encode("latin1")
         raise pickle.UnpicklingError(f"it names {module}.{name}, which images do not need")
+
+
+class _DType:
+    def __init__(self, code: str) -> None:
+        self.code = code
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        if state[1] not in ("<", "|", "="):
+            raise ValueError(f"its arrays have the byte order {state[1]}")
+
+
+class _Array:
+    """The content of a pickled numpy array: as many bytes as its shape and the code of its type (such as u1) say."""
+
+    def __init__(self, dtype: Any = None, shape: Any = (), raw: Any = b"", by_column: Any = False) -> None:
+        self.code = str(dtype.code) if dtype else ""
+        self.shape, self.raw, self.by_column = tuple(shape), raw, by_column
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _, shape, dtype, by_column, raw = state
+        self.__init__(dtype, shape, raw.encode("latin1") if isinstance(raw, str) else raw, by_column)  # type: ignore[misc]
+
+
+def _rows(found: Any) -> list[int]:
+    """Whole numbers, from a list of them or from an array."""
+    if isinstance(found, _Array):
+        width = {"i4": 4, "i8": 8, "u4": 4, "u8": 8}[found.code]
+        parts = (found.raw[at : at + width] for at in range(0, len(found.raw), width))
+        return [int.from_bytes(part, "little", signed=found.code[0] == "i") for part in parts]
+    return [operator.index(row) for row in found]
 
 
 def _places(data_dir: Path) -> Iterator[Path]:
     """Folders in which a form may lie: those named after miniImageNet, what is up to two deep in them, data_dir."""
     for folder in [path for path in _folders(data_dir) if _is_named(path.name)]:
         yield folder
-        for inside in _folders(folder):
-            yield inside
-            yield from _folders(inside)
+        yield from _deeper(folder)
     yield data_dir
+
+
+def _deeper(folder: Path) -> Iterator[Path]:
+    for inside in _folders(folder):
+        yield inside
+        yield from _folders(inside)
 
 
 def _folders(folder: Path) -> list[Path]:
@@ -183,15 +230,13 @@ def _is_named(name: str) -> bool:
     return "miniimagenet" in re.sub("[^a-z]", "", name.lower())
 
 
-def _form(place: Path, split: str) -> Path | None:
-    """The folder, list or pickle by which a place holds a split."""
-    table = place / f"{split}.csv"
-    if (place / split).is_dir():
-        return place
-    if table.is_file() and (place / "images").is_dir():
-        return place
-    pickled = place / PICKLE.format(split)
-    return pickled if pickled.is_file() else None
+def _holds(place: Path, split: str) -> bool:
+    """Whether a place has one of the forms of a split; another data set's train/ is none."""
+    return (
+        any((place / split / name).is_dir() for name in CLASSES[split])
+        or ((place / f"{split}.csv").is_file() and (place / "images").is_dir())
+        or (place / PICKLE.format(split)).is_file()
+    )
 
 
 def _listed(place: Path, split: str) -> dict[str, list[Path]]:
@@ -202,11 +247,13 @@ def _listed(place: Path, split: str) -> dict[str, list[Path]]:
     table = place / f"{split}.csv"
     found: dict[str, list[Path]] = {}
     try:
-        with table.open(newline="") as file:
+        with table.open(newline="", encoding="utf-8-sig") as file:
             for row in csv.DictReader(file):
-                found.setdefault(row["label"], []).append(place / "images" / Path(row["filename"]).name)
+                found.setdefault(row["label"] or "", []).append(place / "images" / Path(row["filename"]).name)
     except (OSError, KeyError, TypeError, UnicodeDecodeError, csv.Error) as error:
         raise MetacvError(f"{table} is not a table of filename,label ({type(error).__name__}: {error})") from None
+    if twice := [path for path, times in Counter(chain(*found.values())).items() if times > 1]:
+        raise MetacvError(f"{table} lists {twice[0].name} more than once")
     return {name: sorted(paths) for name, paths in found.items()}
 
 
@@ -232,34 +279,55 @@ def _bank(images: Tensor, names: list[str]) -> ImageBank:
 
 
 def _archives(data_dir: Path) -> list[Path]:
-    inside = [path for folder in _folders(data_dir) if _is_named(folder.name) for path in folder.glob("*")]
-    beside = [path for path in data_dir.glob("*") if _is_named(path.name)]
+    inside = [path for folder in _folders(data_dir) if _is_named(folder.name) for path in folder.glob("[!.]*")]
+    beside = [path for path in data_dir.glob("[!.]*") if _is_named(path.name)]
     return sorted(path for path in [*inside, *beside] if path.is_file() and ARCHIVE.search(path.name))
 
 
-def _unpack(archive: Path) -> list[Path]:
-    """Unpacks an archive beside itself, if that has not been done, and gives the folders in it."""
+def _unpack(archive: Path) -> Path:
+    """Unpacks an archive beside itself, if that has not been done, and gives the folder."""
     target = archive.with_name(f"{archive.name}.unpacked")
     if not target.exists():
         print(f"metacv: unpacking {archive} into {target}", file=sys.stderr)
         try:
             # In a folder of its own, then renamed: what is in its place is whole, also with two runs at once.
             with tempfile.TemporaryDirectory(dir=archive.parent, prefix=f".{target.name}.") as own:
-                _extract(archive, Path(own) / "all")
-                if not target.exists():
-                    os.rename(Path(own) / "all", target)
-        except (OSError, tarfile.TarError, zipfile.BadZipFile, EOFError, RuntimeError, ValueError) as error:
-            raise MetacvError(f"{archive} cannot be unpacked ({error})") from None
-    return [target, *_folders(target), *(deeper for inside in _folders(target) for deeper in _folders(inside))]
+                (everything := Path(own) / "all").mkdir()
+                _extract(archive, everything)
+                rename_unless_there(everything, target)
+        except Exception as error:  # a damaged archive may raise anything
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise MetacvError(f"{archive} cannot be unpacked ({reason})") from None
+    return target
 
 
 def _extract(archive: Path, to: Path) -> None:
-    if archive.suffix.lower() != ".zip":
-        with tarfile.open(archive) as tar:
-            tar.extractall(to, filter="data")  # refuses what would lie or point outside
+    """Writes the files of an archive, and nothing else that it may hold, below the folder `to`."""
+
+    def write(name: str, content: IO[bytes]) -> None:
+        path = to / name
+        if ".." in path.parts or not path.is_relative_to(to):
+            raise ValueError(f"{name} would lie outside its folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            shutil.copyfileobj(content, file)
+
+    if archive.suffix.lower() == ".zip":
+        with zipfile.ZipFile(archive) as zipped:
+            for info in zipped.infolist():
+                if not info.is_dir():
+                    write(info.filename, zipped.open(info))
         return
-    with zipfile.ZipFile(archive) as zipped:
-        for name in zipped.namelist():
-            if Path(name).is_absolute() or ".." in Path(name).parts:
-                raise ValueError(f"{name} would lie outside its folder")
-        zipped.extractall(to)
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            if content := tar.extractfile(member) if member.isreg() else None:
+                write(member.name, content)
+            elif not member.isdir():
+                raise ValueError(f"{member.name} is neither a file nor a folder")
+        # A damaged header ends the loop without a word, and a checksum of the whole comes after the last file.
+        assert tar.fileobj
+        tar.fileobj.seek(tar.offset)
+        if tar.fileobj.read(512) != bytes(512):
+            raise ValueError("it is damaged, or not whole")
+        while tar.fileobj.read(2**20):
+            pass

@@ -1,6 +1,5 @@
 """Omniglot (Lake et al., 2015), https://github.com/brendenlake/omniglot: 1623 characters x 20 drawers."""
 
-import os
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +12,7 @@ from tqdm import tqdm
 
 from metacv import MetacvError
 from metacv.data.bank import Dataset, ImageBank, Rotation, cached_bank, check_split
+from metacv.files import rename_unless_there
 
 CHARACTERS = {"images_background": 964, "images_evaluation": 659}
 DRAWERS = 20
@@ -137,7 +137,7 @@ class Omniglot(Dataset):
 
     def _read(self, path: Path) -> Tensor:
         try:
-            with Image.open(path) as image:
+            with Image.open(path, formats=("PNG",)) as image:
                 if image.size != (105, 105):
                     raise ValueError(f"{image.size[0]}x{image.size[1]} instead of 105x105")
                 small = image.convert("L").resize((self.size, self.size), RESAMPLE[self.resample])
@@ -166,8 +166,7 @@ class Omniglot(Dataset):
             with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{part}.") as own:
                 download_url(url, own, md5=Official.zips_md5[part])
                 extract_archive(str(Path(own) / f"{part}.zip"), own)
-                if not place.exists():
-                    os.rename(Path(own) / part, place)
+                rename_unless_there(Path(own) / part, place)
         except (OSError, RuntimeError) as error:
             raise MetacvError(
                 f"data_dir={self.data_dir}: omniglot/{part} is not there and {url} could not be downloaded ({error})"
