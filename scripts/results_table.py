@@ -34,7 +34,7 @@ PAPER = ["method", "task", "protocol", "paper", "ours", "difference", "reproduce
 SCALES = ["method", "steps", "with the mean", "with the sum", "difference"]
 # runs that differ in the inner loss alone: with the mean, with the sum
 LOSS_SCALE = {
-    "maml": ("loss_scale/maml_mean", "loss_scale/maml_sum"),
+    "maml": ("maml_5w1s", "loss_scale/maml_sum"),
     "fomaml": ("fomaml_5w1s", "loss_scale/fomaml_sum"),
 }
 FILES = ["best.pt", "config.yaml", "metrics.jsonl", "train.json", "common.json", "result.json"]
