@@ -143,10 +143,9 @@ class Experiment:
     def _row(self, norm: str, mean: str, around: str) -> list[str]:
         method, cell = self.name.split("/")[1].split("_")
         tested = self.kept.config if self.kept else self.config
-        rotation = tested["dataset"]["test_rotation"]
         protocol = (
             f"{tested['query']} quer{'y' if tested['query'] == 1 else 'ies'} a class, {norm}, "
-            f"{'' if rotation == 'none' else f'rotation {rotation}, '}{tested['episodes']} episodes"
+            f"rotation {tested['dataset']['test_rotation']}, {tested['episodes']} episodes"
         )
         start = [METHODS[method], cell, protocol, f"{mean} ± {around}" if around else mean]
         if not self.kept:

@@ -257,7 +257,7 @@ def test_the_table_compares_with_the_papers_interval_and_says_what_was_not_run(c
     assert "# trained   400 of 100000 steps in 10 min, abacus" in head
     assert "# command   python scripts/reproduce.py omniglot/reptile_5w1s -- steps=400 episodes=50" in head
     assert "- `omniglot/reptile_5w1s`: `steps=400 episodes=50`" in page
-    assert "inductive, 50 episodes" in rows[1]
+    assert "inductive, rotation none, 50 episodes" in rows[1]
     assert "# measured  not run" in written["omniglot/reptile_5w5s.yaml"]
 
     (place / "best.pt").write_text("other weights")

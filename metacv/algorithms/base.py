@@ -93,6 +93,10 @@ def uses_batch_statistics(network: nn.Module) -> bool:
     return any(norm.training or norm.running_mean is None for norm in batch_norms(network))
 
 
+def keeps_running_statistics(network: nn.Module) -> bool:
+    return any(norm.track_running_stats for norm in batch_norms(network))
+
+
 @contextmanager
 def batch_statistics(network: nn.Module) -> Iterator[None]:
     """Batch norms use the statistics of the batch and leave their running ones alone."""

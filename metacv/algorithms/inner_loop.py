@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from metacv import MetacvError
-from metacv.algorithms.base import Algorithm, batch_norms, in_fixed_chunks, uses_batch_statistics
+from metacv.algorithms.base import Algorithm, in_fixed_chunks, keeps_running_statistics, uses_batch_statistics
 from metacv.backbones import Backbone
 from metacv.data.episodes import TaskBatch
 
@@ -53,7 +53,7 @@ class InnerLoop(Algorithm):
         self.net = Classifier(backbone, way)
         self.way = way
         self.task_batching, self.task_chunk = task_batching, task_chunk
-        if task_batching == "vmap" and any(norm.track_running_stats for norm in batch_norms(self.net)):
+        if task_batching == "vmap" and keeps_running_statistics(self.net):
             raise ValueError("task_batching=vmap: batch norm that keeps running statistics sees one task after another")
 
     @abstractmethod
@@ -97,7 +97,7 @@ class InnerLoop(Algorithm):
         if self.task_batching != "auto":
             return self.task_batching == "vmap"
         worth_it = images.is_cuda or len(images) * images[0, 0].numel() <= FEW_PIXELS
-        return worth_it and not any(norm.track_running_stats for norm in batch_norms(self.net))
+        return worth_it and not keeps_running_statistics(self.net)
 
     def parts(self, tasks: TaskBatch) -> Iterator[TaskBatch]:
         """The tasks, as many at a time as are adapted together."""

@@ -5,6 +5,7 @@ import json
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from metacv import MetacvError
 from metacv.files import read_checked, write_atomically
@@ -97,6 +99,24 @@ def _read(path: Path, name: str) -> ImageBank:
     if not whole or bank.images.dtype != torch.uint8 or bank.images.dim() != 4:
         raise ValueError("not a bank of images")
     return bank
+
+
+def read_images(label: str, files: list[Path], read: Callable[[Path], Tensor], shape: tuple[int, int, int]) -> Tensor:
+    """uint8 [M, *shape]: what `read` makes of each file, on several threads; the first error ends it."""
+    images = torch.empty(len(files), *shape, dtype=torch.uint8)
+
+    def fill(row: int) -> None:
+        images[row] = read(files[row])
+
+    with ThreadPoolExecutor() as pool:
+        rows = pool.map(fill, range(len(files)))
+        try:
+            for _ in tqdm(rows, label, len(files), unit="image", leave=False, disable=None):
+                pass
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return images
 
 
 def check_split(split: str) -> None:

@@ -12,7 +12,6 @@ import tempfile
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -21,10 +20,9 @@ from typing import IO, Any
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from metacv import MetacvError
-from metacv.data.bank import SPLITS, Dataset, ImageBank, Rotation, cached_bank, check_split
+from metacv.data.bank import SPLITS, Dataset, ImageBank, Rotation, cached_bank, check_split, read_images
 from metacv.files import rename_unless_there
 
 SIZE, IMAGES = 84, 600
@@ -87,7 +85,7 @@ class MiniImageNet(Dataset):
             except MetacvError as error:
                 problem = problem or error
                 continue
-            for place in [inside, *_deeper(inside)]:
+            for place in _within(inside):
                 if _holds(place, split):
                     return self._from(place, split)
         folder = self.data_dir / "miniimagenet"
@@ -103,19 +101,7 @@ class MiniImageNet(Dataset):
         files = _listed(place, split)
         _check({name: len(paths) for name, paths in files.items()}, place, split)
         paths = [path for name in sorted(files) for path in files[name]]
-        images = torch.empty(len(paths), 3, SIZE, SIZE, dtype=torch.uint8)
-
-        def read(row: int) -> None:
-            images[row] = self._read(paths[row])
-
-        with ThreadPoolExecutor() as pool:
-            rows = pool.map(read, range(len(paths)))
-            try:
-                for _ in tqdm(rows, f"miniimagenet {split}", len(paths), unit="image", leave=False, disable=None):
-                    pass
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+        images = read_images(f"miniimagenet {split}", paths, self._read, (3, SIZE, SIZE))
         return _bank(images, sorted(files))
 
     def _read(self, path: Path) -> Tensor:
@@ -208,12 +194,13 @@ def _rows(found: Any) -> list[int]:
 def _places(data_dir: Path) -> Iterator[Path]:
     """Folders in which a form may lie: those named after miniImageNet, what is up to two deep in them, data_dir."""
     for folder in [path for path in _folders(data_dir) if _is_named(path.name)]:
-        yield folder
-        yield from _deeper(folder)
+        yield from _within(folder)
     yield data_dir
 
 
-def _deeper(folder: Path) -> Iterator[Path]:
+def _within(folder: Path) -> Iterator[Path]:
+    """The folder and those up to two deep in it."""
+    yield folder
     for inside in _folders(folder):
         yield inside
         yield from _folders(inside)

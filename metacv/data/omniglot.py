@@ -1,17 +1,15 @@
 """Omniglot (Lake et al., 2015), https://github.com/brendenlake/omniglot: 1623 characters x 20 drawers."""
 
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from metacv import MetacvError
-from metacv.data.bank import Dataset, ImageBank, Rotation, cached_bank, check_split
+from metacv.data.bank import Dataset, ImageBank, Rotation, cached_bank, check_split, read_images
 from metacv.files import rename_unless_there
 
 CHARACTERS = {"images_background": 964, "images_evaluation": 659}
@@ -130,10 +128,8 @@ class Omniglot(Dataset):
                                       f"{folder} to have it downloaded")  # fmt: skip
                 files += images
                 names.append(f"{part}/{character.parent.name}/{character.name}")
-        with ThreadPoolExecutor() as pool:
-            decoded = tqdm(pool.map(self._read, files), "omniglot", len(files), unit="image", leave=False, disable=None)
-            images_ = torch.stack(list(decoded)).unsqueeze(1)
-        return ImageBank("omniglot", images_, torch.arange(0, len(files) + 1, DRAWERS), tuple(names))
+        decoded = read_images("omniglot", files, self._read, (1, self.size, self.size))
+        return ImageBank("omniglot", decoded, torch.arange(0, len(files) + 1, DRAWERS), tuple(names))
 
     def _read(self, path: Path) -> Tensor:
         try:
