@@ -1,10 +1,12 @@
 """`metacv COMMAND [overrides]`: takes one word off the command line and hands the rest to Hydra."""
 
+import contextlib
 import io
 import os
 import re
 import shlex
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ metacv: meta-learning for few-shot image classification
 
   metacv train [algo=maml way=5 shot=1 ...]       train, validating as it goes
   metacv train -m algo=maml,protonet shot=1,5     train every combination
+  torchrun --nproc-per-node=4 -m metacv train ... on several processes
   metacv evaluate checkpoint=RUN [shot=5 ...]     accuracy of a checkpoint over episodes, with its interval
 
   metacv COMMAND --help                           its choices and settings
@@ -53,8 +56,21 @@ def _dispatch(arguments: list[str]) -> None:
         said = f"there is no command {arguments[0]!r}" if arguments else "no command given"
         print(f"metacv: {said}; one of: {', '.join(COMMANDS)}; metacv --help", file=sys.stderr)
         sys.exit(2)
+    elif arguments[0] != "train" and "TORCHELASTIC_RUN_ID" in os.environ:
+        print(f"metacv: {arguments[0]} is one process's work: call it without torchrun", file=sys.stderr)
+        sys.exit(1)
+    elif _rank() > 0:
+        with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
+            elsewhere = [f"hydra.{kind}.dir={quoted(folder)}" for kind in ("run", "sweep")]
+            with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+                _run("train", [*arguments[1:], *elsewhere])
     else:
         _run(arguments[0], arguments[1:])
+
+
+def _rank() -> int:
+    """Of the processes that torchrun started for one training; the first alone writes and speaks for them."""
+    return int(os.environ.get("RANK", "0")) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0
 
 
 def _adjusted(command: str, words: list[str]) -> list[str]:
@@ -129,7 +145,7 @@ def _run(command: str, words: list[str]) -> None:
         except Exception as error:
             if traceback_asked or isinstance(error, BrokenPipeError):
                 raise
-            print(f"metacv: {_one_line(error)}", file=sys.stderr)
+            _tell(error)
             if hydra_config.mode != RunMode.MULTIRUN:
                 sys.exit(1)
             told.append(error)
@@ -144,8 +160,16 @@ def _run(command: str, words: list[str]) -> None:
         if traceback_asked:
             raise
         if error not in told:
-            print(f"metacv: {_one_line(error)}", file=sys.stderr)
+            _tell(error)
         sys.exit(1)
+
+
+def _tell(error: Exception) -> None:
+    line = f"metacv: {_one_line(error)}"
+    if _rank() == 0:
+        print(line, file=sys.stderr)
+    elif line.endswith("traceback)") or isinstance(error, OSError):  # what the first process does not know
+        print(line, file=sys.__stderr__)
 
 
 def _one_line(error: Exception) -> str:

@@ -1,6 +1,5 @@
 """The outer loop: one plain loop for every algorithm."""
 
-import contextlib
 import json
 import time
 from pathlib import Path
@@ -12,7 +11,7 @@ from torch import nn
 from tqdm import tqdm
 
 from metacv import MetacvError, checkpoint
-from metacv.algorithms.base import Algorithm
+from metacv.algorithms.base import Algorithm, running_statistics
 from metacv.build import build_algorithm, build_dataset, build_optimizer, describe_device, pick_device
 from metacv.cli import setting
 from metacv.data.augment import Augment
@@ -21,6 +20,7 @@ from metacv.evaluate import check_norm, evaluate_episodes, summary
 from metacv.files import write_bytes_atomically
 from metacv.logger import Logger
 from metacv.picture import episode_picture
+from metacv.processes import Processes, processes
 from metacv.run import Run, Stopped, StopSignals, begin_or_resume, only_run_in
 
 
@@ -30,10 +30,14 @@ def train(cfg: DictConfig, folder: Path, overrides: list[str]) -> float:
     `overrides` is what the command line changed, for the checkpoint to keep.
     """
     with only_run_in(folder):
-        config, resumed, overrides = begin_or_resume(cfg, folder, overrides)
-        run, validation = prepare(config, overrides)
+        here = processes()
+        config, resumed, overrides = here.of_first(lambda: begin_or_resume(cfg, folder, overrides))
+        run, validation = here.each(lambda: prepare(config, overrides, here))
+        part = here.share(config["meta_batch"])
         if resumed is not None:
             run.load(*resumed)
+        if here.rank:  # what is drawn in training, such as DropBlock's masks, is not the same in all
+            torch.manual_seed(int(torch.randint(2**62, (here.rank,))[-1]))
         with (
             Logger(folder, run.step, run.validated) as logger,
             StopSignals() as stop,
@@ -43,13 +47,14 @@ def train(cfg: DictConfig, folder: Path, overrides: list[str]) -> float:
             while not run.finished:
                 if run.validation_due:
                     run.stop_if_not_finite(folder)
-                    with contextlib.suppress(Stopped):
-                        validate(run, validation, folder, logger, stop)
+                    validate(run, validation, folder, logger, stop, here)
                     since = time.perf_counter(), run.step
                 else:
                     run.algorithm.train()
                     run.optimizer.zero_grad()
-                    metrics = run.algorithm.backward(run.sampler.sample(config["meta_batch"]))
+                    metrics = run.algorithm.backward(run.sampler.sample(config["meta_batch"], part))
+                    learned = [p.grad for p in run.algorithm.parameters() if p.grad is not None]
+                    here.average([*learned, *metrics.values()], (part.stop - part.start) / config["meta_batch"])
                     clip(run.algorithm, config["clip_norm"], config["clip_value"])
                     run.optimizer.step()
                     lr = run.optimizer.param_groups[0]["lr"]
@@ -64,12 +69,13 @@ def train(cfg: DictConfig, folder: Path, overrides: list[str]) -> float:
                         logger.scalars(run.step, "train", loss=loss, accuracy=accuracy, tasks_per_second=speed, lr=lr)
                         bar.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.3f}, {speed:.0f} tasks/s")
                         run.window, since = [], (time.perf_counter(), run.step)
-                if stop.received and not run.finished:
+                if (received := here.largest(stop.received)) and not run.finished:
                     run.stop_if_not_finite(folder)
+                    here.average(running_statistics(run.algorithm), 1 / here.size)
                     run.save(folder, logger)
                     bar.close()
                     print(f"stopped at step {run.step}; go on with: metacv train {setting('resume', folder)}")
-                    raise SystemExit(128 + stop.received)
+                    raise SystemExit(128 + received)
     if run.step < config["steps"]:
         print(f"stopped at step {run.step}: no new best in {run.since_best} validations (patience)")
     report(run, folder)
@@ -78,10 +84,21 @@ def train(cfg: DictConfig, folder: Path, overrides: list[str]) -> float:
     return run.best["accuracy"]
 
 
-def validate(run: Run, validation: EpisodeList, folder: Path, logger: Logger, stop: StopSignals) -> None:
-    """Measures, keeps the best, saves; or leaves all as it was and raises Stopped."""
+def validate(
+    run: Run, validation: EpisodeList, folder: Path, logger: Logger, stop: StopSignals, here: Processes
+) -> None:
+    """Measures, keeps the best, saves; on a signal leaves all as it was."""
     norm = run.config["norm"]
-    found = summary(evaluate_episodes(run.algorithm, validation, norm, "validating", stop.check))
+    here.average(running_statistics(run.algorithm), 1 / here.size)
+    accuracy = torch.zeros(len(validation), dtype=torch.float64)
+    part = here.share(len(validation))
+    try:
+        accuracy[part] = evaluate_episodes(run.algorithm, validation.part(part), norm, "validating", stop.check)
+    except Stopped:
+        accuracy += torch.nan  # tells the others
+    if here.sum(accuracy).isnan().any():
+        return
+    found = summary(accuracy)
     logger.scalars(run.step, "val", **found)
     shown = next(validation.batches(1))
     logger.picture(run.step, "val/episode", episode_picture(shown, run.algorithm.predict(shown, norm)))
@@ -93,13 +110,16 @@ def validate(run: Run, validation: EpisodeList, folder: Path, logger: Logger, st
     run.save(folder, logger)
 
 
-def prepare(config: dict[str, Any], overrides: list[str]) -> tuple[Run, EpisodeList]:
+def prepare(config: dict[str, Any], overrides: list[str], here: Processes) -> tuple[Run, EpisodeList]:
     """A run at step 0, and the episodes that it is validated on."""
     for name in ("steps", "meta_batch", "eval_every", "log_every", "patience", "clip_norm", "clip_value"):
         if config[name] is not None and not 0 < config[name] < 2**31:
             raise MetacvError(f"{name}={config[name]}: must be positive, and below 2**31")
     check_norm(config["norm"])
-    device = pick_device(config["device"])
+    for name in ("meta_batch", "eval_episodes"):
+        if config[name] < here.size:
+            raise MetacvError(f"{name}={config[name]} is too few to share out between {here.size} processes")
+    device = pick_device(here.device(config["device"]))
     dataset = build_dataset(config, config["data_dir"])
 
     def sampler(split: str, prefix: str, seed: int, augment: Augment | None) -> EpisodeSampler:
@@ -112,6 +132,8 @@ def prepare(config: dict[str, Any], overrides: list[str]) -> tuple[Run, EpisodeL
     validation = EpisodeList(sampler("val", "", 0, None), config["eval_episodes"], "eval_episodes")
     torch.manual_seed(config["seed"])
     algorithm = build_algorithm(config, training.bank.image_shape).to(device)
+    if here.size > 1 and algorithm.one_process_because:
+        raise MetacvError(f"{algorithm.one_process_because}, and so cannot have {here.size} processes")
     optimizer, schedule = build_optimizer(config, algorithm)
     run = Run(config, overrides, algorithm, optimizer, schedule, training, describe_device(device))
     return run, validation

@@ -18,6 +18,8 @@ Norm = Literal["inductive", "transductive"]
 class Algorithm(nn.Module, ABC):
     """A way to classify queries from a support set, and to learn from how well that went."""
 
+    one_process_because: str | None = None  # why the tasks of a meta-batch cannot be shared out
+
     @abstractmethod
     def forward(self, tasks: TaskBatch) -> Tensor:
         """Query logits [T, N*Q, N]."""
@@ -95,6 +97,10 @@ def uses_batch_statistics(network: nn.Module) -> bool:
 
 def keeps_running_statistics(network: nn.Module) -> bool:
     return any(norm.track_running_stats for norm in batch_norms(network))
+
+
+def running_statistics(network: nn.Module) -> list[Tensor]:
+    return [s for norm in batch_norms(network) for s in (norm.running_mean, norm.running_var) if s is not None]
 
 
 @contextmanager

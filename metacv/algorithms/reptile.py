@@ -49,6 +49,8 @@ class Reptile(InnerLoop):
         self.eval_inner_steps, self.eval_inner_batch = eval_inner_steps, eval_inner_batch
         self.inner_optimizer = inner_optimizer
         self.reset_moments = reset_moments
+        if inner_optimizer == "adam" and not reset_moments:
+            self.one_process_because = "algo.reset_moments=false passes moments from task to task"
         self.trained = [name for name, p in self.net.named_parameters() if p.requires_grad]
         if inner_optimizer == "adam":
             self.register_buffer("moment_steps", torch.zeros((), dtype=torch.long))
@@ -69,7 +71,8 @@ class Reptile(InnerLoop):
         params |= {name: params[name].expand(len(tasks), *params[name].shape) for name in self.trained}
         moments, count = self._moments(way)
         with torch.enable_grad():
-            for rows in self._batches(images.shape[1], size, steps):
+            seed = int(tasks.seeds[0]) if self.training and tasks.seeds is not None else 0
+            for rows in _batches(images.shape[1], size, steps, seed):
                 rows = rows.to(images.device)
                 weights = [params[name].requires_grad_() for name in self.trained]
                 logits = self.classify(params, images[:, rows])
@@ -111,13 +114,14 @@ class Reptile(InnerLoop):
             return self.for_way({name: torch.zeros_like(m) for name, m in moments.items()}, way), 0
         return self.for_way(moments, way), int(self.moment_steps)
 
-    def _batches(self, images: int, size: int, steps: int) -> list[Tensor]:
-        """Rows of each inner step: shuffled passes through the support set, cut into batches of `size`."""
-        generator = None if self.training else torch.Generator().manual_seed(0)
-        size = min(size, images)
-        passes = -(-size * steps // images)
-        order = torch.cat([torch.randperm(images, generator=generator) for _ in range(passes)])
-        return list(order[: size * steps].split(size))
+
+def _batches(images: int, size: int, steps: int, seed: int) -> list[Tensor]:
+    """Rows of each inner step: shuffled passes through the support set, cut into batches of `size`."""
+    generator = torch.Generator().manual_seed(seed)
+    size = min(size, images)
+    passes = -(-size * steps // images)
+    order = torch.cat([torch.randperm(images, generator=generator) for _ in range(passes)])
+    return list(order[: size * steps].split(size))
 
 
 def _buffer(name: str) -> str:

@@ -12,7 +12,7 @@ GREY = (0.299, 0.587, 0.114)  # of red, green and blue, as ITU-R 601 and torchvi
 
 
 class Augment:
-    """Calls give images [B, C, H, W], 0 to 1, changed in this order:
+    """Changes images [B, C, H, W], 0 to 1, each by its own draw, in this order:
 
     crop    moved by up to so many pixels up, down, left and right, zeros coming in
     flip    half of them turned left to right
@@ -28,20 +28,27 @@ class Augment:
     def __bool__(self) -> bool:
         return bool(self.crop or self.flip or self.jitter)
 
-    def __call__(self, images: Tensor) -> Tensor:
-        count, channels, height, width = images.shape
-        if self.crop:
-            image, channel = torch.arange(count).view(-1, 1, 1, 1), torch.arange(channels).view(1, -1, 1, 1)
-            down, right = self._integers(2 * self.crop + 1, (2, count, 1))
-            rows = (torch.arange(height) + down).view(count, 1, height, 1)
-            columns = (torch.arange(width) + right).view(count, 1, 1, width)
-            index = [part.to(images.device) for part in (image, channel, rows, columns)]
-            images = F.pad(images, [self.crop] * 4)[index[0], index[1], index[2], index[3]]
-        if self.flip:
-            flipped = self._integers(2, (count, 1, 1, 1)).bool().to(images.device)
-            images = torch.where(flipped, images.flip(-1), images)
+    def draw(self, count: int) -> Tensor:
+        """What to do with so many images: pixels down and right, whether to flip, three factors. [B, 6]"""
+        down, right = self._integers(2 * self.crop + 1, (2, count)) if self.crop else torch.zeros(2, count)
+        flip = self._integers(2, (count,)) if self.flip else torch.zeros(count)
+        factors = torch.ones(3, count)
         if self.jitter:
-            brightness, contrast, saturation = self._factors(count).to(images)
+            factors += self.jitter * (2 * torch.rand(3, count, generator=self.generator) - 1)
+        return torch.stack([down, right, flip, *factors], dim=1)
+
+    def __call__(self, images: Tensor, changes: Tensor) -> Tensor:
+        count, _, height, width = images.shape
+        changes = changes.to(images)
+        if self.crop:
+            image, channel, row, column = (torch.arange(n, device=images.device) for n in images.shape)
+            down, right = changes[:, :2].long().T.unsqueeze(-1)
+            rows, columns = (row + down).view(count, 1, height, 1), (column + right).view(count, 1, 1, width)
+            images = F.pad(images, [self.crop] * 4)[image.view(-1, 1, 1, 1), channel.view(-1, 1, 1), rows, columns]
+        flip, brightness, contrast, saturation = changes[:, 2:].T.reshape(4, count, 1, 1, 1)
+        if self.flip:
+            images = torch.where(flip.bool(), images.flip(-1), images)
+        if self.jitter:
             images = (images * brightness).clamp(0, 1)
             mean = _grey(images).mean((2, 3), keepdim=True)
             images = torch.lerp(mean.expand_as(images), images, contrast).clamp(0, 1)
@@ -50,9 +57,6 @@ class Augment:
 
     def _integers(self, below: int, shape: tuple[int, ...]) -> Tensor:
         return torch.randint(below, shape, generator=self.generator)
-
-    def _factors(self, count: int) -> Tensor:
-        return 1 + self.jitter * (2 * torch.rand(3, count, 1, 1, 1, generator=self.generator) - 1)
 
     def state_dict(self) -> dict[str, Any]:
         return {"generator": self.generator.get_state()}

@@ -7,9 +7,10 @@ Rotations by right angles, as the papers use them on Omniglot:
     as_classes   each class counts four times, once an angle (Vinyals et al. 2016, Prototypical Networks, Reptile)
 """
 
+import copy
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,15 +30,23 @@ class TaskBatch:
     query_x: Tensor  # [T, N*Q, C, H, W]
     query_y: Tensor  # [T, N*Q]
     way: int
+    seeds: Tensor | None = None  # int64 [T], for an algorithm that draws at random within a task
 
     def __len__(self) -> int:
         return len(self.support_x)
 
     def split(self, tasks: int) -> "Iterator[TaskBatch]":
         """As batches of so many tasks; the last may have fewer."""
-        parts = (part.split(tasks) for part in (self.support_x, self.support_y, self.query_x, self.query_y))
-        for support_x, support_y, query_x, query_y in zip(*parts, strict=True):
-            yield TaskBatch(support_x, support_y, query_x, query_y, self.way)
+        for start in range(0, len(self), tasks):
+            part = slice(start, start + tasks)
+            yield replace(
+                self,
+                support_x=self.support_x[part],
+                support_y=self.support_y[part],
+                query_x=self.query_x[part],
+                query_y=self.query_y[part],
+                seeds=None if self.seeds is None else self.seeds[part],
+            )
 
 
 class EpisodeSampler:
@@ -111,12 +120,12 @@ class EpisodeSampler:
         images = for_image.masked_fill(beyond, -1).topk(self.shot + self.query).indices  # [T, N, K+Q]
         return images + (turns * len(self.bank.images) + self.bank.offsets[classes]).unsqueeze(-1)
 
-    def gather(self, rows: Tensor) -> TaskBatch:
-        """The tasks that `draw` describes."""
+    def gather(self, rows: Tensor, changes: Tensor | None = None) -> TaskBatch:
+        """The tasks that `draw` describes, their images augmented by `changes` [T, N, K+Q, ...] of each."""
         tasks = len(rows)
         images = self.images[rows.to(self.device)].float().div_(255)  # [T, N, K+Q, C, H, W]
-        if self.augment:
-            images = self.augment(images.flatten(0, 2)).view_as(images)
+        if self.augment and changes is not None:
+            images = self.augment(images.flatten(0, 2), changes.flatten(0, 2)).view_as(images)
         labels = torch.arange(self.way, device=self.device)
         return TaskBatch(
             support_x=images[:, :, : self.shot].flatten(1, 2),
@@ -124,10 +133,14 @@ class EpisodeSampler:
             query_x=images[:, :, self.shot :].flatten(1, 2),
             query_y=labels.repeat_interleave(self.query).expand(tasks, -1),
             way=self.way,
+            seeds=rows.flatten(1) @ torch.arange(1, rows[0].numel() + 1),
         )
 
-    def sample(self, tasks: int) -> TaskBatch:
-        return self.gather(self.draw(tasks))
+    def sample(self, tasks: int, part: slice = slice(None)) -> TaskBatch:
+        """The next tasks, or that part of them."""
+        rows = self.draw(tasks)
+        changes = self.augment.draw(rows.numel()).view(*rows.shape, -1)[part] if self.augment else None
+        return self.gather(rows[part], changes)
 
     def state_dict(self) -> dict[str, Any]:
         state = {"generator": self.generator.get_state()}
@@ -151,6 +164,11 @@ class EpisodeList:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def part(self, which: slice) -> "EpisodeList":
+        part = copy.copy(self)
+        part.rows = self.rows[which]
+        return part
 
     def batches(self, tasks: int) -> Iterator[TaskBatch]:
         for rows in self.rows.split(tasks):

@@ -1,0 +1,109 @@
+"""Several processes that train one model, as torchrun starts them: each takes its share of every meta-batch."""
+
+import atexit
+import errno
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from metacv import MetacvError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of its run, by torch.distributed's words; one alone talks to nobody."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    def share(self, count: int) -> slice:
+        """Of `count` things in a row those that are for this process."""
+        return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+
+    def device(self, name: str) -> str:
+        """The setting `device` as this process is to take it: each has a GPU to itself."""
+        if self.size == 1 or name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+            return name
+        if name not in ("auto", "cuda"):
+            raise MetacvError(f"device={name}: with {self.size} processes take auto, cuda or cpu")
+        return f"cuda:{self.local_rank}"
+
+    def sum(self, values: Tensor) -> Tensor:
+        """`values`, with those of the others added to them."""
+        if self.size > 1:
+            self._talk(lambda: dist.all_reduce(values))
+        return values
+
+    def average(self, tensors: Sequence[Tensor], weight: float) -> None:
+        """Puts into each the weighted mean over the processes; the weights add up to 1."""
+        if self.size > 1 and tensors:
+            flat = self.sum(torch.cat([tensor.flatten() for tensor in tensors]).mul_(weight))
+            for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+                tensor.copy_(mean.view(tensor.shape))
+
+    def largest(self, number: int) -> int:
+        """Of the numbers that the processes say. Passes the CPU alone, so that a GPU need not be waited for."""
+        said = torch.tensor(number)
+        if self.size > 1:
+            self._talk(lambda: dist.all_reduce(said, dist.ReduceOp.MAX))
+        return int(said)
+
+    def of_first(self, make: Callable[[], T]) -> T:
+        """What `make` gives or raises in the first process."""
+        if self.size == 1:
+            return make()
+        said: list[Any] = [_attempt(make) if self.rank == 0 else None]
+        self._talk(lambda: dist.broadcast_object_list(said))
+        return _given([said[0]])
+
+    def each(self, make: Callable[[], T]) -> T:
+        """What `make` gives here, once the first process of this machine is done with it; what any raises, all do."""
+        if self.size == 1:
+            return make()
+        result = None
+        for turn in (True, False):
+            if turn == (self.local_rank == 0):
+                result = _attempt(make)
+            self.largest(0)  # waits for all
+        errors: list[Any] = [None] * self.size
+        self._talk(lambda: dist.all_gather_object(errors, (None, result[1])))  # type: ignore[index]
+        return _given([*errors, result])
+
+    def _talk(self, words: Callable[[], object]) -> None:
+        try:
+            words()
+        except RuntimeError as error:
+            said = f"process {self.rank} of {self.size}: another one has ended, and so does this"
+            raise ConnectionResetError(errno.ECONNRESET, said) from error
+
+
+def _attempt(make: Callable[[], Any]) -> tuple[Any, MetacvError | None]:
+    try:
+        return make(), None
+    except MetacvError as error:
+        return None, error
+
+
+def _given(attempts: Sequence[Any]) -> Any:
+    for _, error in attempts:
+        if error is not None:
+            raise error
+    return attempts[-1][0]
+
+
+def processes() -> Processes:
+    """Those of this run, connected to each other: NCCL between GPUs, gloo between CPUs."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return Processes()
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        atexit.register(dist.destroy_process_group)
+    return Processes(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
