@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
@@ -118,6 +119,7 @@ def build_algorithm(config: dict[str, Any], image_shape: tuple[int, int, int]) -
 
 def build_optimizer(config: dict[str, Any], algorithm: Algorithm) -> tuple[Optimizer, LRScheduler]:
     parameters = [parameter for parameter in algorithm.parameters() if parameter.requires_grad]
+    parameters = parameters or [nn.Parameter(torch.zeros(()))]  # all is frozen, and an optimizer wants something
     optimizer = build("optimizer", config["optimizer"], Optimizer, params=parameters)
     if isinstance(optimizer, torch.optim.LBFGS):
         raise MetacvError("optimizer: LBFGS wants to compute the loss itself; take another")

@@ -17,6 +17,8 @@ metacv: meta-learning for few-shot image classification
   metacv train -m algo=maml,protonet shot=1,5     train every combination
   torchrun --nproc-per-node=4 -m metacv train ... on several processes
   metacv evaluate checkpoint=RUN [shot=5 ...]     accuracy of a checkpoint over episodes, with its interval
+  metacv predict checkpoint=RUN support=EXAMPLES query=PHOTOS
+                                                  labels images after a few examples of each class
 
   metacv COMMAND --help                           its choices and settings
   metacv COMMAND ... --cfg job                    the settings that it would run with
@@ -24,7 +26,7 @@ metacv: meta-learning for few-shot image classification
 
 HYDRA_FULL_ERROR=1 shows the traceback of an error.
 """
-COMMANDS = ("train", "evaluate")
+COMMANDS = ("train", "evaluate", "predict")
 
 
 def main() -> None:
@@ -76,12 +78,22 @@ def _rank() -> int:
 def _adjusted(command: str, words: list[str]) -> list[str]:
     """The command line as Hydra is to see it."""
     named = [word.partition("=")[2].strip("'\"") for word in words if word.startswith("hydra.run.dir=")]
-    if command == "evaluate":
+    if command == "predict" and not {"-m", "--multirun"} & {*words}:
+        paths = ("checkpoint", "support", "adapted", "query", "save")  # with any characters, as the shell hands them on
+        words = [
+            f"{name}={quoted(value)}" if name in paths and value and value[0] not in "'\"" else word
+            for word in words
+            for name, _, value in (word.partition("="),)
+        ]
+    if command in ("evaluate", "predict"):
         if named and any(Path(named[-1]).glob("*.pt")):  # before Hydra writes its config there
-            print(f"metacv: hydra.run.dir={named[-1]} holds a training run: evaluate elsewhere", file=sys.stderr)
+            print(f"metacv: hydra.run.dir={named[-1]} holds a training run: {command} elsewhere", file=sys.stderr)
             sys.exit(1)
         # algo and dataset are laid over the checkpoint's: Hydra does not know their keys
         return [f"++{word}" if word.startswith(("algo.", "dataset.")) else word for word in words]
+    if any(word.startswith("resume=") and word != "resume=false" for word in words):
+        # laid over the choices of the run, which Hydra does not know yet
+        words = [f"++{word}" if word.startswith(("algo.", "dataset.")) else word for word in words]
     if not named:
         words = words + [f"hydra.run.dir={folder}" for word in words if (folder := _resumed_folder(word))]
     return words
@@ -118,12 +130,13 @@ def _run(command: str, words: list[str]) -> None:
     from hydra.types import RunMode
     from omegaconf import DictConfig
 
-    from metacv.config import EvaluateConfig, TrainConfig
+    from metacv.config import EvaluateConfig, PredictConfig, TrainConfig
     from metacv.config_dir import config_dir
 
     store = ConfigStore.instance()
     store.store(name="train_schema", node=TrainConfig)
     store.store(name="evaluate_schema", node=EvaluateConfig)
+    store.store(name="predict_schema", node=PredictConfig)
 
     traceback_asked = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
 
@@ -139,6 +152,10 @@ def _run(command: str, words: list[str]) -> None:
                 from metacv.train import train
 
                 return train(cfg, folder, list(hydra_config.overrides.task))
+            if command == "predict":
+                from metacv.predict import predict
+
+                return predict(cfg, folder)
             from metacv.evaluate import evaluate
 
             return evaluate(cfg, folder)

@@ -70,6 +70,19 @@ class EvaluateConfig:
     dataset: Any = None
 
 
+@dataclass
+class PredictConfig:
+    checkpoint: str | None = None
+    support: str | None = None
+    adapted: str | None = None
+    query: str = MISSING
+    save: str | None = None
+    norm: str = MISSING
+    algo: dict[str, Any] = MISSING
+    dataset: dict[str, Any] = MISSING
+    device: str = MISSING
+
+
 AS_THEY_ARE = {"mean": [0.0], "std": [1.0]}
 
 

@@ -14,8 +14,9 @@ from tqdm import tqdm
 from metacv import MetacvError, checkpoint
 from metacv.algorithms.base import Algorithm, Norm, accuracies
 from metacv.build import build_algorithm, build_dataset, check_settings, describe_device, pick_device
+from metacv.cli import setting
 from metacv.config import EvaluateConfig, as_now
-from metacv.data.bank import check_split
+from metacv.data.bank import ImageBank, check_split
 from metacv.data.episodes import EpisodeList, EpisodeSampler
 from metacv.files import write_bytes_atomically
 
@@ -63,7 +64,7 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     check_settings(cfg, EvaluateConfig)
     path = checkpoint.find(cfg.checkpoint, "best.pt")
     saved = checkpoint.load(path)
-    config = _merged(saved["config"], OmegaConf.to_container(cfg, resolve=True), path)  # type: ignore[arg-type]
+    config = with_changes(saved["config"], OmegaConf.to_container(cfg, resolve=True), path)  # type: ignore[arg-type]
     check_split(config["split"])
     check_norm(config["norm"], (*NORMS, "both"))
     device = pick_device(config["device"])
@@ -74,6 +75,8 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         raise MetacvError(
             f"{bank.name} has images of {_by(bank.image_shape)} but {path} was trained on {_by(saved['image_shape'])}"
         )
+    if config["split"] == "test":
+        check_unseen(bank, config, saved, path)
     rotation = dataset.rotation(config["split"])
     sampler = EpisodeSampler(bank, config["way"], config["shot"], config["query"], rotation, config["seed"], device)
     episodes = EpisodeList(sampler, config["episodes"])
@@ -115,6 +118,19 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     return result
 
 
+def check_unseen(bank: ImageBank, config: dict[str, Any], saved: dict[str, Any], path: Path) -> None:
+    """Refuses test classes of a folder that has changed since, where they were among those of training."""
+    trained, place = saved.get("splits"), ("_target_", "root")
+    if not trained or any(config["dataset"].get(key) != saved["config"]["dataset"].get(key) for key in place):
+        return
+    if seen := sorted({*trained["train"], *trained["val"]} & {*bank.class_names}):
+        split_file = setting("dataset.split_file", path.with_name("split.json"))
+        raise MetacvError(
+            f"{bank.name}: {len(seen)} of its classes ({seen[0]}, ...) were trained or validated on, as its folder has "
+            f"changed since; {split_file} keeps to the split of then"
+        )
+
+
 def describe(result: dict[str, Any]) -> str:
     return (
         f"accuracy {100 * result['accuracy']:.2f} ± {100 * result['ci95']:.2f} %: {result['algorithm']}, "
@@ -123,8 +139,8 @@ def describe(result: dict[str, Any]) -> str:
     )
 
 
-def _merged(saved: dict[str, Any], given: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The trained config with what the command line gave laid over it."""
+def with_changes(saved: dict[str, Any], given: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The trained config with what the command line gave, and did not leave null, laid over it."""
     saved = as_now(saved)
     config = saved | {name: value for name, value in given.items() if value is not None}
     for group in ("algo", "dataset"):

@@ -43,6 +43,22 @@ def episode_picture(tasks: TaskBatch, logits: Tensor, columns: int = 8, rows: in
     return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(size[1], size[0], 3).permute(2, 0, 1)
 
 
+def prediction_picture(images: Tensor, labels: list[str], columns: int = 8, most: int = 200) -> Image.Image:
+    """Images [B, C, H, W] (uint8) as the network saw them, the first of them, each with its label beneath."""
+    shown = _thumbnails(images[:most] / 255)
+    height, width = shown.shape[1:3]
+    pitch_x, pitch_y = max(width, 96) + GAP, height + GAP + CAPTION
+    columns = min(columns, len(shown))
+    picture = Image.new("RGB", (columns * pitch_x + GAP, -(-len(shown) // columns) * pitch_y + GAP), PAPER)
+    draw = ImageDraw.Draw(picture)
+    for i, (image, label) in enumerate(zip(shown, labels, strict=False)):
+        x, y = GAP + i % columns * pitch_x, GAP + i // columns * pitch_y
+        picture.paste(Image.fromarray(image.numpy()), (x, y))
+        draw.rectangle([(x - 1, y - 1), (x + width, y + height)], outline=LINE)
+        draw.text((x, y + height + 1), label.encode("latin1", "replace").decode("latin1")[-20:], INK)
+    return picture
+
+
 def _thumbnails(images: Tensor) -> Tensor:
     """[B, C, H, W] from 0 to 1 -> uint8 [B, H', W', 3], small images at twice their size."""
     images = (images.cpu() * 255).byte()

@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from metacv import MetacvError, checkpoint
 from metacv.algorithms.base import Algorithm
 from metacv.build import check_settings
+from metacv.cli import setting
 from metacv.config import TrainConfig, as_now
 from metacv.data.episodes import EpisodeSampler
 from metacv.files import write_bytes_atomically
@@ -28,7 +29,7 @@ from metacv.logger import Logger
 
 # What may change when a run goes on: none of it changes what a step computes, but for the last bits on another device.
 RESUMABLE = {"resume", "steps", "eval_every", "patience", "log_every", "device", "data_dir"}
-RESUMABLE |= {"algo.task_batching", "algo.task_chunk"}
+RESUMABLE |= {"algo.task_batching", "algo.task_chunk", "dataset.split_file"}
 
 
 @dataclass
@@ -42,6 +43,7 @@ class Run:
     schedule: LRScheduler
     sampler: EpisodeSampler
     hardware: str
+    splits: dict[str, list[str]] | None  # the classes of each, where the data set dealt them out itself
     step: int = 0
     validated: int = 0  # the step of the last validation
     best: dict[str, float] = field(default_factory=lambda: {"accuracy": -1.0})
@@ -73,6 +75,7 @@ class Run:
             "image_shape": list(self.sampler.bank.image_shape),
             "step": self.step,
             "algorithm": self.algorithm.state_dict(),
+            "splits": self.splits,
         }
 
     def state(self) -> dict[str, Any]:
@@ -94,6 +97,9 @@ class Run:
 
     def load(self, state: dict[str, Any], path: Path) -> None:
         checkpoint.load_weights(self.algorithm, state, path)
+        if state.get("splits") != self.splits:
+            split_file = setting("dataset.split_file", path.with_name("split.json"))
+            raise MetacvError(f"{path}: the classes are dealt out otherwise now; {split_file} keeps to its split")
         try:
             self.optimizer.load_state_dict(state["optimizer"])
             self.schedule.load_state_dict(state["schedule"])

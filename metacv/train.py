@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from metacv import MetacvError, checkpoint
 from metacv.algorithms.base import Algorithm, running_statistics
+from metacv.backbones import Backbone
 from metacv.build import build_algorithm, build_dataset, build_optimizer, describe_device, pick_device
 from metacv.cli import setting
 from metacv.data.augment import Augment
@@ -36,6 +37,10 @@ def train(cfg: DictConfig, folder: Path, overrides: list[str]) -> float:
         part = here.share(config["meta_batch"])
         if resumed is not None:
             run.load(*resumed)
+        else:
+            here.each(lambda: load_pretrained(run.algorithm))
+        if run.splits:
+            write_bytes_atomically(folder / "split.json", json.dumps(run.splits, indent=1).encode())
         if here.rank:  # what is drawn in training, such as DropBlock's masks, is not the same in all
             torch.manual_seed(int(torch.randint(2**62, (here.rank,))[-1]))
         with (
@@ -135,8 +140,15 @@ def prepare(config: dict[str, Any], overrides: list[str], here: Processes) -> tu
     if here.size > 1 and algorithm.one_process_because:
         raise MetacvError(f"{algorithm.one_process_because}, and so cannot have {here.size} processes")
     optimizer, schedule = build_optimizer(config, algorithm)
-    run = Run(config, overrides, algorithm, optimizer, schedule, training, describe_device(device))
+    hardware = describe_device(device)
+    run = Run(config, overrides, algorithm, optimizer, schedule, training, hardware, dataset.splits())
     return run, validation
+
+
+def load_pretrained(algorithm: Algorithm) -> None:
+    for part in algorithm.modules():
+        if isinstance(part, Backbone):
+            part.load_pretrained()
 
 
 def clip(algorithm: Algorithm, norm: float | None, value: float | None) -> None:

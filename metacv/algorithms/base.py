@@ -28,11 +28,16 @@ class Algorithm(nn.Module, ABC):
         """Of logits [T, N*Q, N] and labels [T, N*Q]: the mean over all queries."""
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Of the classes, from logits [..., N]."""
+        return logits.softmax(dim=-1)
+
     def backward(self, tasks: TaskBatch) -> dict[str, Tensor]:
         """Adds the outer gradient to `.grad`; gives the mean `loss` and `accuracy` over the tasks."""
         logits = self(tasks)
         loss = self.loss(logits, tasks.query_y)
-        loss.backward()
+        if loss.requires_grad:  # something is not frozen
+            loss.backward()
         return {"loss": loss.detach(), "accuracy": accuracies(logits, tasks.query_y).mean()}
 
     def predict(self, tasks: TaskBatch, norm: Norm) -> Tensor:

@@ -31,7 +31,7 @@ class ProtoNet(Algorithm):
         images = torch.cat([tasks.support_x, tasks.query_x], dim=1)  # [T, N*(K+Q), C, H, W]
         z = per_task(self.backbone, images).flatten(2)  # [T, N*(K+Q), D]
         support, query = z.tensor_split([tasks.support_x.shape[1]], dim=1)
-        prototypes = support.unflatten(1, (tasks.way, -1)).mean(dim=2)  # [T, N, D], equation 1
+        prototypes = tasks.class_means(support)  # [T, N, D], equation 1
         return self.similarity(query, prototypes) / self.temperature
 
     def similarity(self, query: Tensor, prototypes: Tensor) -> Tensor:

@@ -64,8 +64,8 @@ class RelationNet(Algorithm):
 
     relation=conv: maps of a class's support images are summed and laid on the query's; the score is regressed to
     1 for the right class and 0 for the others (equation 4).
-    relation=mlp: embedding vectors are compared pair by pair, and P(y=c|x) is the sum of the scores over the
-    support of c over the sum over all support; trained by cross-entropy. The logits are log P.
+    relation=mlp: embedding vectors are compared pair by pair, and P(y=c|x) is the mean of the scores over the
+    support of c over the sum of these means; trained by cross-entropy. The logits are log P.
     """
 
     def __init__(self, backbone: Backbone, relation: Literal["conv", "mlp"] = "conv", hidden: int = 8) -> None:
@@ -82,22 +82,23 @@ class RelationNet(Algorithm):
 
     def forward(self, tasks: TaskBatch) -> Tensor:
         support, query = per_task(self.backbone, tasks.support_x), per_task(self.backbone, tasks.query_x)
-        return self.compare(support, query, tasks.way)
+        return self.compare(support, query, tasks)
 
     def one_query_at_a_time(self, tasks: TaskBatch) -> Tensor:
         logits = []
         for query_x in tasks.query_x.split(1, dim=1):
             maps = per_task(self.backbone, torch.cat([tasks.support_x, query_x], dim=1))
-            logits.append(self.compare(maps[:, :-1], maps[:, -1:], tasks.way))
+            logits.append(self.compare(maps[:, :-1], maps[:, -1:], tasks))
         return torch.cat(logits, dim=1)
 
-    def compare(self, support: Tensor, query: Tensor, way: int) -> Tensor:
+    def compare(self, support: Tensor, query: Tensor, tasks: TaskBatch) -> Tensor:
         """Logits [T, B, N] of query maps [T, B, D, h, w] against support maps [T, N*K, D, h, w]."""
         if self.kind == "conv":
-            classes = support.unflatten(1, (way, -1)).sum(dim=2)  # [T, N, D, h, w]
+            # The sum over a class's support; where classes differ in size, as if all had the mean size.
+            classes = tasks.class_means(support) * (support.shape[1] / tasks.way)  # [T, N, D, h, w]
             return self.scores(classes, query)
         scores = self.scores(support.flatten(2), query.flatten(2))  # [T, B, N*K]
-        per_class = scores.unflatten(2, (way, -1)).sum(dim=-1)  # [T, B, N]
+        per_class = tasks.class_means(scores, dim=2)  # [T, B, N]
         return (per_class / per_class.sum(dim=-1, keepdim=True)).clamp_min(1e-12).log()
 
     def scores(self, left: Tensor, right: Tensor) -> Tensor:
@@ -116,6 +117,11 @@ class RelationNet(Algorithm):
         ones, others = first_layer(left, slice(depth)), first_layer(right, slice(depth, None))
         sums = ones.unsqueeze(1) + others.unsqueeze(2)  # [T, B, A, ...]
         return per_task(self.relation, sums.flatten(1, 2)).unflatten(1, sums.shape[1:3])
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        if self.kind == "mlp":
+            return super().probabilities(logits)
+        return logits / logits.sum(dim=-1, keepdim=True).clamp_min(1e-12)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         if self.kind == "mlp":

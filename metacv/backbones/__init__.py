@@ -19,6 +19,9 @@ class Backbone(nn.Module):
         self.register_buffer("input_std", torch.tensor(std).view(-1, 1, 1), persistent=False)
         self.register_forward_pre_hook(lambda self, images: (images[0] - self.input_mean) / self.input_std)
 
+    def load_pretrained(self) -> None:
+        """Takes the weights that a new training starts from, where they come from elsewhere."""
+
 
 class GlobalMean(nn.Module):
     """The mean over each map, [B, C, H, W] -> [B, C, 1, 1]; nn.AdaptiveAvgPool2d(1) does not vectorise over tasks."""

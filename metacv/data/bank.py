@@ -67,6 +67,14 @@ class Dataset(ABC):
     def load(self, split: str) -> ImageBank:
         """The images of `train`, `val` or `test`."""
 
+    def read(self, path: Path) -> Tensor:
+        """Any picture as an image like the data set's own: uint8 [C, H, W]."""
+        raise MetacvError(f"{type(self).__name__} does not say how a picture becomes one of its images")
+
+    def splits(self) -> dict[str, list[str]] | None:
+        """The class names of each split, where the data set made the split itself, to be kept beside a run."""
+        return None
+
     def rotation(self, split: str) -> Rotation:
         return self.train_rotation if split == "train" else self.test_rotation
 

@@ -23,7 +23,10 @@ from metacv.data.bank import ImageBank, Rotation
 
 @dataclass(frozen=True)
 class TaskBatch:
-    """T tasks of N classes, class-major: label i owns rows i*K to (i+1)*K of its task."""
+    """T tasks of N classes, class-major: label i owns rows i*K to (i+1)*K of its task.
+
+    Where the classes of a user's support set differ in size, `shots` says how many rows each owns.
+    """
 
     support_x: Tensor  # [T, N*K, C, H, W], 0 to 1
     support_y: Tensor  # [T, N*K]
@@ -31,9 +34,16 @@ class TaskBatch:
     query_y: Tensor  # [T, N*Q]
     way: int
     seeds: Tensor | None = None  # int64 [T], for an algorithm that draws at random within a task
+    shots: tuple[int, ...] | None = None  # [N]; None: K each
 
     def __len__(self) -> int:
         return len(self.support_x)
+
+    def class_means(self, values: Tensor, dim: int = 1) -> Tensor:
+        """Of one value for each support image, [..., N*K, ...], the mean of each class: [..., N, ...]."""
+        if self.shots is None:
+            return values.unflatten(dim, (self.way, -1)).mean(dim + 1)
+        return torch.stack([own.mean(dim) for own in values.split(self.shots, dim)], dim)
 
     def split(self, tasks: int) -> "Iterator[TaskBatch]":
         """As batches of so many tasks; the last may have fewer."""

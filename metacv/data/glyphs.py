@@ -12,11 +12,14 @@ import math
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
 from metacv.data.bank import SPLITS, Dataset, ImageBank, Rotation, cached_bank, check_split
+from metacv.data.pictures import as_tensor, open_picture
 
+SIZE = 28
 STROKES, KNOTS, DOTS = 4, 5, 12  # at most: strokes a glyph, knots a stroke; dots computed from knot to knot
 BLOCK = 50  # classes drawn together from one seed
 FINE = 3  # canvas pixels per image pixel
@@ -48,13 +51,17 @@ class Glyphs(Dataset):
         start = sum(self.classes[earlier] for earlier in SPLITS[: SPLITS.index(split)])
         return everything.select(f"glyphs {split}", range(start, start + self.classes[split]))
 
+    def read(self, path: Path) -> Tensor:
+        """Of dark ink on light paper."""
+        return 255 - as_tensor(open_picture(path, SIZE).convert("L").resize((SIZE, SIZE), Image.Resampling.LANCZOS))
+
     def _draw(self, total: int) -> ImageBank:
         images = draw_glyphs(total, self.images, self.seed).flatten(0, 1)
         names = tuple(f"glyph{c:05d}" for c in range(total))
         return ImageBank("glyphs", images, torch.arange(0, len(images) + 1, self.images), names)
 
 
-def draw_glyphs(classes: int, images: int, seed: int = 0, size: int = 28) -> Tensor:
+def draw_glyphs(classes: int, images: int, seed: int = 0, size: int = SIZE) -> Tensor:
     """Draw `images` performances of each of `classes` random characters.
 
     Returns uint8 [classes, images, 1, size, size], size in pixels, ink 255 on background 0. It depends on the

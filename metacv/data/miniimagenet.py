@@ -23,6 +23,7 @@ from torch import Tensor
 
 from metacv import MetacvError
 from metacv.data.bank import SPLITS, Dataset, ImageBank, Rotation, cached_bank, check_split, read_images
+from metacv.data.pictures import as_tensor, open_picture, squared
 from metacv.files import rename_unless_there
 
 SIZE, IMAGES = 84, 600
@@ -101,10 +102,13 @@ class MiniImageNet(Dataset):
         files = _listed(place, split)
         _check({name: len(paths) for name, paths in files.items()}, place, split)
         paths = [path for name in sorted(files) for path in files[name]]
-        images = read_images(f"miniimagenet {split}", paths, self._read, (3, SIZE, SIZE))
+        images = read_images(f"miniimagenet {split}", paths, self._own, (3, SIZE, SIZE))
         return _bank(images, sorted(files))
 
-    def _read(self, path: Path) -> Tensor:
+    def read(self, path: Path) -> Tensor:
+        return as_tensor(squared(open_picture(path, SIZE).convert("RGB"), SIZE, "crop"))
+
+    def _own(self, path: Path) -> Tensor:
         try:
             with Image.open(path, formats=("JPEG", "PNG")) as opened:
                 image = opened.convert("RGB")
@@ -115,7 +119,7 @@ class MiniImageNet(Dataset):
                 found = "x".join(map(str, image.size))
                 raise MetacvError(f"{path} is {found}, not {SIZE}x{SIZE}; dataset.resize=true would resize it")
             image = image.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
-        return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(SIZE, SIZE, 3).permute(2, 0, 1)
+        return as_tensor(image)
 
 
 def _unpickled(path: Path, split: str) -> ImageBank:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from metacv import MetacvError
 from metacv.data.bank import Dataset, ImageBank, Rotation, cached_bank, check_split, read_images
+from metacv.data.pictures import as_tensor, open_picture
 from metacv.files import rename_unless_there
 
 CHARACTERS = {"images_background": 964, "images_evaluation": 659}
@@ -128,18 +129,24 @@ class Omniglot(Dataset):
                                       f"{folder} to have it downloaded")  # fmt: skip
                 files += images
                 names.append(f"{part}/{character.parent.name}/{character.name}")
-        decoded = read_images("omniglot", files, self._read, (1, self.size, self.size))
+        decoded = read_images("omniglot", files, self._own, (1, self.size, self.size))
         return ImageBank("omniglot", decoded, torch.arange(0, len(files) + 1, DRAWERS), tuple(names))
 
-    def _read(self, path: Path) -> Tensor:
+    def read(self, path: Path) -> Tensor:
+        image = self._small(open_picture(path, self.size))
+        return 255 - image if self.invert else image
+
+    def _small(self, image: Image.Image) -> Tensor:
+        return as_tensor(image.convert("L").resize((self.size, self.size), RESAMPLE[self.resample]))
+
+    def _own(self, path: Path) -> Tensor:
         try:
             with Image.open(path, formats=("PNG",)) as image:
                 if image.size != (105, 105):
                     raise ValueError(f"{image.size[0]}x{image.size[1]} instead of 105x105")
-                small = image.convert("L").resize((self.size, self.size), RESAMPLE[self.resample])
+                return self._small(image)
         except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
             raise MetacvError(f"{path} is not a readable image ({error})") from None
-        return torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8).view(self.size, self.size)
 
     def _folders(self) -> dict[str, Path]:
         """Both folders of images: where they are found, else downloaded."""

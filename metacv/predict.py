@@ -1,0 +1,180 @@
+"""From a few examples of each class, and a trained model, to the labels of other images."""
+
+import csv
+import io
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from metacv import MetacvError, checkpoint
+from metacv.build import build_algorithm, build_dataset, check_settings, pick_device
+from metacv.cli import setting
+from metacv.config import PredictConfig
+from metacv.data.bank import Dataset
+from metacv.data.episodes import TaskBatch
+from metacv.data.pictures import files_below, read_or_tell
+from metacv.evaluate import check_norm, with_changes
+from metacv.files import write_bytes_atomically
+from metacv.picture import prediction_picture
+
+SHOWN = 40  # lines of the table on the terminal
+QUERIES_AT_ONCE = 100
+
+
+@dataclass(frozen=True)
+class Support:
+    """Labelled images [S, C, H, W] (uint8), class after class, `shots` of each of `classes`."""
+
+    images: Tensor
+    shots: tuple[int, ...]
+    classes: tuple[str, ...]
+
+    def task(self, queries: Tensor, device: torch.device) -> TaskBatch:
+        """One task, with these uint8 images [B, C, H, W] as queries."""
+        way = len(self.classes)
+        labels = torch.arange(way).repeat_interleave(torch.tensor(self.shots))
+        return TaskBatch(
+            support_x=self.images.to(device).float().div(255).unsqueeze(0),
+            support_y=labels.to(device).unsqueeze(0),
+            query_x=queries.to(device).float().div(255).unsqueeze(0),
+            query_y=torch.zeros(1, len(queries), dtype=torch.long, device=device),  # not known
+            way=way,
+            shots=None if len({*self.shots}) == 1 else self.shots,
+        )
+
+
+def predict(cfg: DictConfig, folder: Path) -> list[dict[str, Any]]:
+    """Labels `cfg.query` and writes predictions.csv, .json and .png into `folder`."""
+    check_settings(cfg, PredictConfig)
+    check_norm(cfg.norm)
+    path, saved = _model(cfg)
+    changes: dict[str, Any] = {group: OmegaConf.to_container(cfg[group]) for group in ("algo", "dataset")}
+    config = with_changes(saved["config"], changes, path)
+    device = pick_device(cfg.device)
+    dataset = build_dataset(config, ".")
+    support = _kept_support(saved, path) if cfg.adapted else read_support(Path(cfg.support).expanduser(), dataset)
+    queries, images = read_queries(Path(cfg.query).expanduser(), dataset)
+    for kind, found in (("support", support.images), ("query", images)):
+        if list(found.shape[1:]) != saved["image_shape"]:
+            raise MetacvError(f"{kind}: its images become {tuple(found.shape[1:])}, and {path} was trained on "
+                              f"{tuple(saved['image_shape'])}")  # fmt: skip
+    algorithm = build_algorithm(config, tuple(saved["image_shape"]))
+    checkpoint.load_weights(algorithm, saved, path)
+    algorithm.to(device)
+    parts = images.split(QUERIES_AT_ONCE) if cfg.norm == "inductive" else [images]
+    logits = torch.cat([algorithm.predict(support.task(part, device), cfg.norm)[0] for part in parts])
+    probabilities = algorithm.probabilities(logits).cpu()
+
+    predictions: list[dict[str, Any]] = [
+        {"file": str(query), "label": support.classes[int(row.argmax())], "probability": float(row.max())}
+        | {"probabilities": dict(zip(support.classes, row.tolist(), strict=True))}
+        for query, row in zip(queries, probabilities, strict=True)
+    ]
+    _write(folder, predictions, support, path)
+    labels = [f"{one['label']} {one['probability']:.0%}" for one in predictions]
+    prediction_picture(images, labels).save(folder / "predictions.png")
+    if cfg.save:
+        keep = {"images": support.images, "shots": list(support.shots), "classes": list(support.classes)}
+        checkpoint.save(Path(cfg.save).expanduser(), saved | {"config": config, "support": keep})
+    _show(folder, predictions, cfg)
+    return predictions
+
+
+def _model(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
+    if (cfg.adapted is None) == (cfg.checkpoint is None and cfg.support is None):
+        raise MetacvError("give checkpoint=RUN and support=FOLDER, or adapted=FILE alone")
+    if cfg.adapted is None and (cfg.checkpoint is None or cfg.support is None):
+        raise MetacvError(f"{'checkpoint' if cfg.checkpoint is None else 'support'}=... is missing")
+    path = checkpoint.find(str(cfg.adapted or cfg.checkpoint), "best.pt")
+    return path, checkpoint.load(path)
+
+
+def _kept_support(saved: dict[str, Any], path: Path) -> Support:
+    try:
+        kept = saved["support"]
+        support = Support(kept["images"], tuple(map(int, kept["shots"])), tuple(map(str, kept["classes"])))
+        whole = sum(support.shots) == len(support.images) and len(support.shots) == len(support.classes)
+        if not whole or min(support.shots) < 1 or support.images.dtype != torch.uint8:
+            raise ValueError
+    except KeyError:
+        raise MetacvError(f"adapted={path}: holds no support set; save=FILE beside support=FOLDER makes one") from None
+    except (TypeError, ValueError, AttributeError):
+        raise MetacvError(f"adapted={path} is damaged") from None
+    return support
+
+
+def read_support(folder: Path, dataset: Dataset) -> Support:
+    if not folder.is_dir():
+        raise MetacvError(f"support={folder}: there is no such folder")
+    names = sorted(p.name for p in folder.glob("*") if p.is_dir() and not p.name.startswith((".", "__")))
+    if len(names) < 2:
+        raise MetacvError(f"support={folder} holds {len(names)} folders: it wants one for each class, and at least 2")
+    images, shots = [], []
+    for name in names:
+        _, own = _read(files_below(folder / name), dataset)
+        if not own:
+            raise MetacvError(f"support={folder}: the class {name} has no readable image")
+        images += own
+        shots.append(len(own))
+    return Support(torch.stack(images), tuple(shots), tuple(names))
+
+
+def read_queries(place: Path, dataset: Dataset) -> tuple[list[Path], Tensor]:
+    if not place.exists():
+        raise MetacvError(f"query={place}: there is no such file or folder")
+    files, images = _read(files_below(place) if place.is_dir() else [place], dataset)
+    if not files:
+        raise MetacvError(f"query={place}: no readable image")
+    return files, torch.stack(images)
+
+
+def _read(files: list[Path], dataset: Dataset) -> tuple[list[Path], list[Tensor]]:
+    """The images that can be read, with their files."""
+    images = read_or_tell("reading", files, dataset.read)
+    kept = [(path, image) for path, image in zip(files, images, strict=True) if image is not None]
+    if len(kept) < len(files):
+        print(
+            f"metacv: {len(files) - len(kept)} of {len(files)} files left out, as no readable images", file=sys.stderr
+        )
+    return [path for path, _ in kept], [image for _, image in kept]
+
+
+def _write(folder: Path, found: list[dict[str, Any]], support: Support, path: Path) -> None:
+    table = io.StringIO(newline="")
+    writer = csv.writer(table)
+    writer.writerow(["file", "label", "probability", *support.classes])
+    for one in found:
+        writer.writerow([one["file"], one["label"], one["probability"], *one["probabilities"].values()])
+    content = {
+        "checkpoint": str(path),
+        "checkpoint_sha256": checkpoint.file_hash(path),
+        "support": dict(zip(support.classes, support.shots, strict=True)),
+        "predictions": found,
+    }
+    write_bytes_atomically(folder / "predictions.csv", table.getvalue().encode())
+    write_bytes_atomically(folder / "predictions.json", (json.dumps(content, indent=1) + "\n").encode())
+
+
+def _show(folder: Path, found: list[dict[str, Any]], cfg: DictConfig) -> None:
+    base = Path(cfg.query).expanduser()
+    names = [str(Path(one["file"]).relative_to(base)) if base.is_dir() else one["file"] for one in found]
+    wide, label = (max(map(len, words)) for words in (names[:SHOWN], [one["label"] for one in found]))
+    for name, one in zip(names[:SHOWN], found, strict=False):
+        print(f"{name:<{wide}}  {one['label']:<{label}}  {100 * one['probability']:5.1f} %")
+    if len(found) > SHOWN:
+        print(f"... and {len(found) - SHOWN} more")
+    folders = [name.split(os.sep)[0] if os.sep in name else None for name in names]
+    if base.is_dir() and {*folders} <= found[0]["probabilities"].keys():
+        right = sum(one["label"] == folder for one, folder in zip(found, folders, strict=True))
+        print(f"accuracy {100 * right / len(found):.2f} %: {right} of {len(found)}, by the folders that they lie in")
+    for kind in ("csv", "json", "png"):
+        print(f"{'written:' if kind == 'csv' else '':<8} {folder / f'predictions.{kind}'}")
+    if cfg.save:
+        print(f"kept:    {cfg.save}; go on with: metacv predict {setting('adapted', Path(cfg.save))} query=...")

@@ -1,0 +1,202 @@
+"""From a shell: a few examples of each class in, labels out."""
+
+import csv
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ALGORITHMS, bank_of, quick
+from PIL import Image
+
+from metacv import checkpoint
+from metacv.build import build_algorithm
+from metacv.data.episodes import EpisodeSampler
+from metacv.data.glyphs import draw_glyphs
+from metacv.predict import Support
+
+CLASSES = ("alpha", "beta 2", "gamma,3", "delta=4", "épsilon (5)")
+
+
+def lay_out(folder: Path, support: list[int], query: int, seed: int = 3) -> None:
+    """Dark glyphs on white paper as PNG files: classes of these sizes, and as many queries of each."""
+    glyphs = draw_glyphs(len(support), max(support) + query, seed)
+    for name, own, size in zip(CLASSES, glyphs, support, strict=False):
+        for i, glyph in enumerate(own[: size + query]):
+            place = folder / ("support" if i < size else "query") / name
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(255 - glyph[0].numpy()).save(place / f"{i:02d}.png")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, data_dir):
+    """A run of each algorithm, trained for four steps."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture
+def trained(metacv, runs):
+    def train(algo: str) -> str:
+        if not (runs / algo).exists():
+            assert metacv("train", *quick(algo), f"hydra.run.dir={runs / algo}")[0] == 0
+        return str(runs / algo)
+
+    return train
+
+
+def table(folder: str) -> list[dict[str, str]]:
+    with (Path(folder) / "predictions.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+@pytest.mark.parametrize("sizes", [[2] * 5, [1, 3, 2]], ids=["as trained", "three classes of 1, 3 and 2"])
+def test_predict_labels_every_image_and_keeps_what_it_needs(metacv, trained, algo, sizes):
+    lay_out(Path("own"), sizes, query=3)
+    words = (f"checkpoint={trained(algo)}", "support=own/support", "query=own/query", "save=kept.pt")
+    code, out, err = metacv("predict", *words, "hydra.run.dir=one")
+    assert (code, err) == (0, "")
+    found = json.loads(Path("one/predictions.json").read_text())
+    names = [name for name in sorted(CLASSES[: len(sizes)])]
+    assert list(found["support"]) == names
+    assert len(found["predictions"]) == 3 * len(sizes)
+    for one, row in zip(found["predictions"], table("one"), strict=True):
+        assert sum(one["probabilities"].values()) == pytest.approx(1)
+        assert one["label"] == max(one["probabilities"], key=one["probabilities"].get) == row["label"]
+        assert float(row["probability"]) == one["probability"] == float(row[one["label"]])
+        assert Path(one["file"]).is_file()
+    right = sum(Path(one["file"]).parent.name == one["label"] for one in found["predictions"])
+    assert f"accuracy {100 * right / 3 / len(sizes):.2f} %: {right} of {3 * len(sizes)}" in out
+    assert Image.open("one/predictions.png").size[0] > 100
+
+    shutil.rmtree("own/support")
+    code, _, err = metacv("predict", "adapted=kept.pt", "query=own/query", "hydra.run.dir=two")
+    assert (code, err) == (0, "")
+    assert Path("one/predictions.csv").read_bytes() == Path("two/predictions.csv").read_bytes()
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_a_label_does_not_depend_on_the_other_queries(metacv, trained, algo):
+    lay_out(Path("own"), [2] * 5, query=2)
+    words = (f"checkpoint={trained(algo)}", "support=own/support")
+    metacv("predict", *words, "query=own/query", "hydra.run.dir=all")
+    for row in table("all")[::4]:
+        metacv("predict", *words, f"query={row['file']}", "hydra.run.dir=one")
+        assert table("one") == [row]
+
+
+def test_predict_agrees_with_evaluation_task_by_task(data_dir):
+    """The same images, as files would give them and as an episode has them."""
+    config = {"backbone": {"_target_": "metacv.backbones.conv4.Conv4", "channels": 8},
+              "algo": {"_target_": "metacv.algorithms.protonet.ProtoNet"},
+              "normalize": {"mean": [0.0], "std": [1.0]}}  # fmt: skip
+    algorithm = build_algorithm(config, (1, 28, 28))
+    sampler = EpisodeSampler(bank_of([20] * 6, shape=(1, 28, 28)), 4, 2, 3)
+    rows = sampler.draw(1)
+    tasks, images = sampler.gather(rows), sampler.images[rows[0]]
+    support = Support(images[:, :2].flatten(0, 1), (2,) * 4, tuple("abcd"))
+    own = support.task(images[:, 2:].flatten(0, 1), torch.device("cpu"))
+    assert torch.equal(own.support_x, tasks.support_x)
+    assert torch.equal(own.support_y, tasks.support_y)
+    assert torch.equal(algorithm.predict(own, "inductive"), algorithm.predict(tasks, "inductive"))
+
+
+def test_classes_of_different_sizes_count_by_their_means():
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (6, 1, 28, 28), dtype=torch.uint8)
+    queries = torch.randint(0, 256, (4, 1, 28, 28), dtype=torch.uint8)
+    for target in ("protonet.ProtoNet", "relationnet.RelationNet"):
+        conv4 = {"_target_": "metacv.backbones.conv4.Conv4", "channels": 8}
+        if "relation" in target:
+            conv4 |= {"downsample": ["max_pool", "max_pool", "none", "none"], "padding": [0, 0, 1, 1]}
+        config = {"backbone": conv4, "algo": {"_target_": f"metacv.algorithms.{target}"},
+                  "normalize": {"mean": [0.0], "std": [1.0]}}  # fmt: skip
+        algorithm = build_algorithm(config, (1, 28, 28))
+        # An image that is there twice is worth no more than once: sizes 1 and 2 against 2 and 2.
+        uneven = Support(images[[0, 1, 2]], (1, 2), ("a", "b")).task(queries, torch.device("cpu"))
+        even = Support(images[[0, 0, 1, 2]], (2, 2), ("a", "b")).task(queries, torch.device("cpu"))
+        scale = {"protonet.ProtoNet": 1, "relationnet.RelationNet": 4 / 3}[target]
+        means = [task.class_means(task.support_x.flatten(2)) * task.support_x.shape[1] / 2 for task in (uneven, even)]
+        torch.testing.assert_close(means[0] * 4 / 3, means[1])
+        if scale == 1:
+            ours, theirs = (algorithm.predict(task, "inductive") for task in (uneven, even))
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["support=own/support"], "checkpoint=... is missing"),
+        (["checkpoint=RUN"], "support=... is missing"),
+        ([], "give checkpoint=RUN and support=FOLDER, or adapted=FILE alone"),
+        (["adapted=RUN", "support=own/support"], "give checkpoint=RUN and support=FOLDER, or adapted=FILE alone"),
+        (["adapted=RUN"], "holds no support set; save=FILE beside support=FOLDER makes one"),
+        (["checkpoint=RUN", "support=nowhere"], "support=nowhere: there is no such folder"),
+        (["checkpoint=RUN", "support=own/query/alpha"], "holds 0 folders: it wants one for each class, and at least 2"),
+        (["checkpoint=RUN", "support=empty"], "support=empty: the class a has no readable image"),
+        (["checkpoint=RUN", "support=own/support", "query=nowhere"], "query=nowhere: there is no such file or folder"),
+        (["checkpoint=RUN", "support=own/support", "query=empty"], "query=empty: no readable image"),
+        (["checkpoint=RUN", "support=own/support", "query=text.png"], "query=text.png: no readable image"),
+        (["checkpoint=RUN", "support=own/support", "norm=both"], "norm=both: one of inductive, transductive"),
+        (["checkpoint=RUN", "support=own/support", "save=none/a.pt"], "none/a.pt cannot be written"),
+        (["checkpoint=RUN", "support=own/support", "dataset.size=3"], "dataset.size: .* has no such setting"),
+        (["checkpoint=RUN", "support=own/support", "algo.metric=near"], "algo.metric=near: not one of sqeuclidean"),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_line(metacv, trained, words, said):
+    lay_out(Path("own"), [1, 1], query=1)
+    for name in "ab":
+        (Path("empty") / name).mkdir(parents=True)
+    Path("text.png").write_text("text")
+    run = trained("protonet")
+    words = [word.replace("RUN", run) for word in words]
+    code, out, err = metacv("predict", "query=own/query", *words)
+    assert (code, out) == (1, "")
+    last = err.splitlines()[-1]
+    assert last.startswith("metacv: ")
+    assert re.search(said, last), last
+
+
+def test_unreadable_files_are_named_and_left_out(metacv, trained):
+    lay_out(Path("own"), [2, 2], query=2)
+    Path("own/query/alpha/notes.txt").write_text("text")
+    Path("own/support/alpha/cut.jpg").write_bytes(b"\xff\xd8\xff")
+    code, _, err = metacv("predict", f"checkpoint={trained('protonet')}", "support=own/support", "query=own/query",
+                          "hydra.run.dir=out")  # fmt: skip
+    assert code == 0
+    assert "own/query/alpha/notes.txt cannot be read" in err
+    assert "own/support/alpha/cut.jpg cannot be read" in err
+    assert err.count("1 of ") == 2
+    assert len(table("out")) == 4
+
+
+def test_a_damaged_support_set_is_refused(metacv, trained):
+    saved = checkpoint.load(Path(trained("protonet")) / "best.pt")
+    images = torch.zeros(3, 1, 28, 28, dtype=torch.uint8)
+    Image.new("L", (28, 28)).save("q.png")
+    for kept in (
+        {"images": images, "shots": [1, 1], "classes": ["a", "b"]},
+        {"images": images, "shots": [3, 0], "classes": ["a", "b"]},
+        {"images": images.float(), "shots": [2, 1], "classes": ["a", "b"]},
+        {"images": 3, "shots": [2, 1], "classes": ["a", "b"]},
+        "support",
+    ):
+        checkpoint.save(Path("kept.pt"), saved | {"support": kept})
+        code, _, err = metacv("predict", "adapted=kept.pt", "query=q.png")
+        assert code == 1
+        assert "adapted=kept.pt is damaged" in err
+
+
+def test_photographs_of_any_kind_can_be_asked_about(metacv, trained):
+    lay_out(Path("own"), [1, 1], query=1)
+    colours = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
+    Path("any").mkdir()
+    Image.fromarray(colours).save("any/a b=c,(1).jpg")
+    Image.fromarray(colours).convert("RGBA").save("any/b.webp")
+    code, _, err = metacv("predict", f"checkpoint={trained('protonet')}", "support=own/support",
+                          "query=any/a b=c,(1).jpg", "hydra.run.dir=out")  # fmt: skip
+    assert (code, err) == (0, "")
+    assert [row["file"] for row in table("out")] == ["any/a b=c,(1).jpg"]
