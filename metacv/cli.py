@@ -1,6 +1,7 @@
 """`metacv COMMAND [overrides]`: takes one word off the command line and hands the rest to Hydra."""
 
 import contextlib
+import importlib
 import io
 import os
 import re
@@ -17,6 +18,7 @@ metacv: meta-learning for few-shot image classification
   metacv train -m algo=maml,protonet shot=1,5     train every combination
   torchrun --nproc-per-node=4 -m metacv train ... on several processes
   metacv evaluate checkpoint=RUN [shot=5 ...]     accuracy of a checkpoint over episodes, with its interval
+  metacv compare RUN RUN ...                      differences between runs on the same episodes, with their interval
   metacv predict checkpoint=RUN support=EXAMPLES query=PHOTOS
                                                   labels images after a few examples of each class
 
@@ -26,7 +28,7 @@ metacv: meta-learning for few-shot image classification
 
 HYDRA_FULL_ERROR=1 shows the traceback of an error.
 """
-COMMANDS = ("train", "evaluate", "predict")
+COMMANDS = ("train", "evaluate", "predict", "compare")
 
 
 def main() -> None:
@@ -85,16 +87,19 @@ def _adjusted(command: str, words: list[str]) -> list[str]:
             for word in words
             for name, _, value in (word.partition("="),)
         ]
-    if command in ("evaluate", "predict"):
-        if named and any(Path(named[-1]).glob("*.pt")):  # before Hydra writes its config there
-            print(f"metacv: hydra.run.dir={named[-1]} holds a training run: {command} elsewhere", file=sys.stderr)
-            sys.exit(1)
-        # algo and dataset are laid over the checkpoint's: Hydra does not know their keys
-        return [f"++{word}" if word.startswith(("algo.", "dataset.")) else word for word in words]
-    if any(word.startswith("resume=") and word != "resume=false" for word in words):
-        # laid over the choices of the run, which Hydra does not know yet
+    if command == "compare":
+        flags = [i for i, word in enumerate(words) if word.startswith("-")]
+        values = {i + 1 for i in flags if words[i] in ("-c", "--cfg", "-p", "--package")}
+        runs = [i for i, word in enumerate(words) if "=" not in word and i not in {*flags, *values}]
+        named_runs = f"runs=[{','.join(quoted(words[i]) for i in runs)}]"
+        words = [word for i, word in enumerate(words) if i not in runs] + [named_runs] * bool(runs)
+    if command != "train" and named and any(Path(named[-1]).glob("*.pt")):  # before Hydra writes its config there
+        print(f"metacv: hydra.run.dir={named[-1]} holds a training run: {command} elsewhere", file=sys.stderr)
+        sys.exit(1)
+    if command != "train" or any(word.startswith("resume=") and word != "resume=false" for word in words):
+        # laid over what was trained: Hydra does not know its keys
         words = [f"++{word}" if word.startswith(("algo.", "dataset.")) else word for word in words]
-    if not named:
+    if command == "train" and not named:
         words = words + [f"hydra.run.dir={folder}" for word in words if (folder := _resumed_folder(word))]
     return words
 
@@ -130,13 +135,12 @@ def _run(command: str, words: list[str]) -> None:
     from hydra.types import RunMode
     from omegaconf import DictConfig
 
-    from metacv.config import EvaluateConfig, PredictConfig, TrainConfig
+    from metacv.config import CompareConfig, EvaluateConfig, PredictConfig, TrainConfig
     from metacv.config_dir import config_dir
 
     store = ConfigStore.instance()
-    store.store(name="train_schema", node=TrainConfig)
-    store.store(name="evaluate_schema", node=EvaluateConfig)
-    store.store(name="predict_schema", node=PredictConfig)
+    for node in (TrainConfig, EvaluateConfig, PredictConfig, CompareConfig):
+        store.store(name=f"{node.__name__.removesuffix('Config').lower()}_schema", node=node)
 
     traceback_asked = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
 
@@ -152,13 +156,8 @@ def _run(command: str, words: list[str]) -> None:
                 from metacv.train import train
 
                 return train(cfg, folder, list(hydra_config.overrides.task))
-            if command == "predict":
-                from metacv.predict import predict
-
-                return predict(cfg, folder)
-            from metacv.evaluate import evaluate
-
-            return evaluate(cfg, folder)
+            # The function `evaluate` of the module metacv.evaluate, and so on.
+            return getattr(importlib.import_module(f"metacv.{command}"), command)(cfg, folder)
         except Exception as error:
             if traceback_asked or isinstance(error, BrokenPipeError):
                 raise

@@ -50,20 +50,21 @@ def candidates(line: str) -> list[str]:
     command, root = words[0], config_dir()
     if command not in COMMANDS:
         return []
+    path = root / f"{command}.yaml"
+    defaults = _defaults(path)
     choices = {
         group.name: sorted(file.relative_to(group).with_suffix("").as_posix() for file in group.rglob("*.yaml"))
         for group in root.iterdir()
-        if group.is_dir() and (command == "train" or group.name == "dataset")
+        if group.is_dir() and any(isinstance(default, dict) and group.name in default for default in defaults)
     }
     key, equals, value = last.partition("=")
     if equals:
         before = value[: value.rfind(",") + 1]  # of a sweep: algo=maml,protonet
         return [word for c in choices.get(key, []) if (word := f"{key}={before}{c}").startswith(last)]
     given = dict(word.split("=", 1) for word in words[1:-1] if "=" in word)
-    path = root / f"{command}.yaml"
     config = _read(path)
     chosen = _overridden(root / "experiment" / f"{given.get('experiment')}.yaml") | given
-    for default in _defaults(path):
+    for default in defaults:
         group, name = next(iter(default.items())) if isinstance(default, dict) else ("", None)
         name = chosen.get(group, name)
         if name and group in choices:

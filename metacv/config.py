@@ -71,6 +71,21 @@ class EvaluateConfig:
 
 
 @dataclass
+class CompareConfig:
+    runs: list[str] = MISSING
+    split: str = MISSING
+    way: int | None = None
+    shot: int | None = None
+    query: int | None = None
+    episodes: int | None = None
+    norm: str | None = None
+    seed: int = MISSING
+    device: str = MISSING
+    data_dir: str = MISSING
+    dataset: Any = None
+
+
+@dataclass
 class PredictConfig:
     checkpoint: str | None = None
     support: str | None = None

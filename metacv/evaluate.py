@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +62,24 @@ def check_norm(norm: str, choices: tuple[str, ...] = NORMS) -> None:
 def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """Rebuilds the model from its checkpoint, evaluates it and writes result.json into `folder`."""
     check_settings(cfg, EvaluateConfig)
-    path = checkpoint.find(cfg.checkpoint, "best.pt")
+    given: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    results = {found["norm"]: found for _, found in measure(cfg.checkpoint, given)}
+    result = results if len(results) > 1 else next(iter(results.values()))
+    write_result(folder, result)
+    for found in results.values():
+        print(describe(found))
+    print(f"result: {folder / 'result.json'}")
+    return result
+
+
+def measure(place: str, given: dict[str, Any]) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+    """For each way of batch norm the accuracies of the episodes, [E], and what is to be said of them.
+
+    `given` is laid over the config of the checkpoint at `place`.
+    """
+    path = checkpoint.find(place, "best.pt")
     saved = checkpoint.load(path)
-    config = with_changes(saved["config"], OmegaConf.to_container(cfg, resolve=True), path)  # type: ignore[arg-type]
+    config = with_changes(saved["config"], given, path)
     check_split(config["split"])
     check_norm(config["norm"], (*NORMS, "both"))
     device = pick_device(config["device"])
@@ -101,21 +116,18 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         "device": describe_device(device),
         "torch": torch.__version__,
     }
-    results = {}
     for norm in NORMS if config["norm"] == "both" else (config["norm"],):
         start = time.perf_counter()
         accuracy = evaluate_episodes(algorithm, episodes, norm)
         seconds = time.perf_counter() - start
-        results[norm] = summary(accuracy) | {"norm": norm} | common | {"tasks_per_second": len(accuracy) / seconds}
-    result = results if len(results) > 1 else next(iter(results.values()))
+        yield accuracy, summary(accuracy) | {"norm": norm} | common | {"tasks_per_second": len(accuracy) / seconds}
+
+
+def write_result(folder: Path, result: dict[str, Any]) -> None:
     try:
         write_bytes_atomically(folder / "result.json", (json.dumps(result, indent=2) + "\n").encode())
     except OSError as error:
         raise MetacvError(f"{folder / 'result.json'} cannot be written: {error.strerror}") from error
-    for found in results.values():
-        print(describe(found))
-    print(f"result: {folder / 'result.json'}")
-    return result
 
 
 def check_unseen(bank: ImageBank, config: dict[str, Any], saved: dict[str, Any], path: Path) -> None:
@@ -144,7 +156,7 @@ def with_changes(saved: dict[str, Any], given: dict[str, Any], path: Path) -> di
     saved = as_now(saved)
     config = saved | {name: value for name, value in given.items() if value is not None}
     for group in ("algo", "dataset"):
-        changes = given[group] or {}
+        changes = given.get(group) or {}
         if "_target_" in changes:
             config[group] = changes
             continue

@@ -306,7 +306,7 @@ def test_help_and_completion_answer_at_once():
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("metacv ", ["evaluate", "predict", "train"]),
+        ("metacv ", ["compare", "evaluate", "predict", "train"]),
         ("metacv tr", ["train"]),
         ("metacv train algo=p", ["algo=protonet"]),
         ("metacv train algo=maml,rel", ["algo=maml,relationnet"]),
@@ -315,6 +315,9 @@ def test_help_and_completion_answer_at_once():
         ("metacv train clip", ["clip_norm=", "clip_value="]),
         ("metacv evaluate dataset=o", ["dataset=omniglot"]),
         ("metacv evaluate ch", ["checkpoint="]),
+        ("metacv compare dataset=o", ["dataset=omniglot"]),
+        ("metacv predict su", ["support="]),
+        ("metacv predict dataset=o", []),
         ("metacv train experiment=omniglot/protonet_5w5s algo.m", ["algo.metric="]),
         ("metacv train experiment=omniglot/protonet_5w5s dataset.co", ["dataset.counts."]),
         ("metacv train experiment=omniglot/reptile_5w1s algo=maml algo.eval_", ["algo.eval_inner_steps="]),
