@@ -19,6 +19,7 @@ metacv: meta-learning for few-shot image classification
   torchrun --nproc-per-node=4 -m metacv train ... on several processes
   metacv evaluate checkpoint=RUN [shot=5 ...]     accuracy of a checkpoint over episodes, with its interval
   metacv compare RUN RUN ...                      differences between runs on the same episodes, with their interval
+  metacv report DIR ...                           a table and a page about all runs in there
   metacv predict checkpoint=RUN support=EXAMPLES query=PHOTOS
                                                   labels images after a few examples of each class
 
@@ -28,7 +29,7 @@ metacv: meta-learning for few-shot image classification
 
 HYDRA_FULL_ERROR=1 shows the traceback of an error.
 """
-COMMANDS = ("train", "evaluate", "predict", "compare")
+COMMANDS = ("train", "evaluate", "predict", "compare", "report")
 
 
 def main() -> None:
@@ -87,7 +88,7 @@ def _adjusted(command: str, words: list[str]) -> list[str]:
             for word in words
             for name, _, value in (word.partition("="),)
         ]
-    if command == "compare":
+    if command in ("compare", "report"):
         flags = [i for i, word in enumerate(words) if word.startswith("-")]
         values = {i + 1 for i in flags if words[i] in ("-c", "--cfg", "-p", "--package")}
         runs = [i for i, word in enumerate(words) if "=" not in word and i not in {*flags, *values}]
@@ -135,11 +136,11 @@ def _run(command: str, words: list[str]) -> None:
     from hydra.types import RunMode
     from omegaconf import DictConfig
 
-    from metacv.config import CompareConfig, EvaluateConfig, PredictConfig, TrainConfig
+    from metacv.config import CompareConfig, EvaluateConfig, PredictConfig, ReportConfig, TrainConfig
     from metacv.config_dir import config_dir
 
     store = ConfigStore.instance()
-    for node in (TrainConfig, EvaluateConfig, PredictConfig, CompareConfig):
+    for node in (TrainConfig, EvaluateConfig, PredictConfig, CompareConfig, ReportConfig):
         store.store(name=f"{node.__name__.removesuffix('Config').lower()}_schema", node=node)
 
     traceback_asked = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")

@@ -86,6 +86,11 @@ class CompareConfig:
 
 
 @dataclass
+class ReportConfig:
+    runs: list[str] = MISSING
+
+
+@dataclass
 class PredictConfig:
     checkpoint: str | None = None
     support: str | None = None

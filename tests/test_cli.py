@@ -306,7 +306,7 @@ def test_help_and_completion_answer_at_once():
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("metacv ", ["compare", "evaluate", "predict", "train"]),
+        ("metacv ", ["compare", "evaluate", "predict", "report", "train"]),
         ("metacv tr", ["train"]),
         ("metacv train algo=p", ["algo=protonet"]),
         ("metacv train algo=maml,rel", ["algo=maml,relationnet"]),

@@ -1,0 +1,174 @@
+"""Reports: what lies in the folders, read back from the table and from the page in a real browser."""
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import quick
+
+from metacv.page import chart, ticks
+
+ROOT = Path(__file__).resolve().parent.parent
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("sweep")
+
+
+@pytest.fixture
+def runs(metacv, sweep) -> Path:
+    """A sweep of two by two, two of its runs tested, one of them on two shots."""
+    if not (sweep / "multirun.yaml").exists():
+        words = ("-m", *quick("protonet"), "seed=0,1", "optimizer.lr=1e-3,1e-2", f"hydra.sweep.dir={sweep}")
+        assert metacv("train", *words)[0] == 0
+        names = sorted(path.parent.name for path in sweep.glob("*/best.pt"))
+        for name, shot, norm in ((names[0], 1, "inductive"), (names[0], 2, "inductive"), (names[3], 1, "both")):
+            tested = f"hydra.run.dir={sweep / 'tests' / name / str(shot)}"
+            words = (f"checkpoint={sweep / name}", f"shot={shot}", f"norm={norm}", "query=5", "episodes=8", tested)
+            assert metacv("evaluate", *words)[0] == 0
+    return sweep
+
+
+def rows(folder: str) -> list[dict[str, str]]:
+    with (Path(folder) / "report.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_table_has_every_run_what_was_varied_and_every_test(metacv, runs):
+    code, out, err = metacv("report", str(runs), "hydra.run.dir=out")
+    assert (code, err) == (0, "")
+    found = rows("out")
+    assert len({row["run"] for row in found}) == 4
+    assert {(row["seed"], row["optimizer.lr"]) for row in found} == {(s, r) for s in "01" for r in ("0.001", "0.01")}
+    assert not {"steps", "algo", "query"} & found[0].keys()  # the same for all
+    tested = [row for row in found if row["test %"]]
+    assert sorted((row["task"], row["tested on"].split(", ")[-1]) for row in tested) == [
+        ("5-way 1-shot", "inductive"), ("5-way 1-shot", "inductive"), ("5-way 1-shot", "transductive"),
+        ("5-way 2-shot", "inductive"),
+    ]  # fmt: skip
+    for row in tested:
+        for path in (runs / "tests" / row["run"]).rglob("result.json"):
+            content = json.loads(path.read_text())
+            for one in (content, content.get("inductive"), content.get("transductive")):
+                if one and one.get("norm") == row["tested on"].split(", ")[-1] and f"{one['shot']}-shot" in row["task"]:
+                    assert row["test %"] == f"{100 * one['accuracy']:.2f} ± {100 * one['ci95']:.2f}"
+                    break
+    for row in found:
+        best = json.loads((runs / row["run"] / "result.json").read_text())
+        assert row["validation %"] == f"{100 * best['accuracy']:.2f} ± {100 * best['ci95']:.2f}"
+        assert row["at step"] == str(best["step"])
+        assert row["run"] in out
+    markdown = Path("out/report.md").read_text().splitlines()
+    assert len(markdown) == len(found) + 2
+    assert len({line.count(" | ") for line in markdown}) == 1
+
+
+def test_rows_of_one_task_stand_together_and_the_best_comes_first(metacv, runs):
+    metacv("report", str(runs), "hydra.run.dir=out")
+    found = rows("out")
+    keys = [(row["task"], row["tested on"]) for row in found]
+    assert keys == sorted(keys)
+    for key in set(keys):
+        own = [row for row, k in zip(found, keys, strict=True) if k == key]
+        values = [float((row["test %"] or row["validation %"]).split()[0]) for row in own]
+        assert values == sorted(values, reverse=True)
+
+
+def test_the_papers_numbers_stand_beside_results_under_their_protocol(metacv):
+    code, _, err = metacv("report", str(ROOT / "outputs/reference/omniglot"), "hydra.run.dir=out")
+    assert (code, err) == (0, "")
+    found = {(row["run"], row["tested on"].split(" episodes")[0]): row for row in rows("out")}
+    assert found["maml_5w1s", "600"]["paper %"] == "98.7 ± 0.4"
+    assert found["maml_5w1s", "2000"]["paper %"] == ""
+    assert found["protonet_20w5s", "1000"]["paper %"] == "98.9"
+    reptile = {row["tested on"].split(", ")[-1]: row["paper %"] for row in rows("out")
+               if row["run"] == "reptile_5w1s" and ", 1 queries" in row["tested on"]}  # fmt: skip
+    assert reptile == {"transductive": "97.68 ± 0.04", "inductive": "95.39 ± 0.09"}
+
+
+def test_names_cannot_break_the_page(metacv, runs):
+    odd = "<script>alert(1)<script> & | co"
+    source = next(path.parent for path in sorted(runs.glob("*/best.pt")))
+    Path("odd").mkdir()
+    shutil.copytree(source, Path("odd") / odd)
+    assert metacv("report", "odd", "hydra.run.dir=out")[0] == 0
+    page = Path("out/report.html").read_text()
+    assert "<script" not in page
+    assert "&lt;script&gt;" in page
+    assert "\\|" in Path("out/report.md").read_text()
+
+
+def test_nothing_to_report_and_damaged_files_have_a_line_each(metacv, runs):
+    Path("empty").mkdir()
+    assert metacv("report", "empty")[2] == "metacv: empty: no run with a best.pt in there\n"
+    assert metacv("report", "nowhere")[2] == "metacv: nowhere: there is no such folder\n"
+    shutil.copytree(runs, "some")
+    first, second, *_ = sorted(Path("some").glob("*/best.pt"))
+    first.write_bytes(first.read_bytes()[:500])
+    (second.parent / "metrics.jsonl").write_text('{"step": 1, "val/accuracy": 0.5}\n{"step": ')
+    next(Path("some/tests").rglob("result.json")).write_text("{")
+    for events in second.parent.glob("events.*"):
+        events.write_bytes(b"no events")
+    code, _, err = metacv("report", "some", "hydra.run.dir=out")
+    assert code == 0
+    assert err == f"metacv: {first} is not a checkpoint of metacv, or is damaged: left out\n"
+    assert len({row["run"] for row in rows("out")}) == 3
+
+
+def test_ticks_are_round_and_enclose_what_is_shown():
+    assert ticks(0, 10000) == [0, 2000, 4000, 6000, 8000, 10000]
+    assert ticks(93.1, 98.9) == [92, 94, 96, 98, 100]
+    assert len(ticks(5, 5)) > 1
+    for low, high in ((0.0, 1e-7), (-3, 1234), (99.99, 100.0)):
+        found = ticks(low, high)
+        assert found[0] <= low
+        assert high <= found[-1]
+        assert 3 <= len(found) <= 8
+
+
+def test_a_chart_puts_every_point_where_its_values_say():
+    drawn = chart([[(0, 50, 0), (10, 100, 0)], [(5, 75, 25)]])
+    first, second = (
+        [tuple(map(float, point.split(","))) for point in points.split()]
+        for points in re.findall(r'points="([^"]+)"', drawn)
+    )
+    (x0, y0), (x1, y1) = first
+    assert second == [((x0 + x1) / 2, (y0 + y1) / 2)]
+    assert x0 < x1
+    assert y0 > y1
+    assert f'y1="{y0:.1f}" y2="{y1:.1f}"' in drawn  # the interval of the single point: 50 to 100
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize("width", [390, 1200])
+def test_a_browser_shows_the_page_without_a_network_and_within_its_width(metacv, runs, tmp_path, width):
+    metacv("report", str(runs), "hydra.run.dir=out")
+    page = Path("out/report.html")
+    text = page.read_text()
+    assert not re.search(r"""(src|href)=["'](?!data:)|url\(|@import|<script""", text)
+    # The page reports what the browser made of it: how wide it is, and whether every picture could be decoded.
+    probe = """<pre id="probe"></pre><script>
+      addEventListener("load", () => document.getElementById("probe").textContent = JSON.stringify({
+        fits: document.documentElement.scrollWidth <= innerWidth,
+        pictures: [...document.images].map(image => image.naturalWidth),
+        charts: document.querySelectorAll("svg polyline").length,
+        rows: document.querySelectorAll("tbody tr").length}))</script>"""
+    Path("probed.html").write_text(text.replace("</body>", f"{probe}</body>"))
+    done = subprocess.run(
+        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}",
+         f"--window-size={width},900", "--virtual-time-budget=3000", "--dump-dom", str(Path("probed.html").resolve())],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    found = json.loads(re.search(r'<pre id="probe">(.*?)</pre>', done.stdout)[1])
+    assert found["fits"]
+    assert len(found["pictures"]) == 4
+    assert min(found["pictures"]) > 100
+    assert found["charts"] > 4
+    assert found["rows"] == len(rows("out"))
