@@ -70,10 +70,13 @@ def _well_formed(content: dict[str, Any]) -> bool:
         return False
     config_kinds = {"algo": dict, "backbone": dict, "dataset": dict, "way": int, "shot": int, "query": int, "norm": str}
     config = content["config"]
+    normalize = config.get("normalize", {"mean": [], "std": []})
     return (
-        all(isinstance(config.get(name), kind) for name, kind in config_kinds.items())
+        isinstance(normalize, dict)
+        and all(type(value) is float for name in ("mean", "std") for value in normalize.get(name, [""]))
+        and all(isinstance(config.get(name), kind) for name, kind in config_kinds.items())
         and [type(side) for side in content["image_shape"]] == [int] * 3
-        and all(isinstance(value, Tensor) for value in content["algorithm"].values())
+        and all(isinstance(value, Tensor) and not value.is_complex() for value in content["algorithm"].values())
     )
 
 

@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +60,12 @@ def _dispatch(arguments: list[str]) -> None:
         said = f"there is no command {arguments[0]!r}" if arguments else "no command given"
         print(f"metacv: {said}; one of: {', '.join(COMMANDS)}; metacv --help", file=sys.stderr)
         sys.exit(2)
-    elif arguments[0] != "train" and "TORCHELASTIC_RUN_ID" in os.environ:
+    elif arguments[0] != "train" and _processes() > 1:
         print(f"metacv: {arguments[0]} is one process's work: call it without torchrun", file=sys.stderr)
         sys.exit(1)
     elif _rank() > 0:
+        import tempfile
+
         with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
             elsewhere = [f"hydra.{kind}.dir={quoted(folder)}" for kind in ("run", "sweep")]
             with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
@@ -75,7 +76,11 @@ def _dispatch(arguments: list[str]) -> None:
 
 def _rank() -> int:
     """Of the processes that torchrun started for one training; the first alone writes and speaks for them."""
-    return int(os.environ.get("RANK", "0")) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0
+    return int(os.environ.get("RANK", "0")) if _processes() > 1 else 0
+
+
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _adjusted(command: str, words: list[str]) -> list[str]:
@@ -84,7 +89,7 @@ def _adjusted(command: str, words: list[str]) -> list[str]:
     if command == "predict" and not {"-m", "--multirun"} & {*words}:
         paths = ("checkpoint", "support", "adapted", "query", "save")  # with any characters, as the shell hands them on
         words = [
-            f"{name}={quoted(value)}" if name in paths and value and value[0] not in "'\"" else word
+            f"{name}={quoted(value)}" if name in paths and value not in ("", "null") and value[0] not in "'\"" else word
             for word in words
             for name, _, value in (word.partition("="),)
         ]
@@ -103,6 +108,27 @@ def _adjusted(command: str, words: list[str]) -> list[str]:
     if command == "train" and not named:
         words = words + [f"hydra.run.dir={folder}" for word in words if (folder := _resumed_folder(word))]
     return words
+
+
+def _help(command: str, given: list[str]) -> list[str]:
+    """Hydra's help, with a line on every choice in place of bare names."""
+    if {"--help", "-h"}.isdisjoint(given):
+        return []
+    import yaml
+
+    from metacv.config_dir import config_dir
+
+    content = yaml.safe_load((config_dir() / f"{command}.yaml").read_text())
+    lines = []
+    for group in [next(iter(default)) for default in content["defaults"] if isinstance(default, dict)]:
+        files = sorted((config_dir() / group).rglob("*.yaml")) if "/" not in group else []
+        names = [file.relative_to(config_dir() / group).with_suffix("").as_posix() for file in files]
+        for name, file in zip(names, files, strict=True):
+            about = next((line for line in file.read_text().splitlines() if not line.startswith("# @package")), "")
+            lines.append(f"  {f'{group}={name}':<{len(group) + 2 + max(map(len, names))}} {about.lstrip('# ')}")
+        lines += [""] * bool(files)
+    template = content["hydra"]["help"]["template"].replace("$CHOICES", "\n".join(lines[:-1]).replace("$", "$$"))
+    return [f"hydra.help.template={quoted(template)}"]
 
 
 def _resumed_folder(word: str) -> str | None:
@@ -125,11 +151,12 @@ def setting(name: str, value: Path) -> str:
 
 def quoted(value: str) -> str:
     """As Hydra takes text of any characters."""
-    return "'" + value.replace("'", "\\'") + "'"
+    escaped = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + found[2].replace("'", "\\'"), value)
+    return "'" + escaped.replace("${", "\\${") + "'"
 
 
 def _run(command: str, words: list[str]) -> None:
-    sys.argv = [f"metacv {command}", *_adjusted(command, words)]
+    sys.argv = [f"metacv {command}", *_adjusted(command, words), *_help(command, words)]
     import hydra
     from hydra.core.config_store import ConfigStore
     from hydra.core.hydra_config import HydraConfig
@@ -182,14 +209,14 @@ def _run(command: str, words: list[str]) -> None:
 
 
 def _tell(error: Exception) -> None:
-    line = f"metacv: {_one_line(error)}"
+    line = f"metacv: {one_line(error)}"
     if _rank() == 0:
         print(line, file=sys.stderr)
     elif line.endswith("traceback)") or isinstance(error, OSError):  # what the first process does not know
         print(line, file=sys.__stderr__)
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     from hydra.errors import HydraException, OverrideParseException
     from omegaconf.errors import OmegaConfBaseException
 

@@ -132,8 +132,9 @@ def write_result(folder: Path, result: dict[str, Any]) -> None:
 
 def check_unseen(bank: ImageBank, config: dict[str, Any], saved: dict[str, Any], path: Path) -> None:
     """Refuses test classes of a folder that has changed since, where they were among those of training."""
-    trained, place = saved.get("splits"), ("_target_", "root")
-    if not trained or any(config["dataset"].get(key) != saved["config"]["dataset"].get(key) for key in place):
+    trained = saved.get("splits")
+    here, then = (Path(str(c["dataset"].get("root"))).expanduser().resolve() for c in (config, saved["config"]))
+    if not trained or here != then:
         return
     if seen := sorted({*trained["train"], *trained["val"]} & {*bank.class_names}):
         split_file = setting("dataset.split_file", path.with_name("split.json"))

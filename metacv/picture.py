@@ -55,7 +55,10 @@ def prediction_picture(images: Tensor, labels: list[str], columns: int = 8, most
         x, y = GAP + i % columns * pitch_x, GAP + i // columns * pitch_y
         picture.paste(Image.fromarray(image.numpy()), (x, y))
         draw.rectangle([(x - 1, y - 1), (x + width, y + height)], outline=LINE)
-        draw.text((x, y + height + 1), label.encode("latin1", "replace").decode("latin1")[-20:], INK)
+        label = label.encode("latin1", "replace").decode("latin1")
+        while draw.textlength(label) > pitch_x - GAP:
+            label = label[1:]
+        draw.text((x, y + height + 1), label, INK)
     return picture
 
 

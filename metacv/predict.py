@@ -19,7 +19,7 @@ from metacv.cli import setting
 from metacv.config import PredictConfig
 from metacv.data.bank import Dataset
 from metacv.data.episodes import TaskBatch
-from metacv.data.pictures import files_below, read_or_tell
+from metacv.data.pictures import files_below, folders_in, read_or_tell
 from metacv.evaluate import check_norm, with_changes
 from metacv.files import write_bytes_atomically
 from metacv.picture import prediction_picture
@@ -57,6 +57,8 @@ def predict(cfg: DictConfig, folder: Path) -> list[dict[str, Any]]:
     path, saved = _model(cfg)
     changes: dict[str, Any] = {group: OmegaConf.to_container(cfg[group]) for group in ("algo", "dataset")}
     config = with_changes(saved["config"], changes, path)
+    for elsewhere in ("data_dir", "resume"):
+        config.pop(elsewhere, None)
     device = pick_device(cfg.device)
     dataset = build_dataset(config, ".")
     support = _kept_support(saved, path) if cfg.adapted else read_support(Path(cfg.support).expanduser(), dataset)
@@ -71,6 +73,8 @@ def predict(cfg: DictConfig, folder: Path) -> list[dict[str, Any]]:
     parts = images.split(QUERIES_AT_ONCE) if cfg.norm == "inductive" else [images]
     logits = torch.cat([algorithm.predict(support.task(part, device), cfg.norm)[0] for part in parts])
     probabilities = algorithm.probabilities(logits).cpu()
+    if not probabilities.isfinite().all():
+        raise MetacvError(f"{path}: the probabilities are not finite; the weights are not, or adaptation diverges")
 
     predictions: list[dict[str, Any]] = [
         {"file": str(query), "label": support.classes[int(row.argmax())], "probability": float(row.max())}
@@ -82,7 +86,8 @@ def predict(cfg: DictConfig, folder: Path) -> list[dict[str, Any]]:
     prediction_picture(images, labels).save(folder / "predictions.png")
     if cfg.save:
         keep = {"images": support.images, "shots": list(support.shots), "classes": list(support.classes)}
-        checkpoint.save(Path(cfg.save).expanduser(), saved | {"config": config, "support": keep})
+        content = {name: saved[name] for name in checkpoint.WEIGHTS} | {"config": config, "support": keep}
+        checkpoint.save(Path(cfg.save).expanduser(), content)
     _show(folder, predictions, cfg)
     return predictions
 
@@ -100,8 +105,10 @@ def _kept_support(saved: dict[str, Any], path: Path) -> Support:
     try:
         kept = saved["support"]
         support = Support(kept["images"], tuple(map(int, kept["shots"])), tuple(map(str, kept["classes"])))
-        whole = sum(support.shots) == len(support.images) and len(support.shots) == len(support.classes)
-        if not whole or min(support.shots) < 1 or support.images.dtype != torch.uint8:
+        images, shots, classes = support.images, support.shots, support.classes
+        plain = images.dtype == torch.uint8 and images.layout == torch.strided and images.is_contiguous()
+        named = len({*classes}) == len(classes) == len(shots) >= 2 and all(map(str.isprintable, classes))
+        if not plain or not named or min(shots) < 1 or sum(shots) != len(images):
             raise ValueError
     except KeyError:
         raise MetacvError(f"adapted={path}: holds no support set; save=FILE beside support=FOLDER makes one") from None
@@ -113,7 +120,7 @@ def _kept_support(saved: dict[str, Any], path: Path) -> Support:
 def read_support(folder: Path, dataset: Dataset) -> Support:
     if not folder.is_dir():
         raise MetacvError(f"support={folder}: there is no such folder")
-    names = sorted(p.name for p in folder.glob("*") if p.is_dir() and not p.name.startswith((".", "__")))
+    names = [path.name for path in folders_in(folder)]
     if len(names) < 2:
         raise MetacvError(f"support={folder} holds {len(names)} folders: it wants one for each class, and at least 2")
     images, shots = [], []
@@ -136,14 +143,12 @@ def read_queries(place: Path, dataset: Dataset) -> tuple[list[Path], Tensor]:
 
 
 def _read(files: list[Path], dataset: Dataset) -> tuple[list[Path], list[Tensor]]:
-    """The images that can be read, with their files."""
-    images = read_or_tell("reading", files, dataset.read)
-    kept = [(path, image) for path, image in zip(files, images, strict=True) if image is not None]
+    kept, images = read_or_tell("reading", files, dataset.read)
     if len(kept) < len(files):
         print(
             f"metacv: {len(files) - len(kept)} of {len(files)} files left out, as no readable images", file=sys.stderr
         )
-    return [path for path, _ in kept], [image for _, image in kept]
+    return kept, images
 
 
 def _write(folder: Path, found: list[dict[str, Any]], support: Support, path: Path) -> None:
@@ -158,7 +163,7 @@ def _write(folder: Path, found: list[dict[str, Any]], support: Support, path: Pa
         "support": dict(zip(support.classes, support.shots, strict=True)),
         "predictions": found,
     }
-    write_bytes_atomically(folder / "predictions.csv", table.getvalue().encode())
+    write_bytes_atomically(folder / "predictions.csv", table.getvalue().encode(errors="surrogateescape"))
     write_bytes_atomically(folder / "predictions.json", (json.dumps(content, indent=1) + "\n").encode())
 
 

@@ -5,6 +5,7 @@ import errno
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from metacv import MetacvError
+from metacv.cli import one_line
 
 T = TypeVar("T")
 
@@ -62,41 +64,41 @@ class Processes:
             return make()
         said: list[Any] = [_attempt(make) if self.rank == 0 else None]
         self._talk(lambda: dist.broadcast_object_list(said))
-        return _given([said[0]])
+        result, error = said[0]
+        if error is not None:
+            raise MetacvError(error)
+        return result
 
     def each(self, make: Callable[[], T]) -> T:
-        """What `make` gives here, once the first process of this machine is done with it; what any raises, all do."""
+        """What `make` gives here, once the first process of this machine is done with it; what one raises, all do."""
         if self.size == 1:
             return make()
-        result = None
-        for turn in (True, False):
-            if turn == (self.local_rank == 0):
-                result = _attempt(make)
-            self.largest(0)  # waits for all
+        result, error = _attempt(make) if self.local_rank == 0 else (None, None)
+        self.largest(0)  # waits for all
+        if self.local_rank > 0:
+            result, error = _attempt(make)
         errors: list[Any] = [None] * self.size
-        self._talk(lambda: dist.all_gather_object(errors, (None, result[1])))  # type: ignore[index]
-        return _given([*errors, result])
+        self._talk(lambda: dist.all_gather_object(errors, error))
+        for error in errors:
+            if error is not None:
+                raise MetacvError(error)
+        return result  # type: ignore[return-value]
 
     def _talk(self, words: Callable[[], object]) -> None:
         try:
             words()
         except RuntimeError as error:
-            said = f"process {self.rank} of {self.size}: another one has ended, and so does this"
+            reason = str(error).splitlines()[0]
+            said = f"process {self.rank} of {self.size}: another one has ended, and so does this ({reason})"
             raise ConnectionResetError(errno.ECONNRESET, said) from error
 
 
-def _attempt(make: Callable[[], Any]) -> tuple[Any, MetacvError | None]:
+def _attempt(make: Callable[[], T]) -> tuple[T | None, str | None]:
+    """What it gives, or what it has to say of an error."""
     try:
         return make(), None
-    except MetacvError as error:
-        return None, error
-
-
-def _given(attempts: Sequence[Any]) -> Any:
-    for _, error in attempts:
-        if error is not None:
-            raise error
-    return attempts[-1][0]
+    except Exception as error:
+        return None, one_line(error)
 
 
 def processes() -> Processes:
@@ -104,6 +106,8 @@ def processes() -> Processes:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Processes()
     if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        # One may wait long while another decodes images; one that has died is noticed at once.
+        dist.init_process_group(backend, timeout=timedelta(days=7))
         atexit.register(dist.destroy_process_group)
     return Processes(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))

@@ -29,7 +29,7 @@ from metacv.logger import Logger
 
 # What may change when a run goes on: none of it changes what a step computes, but for the last bits on another device.
 RESUMABLE = {"resume", "steps", "eval_every", "patience", "log_every", "device", "data_dir"}
-RESUMABLE |= {"algo.task_batching", "algo.task_chunk", "dataset.split_file"}
+RESUMABLE |= {"algo.task_batching", "algo.task_chunk", "dataset.split_file", "dataset.root"}
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Run:
     schedule: LRScheduler
     sampler: EpisodeSampler
     hardware: str
-    splits: dict[str, list[str]] | None  # the classes of each, where the data set dealt them out itself
+    splits: dict[str, list[str]] | None  # the classes of each, of a user's own images
     step: int = 0
     validated: int = 0  # the step of the last validation
     best: dict[str, float] = field(default_factory=lambda: {"accuracy": -1.0})

@@ -1,5 +1,6 @@
 """The outer loop: one plain loop for every algorithm."""
 
+import contextlib
 import json
 import time
 from pathlib import Path
@@ -30,10 +31,15 @@ def train(cfg: DictConfig, folder: Path, overrides: list[str]) -> float:
 
     `overrides` is what the command line changed, for the checkpoint to keep.
     """
-    with only_run_in(folder):
+    with contextlib.ExitStack() as stack:
+
+        def begin() -> tuple[dict[str, Any], tuple[dict[str, Any], Path] | None, list[str]]:
+            stack.enter_context(only_run_in(folder))
+            return begin_or_resume(cfg, folder, overrides)
+
         here = processes()
-        config, resumed, overrides = here.of_first(lambda: begin_or_resume(cfg, folder, overrides))
-        run, validation = here.each(lambda: prepare(config, overrides, here))
+        config, resumed, words = here.of_first(begin)
+        run, validation = here.each(lambda: prepare(config, words, here))
         part = here.share(config["meta_batch"])
         if resumed is not None:
             run.load(*resumed)
@@ -51,7 +57,7 @@ def train(cfg: DictConfig, folder: Path, overrides: list[str]) -> float:
             since = time.perf_counter(), run.step
             while not run.finished:
                 if run.validation_due:
-                    run.stop_if_not_finite(folder)
+                    check(run, folder, here)
                     validate(run, validation, folder, logger, stop, here)
                     since = time.perf_counter(), run.step
                 else:
@@ -68,16 +74,16 @@ def train(cfg: DictConfig, folder: Path, overrides: list[str]) -> float:
                     run.window.append(torch.stack([metrics["loss"], metrics["accuracy"]]))
                     bar.update()
                     if run.step % config["log_every"] == 0:
-                        run.stop_if_not_finite(folder)
+                        check(run, folder, here)
                         loss, accuracy = torch.stack(run.window).mean(0).tolist()
                         speed = (run.step - since[1]) * config["meta_batch"] / (time.perf_counter() - since[0])
                         logger.scalars(run.step, "train", loss=loss, accuracy=accuracy, tasks_per_second=speed, lr=lr)
                         bar.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.3f}, {speed:.0f} tasks/s")
                         run.window, since = [], (time.perf_counter(), run.step)
                 if (received := here.largest(stop.received)) and not run.finished:
-                    run.stop_if_not_finite(folder)
-                    here.average(running_statistics(run.algorithm), 1 / here.size)
-                    run.save(folder, logger)
+                    check(run, folder, here)
+                    if here.rank == 0:
+                        run.save(folder, logger)
                     bar.close()
                     print(f"stopped at step {run.step}; go on with: metacv train {setting('resume', folder)}")
                     raise SystemExit(128 + received)
@@ -94,7 +100,6 @@ def validate(
 ) -> None:
     """Measures, keeps the best, saves; on a signal leaves all as it was."""
     norm = run.config["norm"]
-    here.average(running_statistics(run.algorithm), 1 / here.size)
     accuracy = torch.zeros(len(validation), dtype=torch.float64)
     part = here.share(len(validation))
     try:
@@ -104,15 +109,23 @@ def validate(
     if here.sum(accuracy).isnan().any():
         return
     found = summary(accuracy)
+    better = found["accuracy"] > run.best["accuracy"]
+    run.validated = run.step
+    run.best, run.since_best = (found | {"step": run.step}, 0) if better else (run.best, run.since_best + 1)
+    if here.rank > 0:
+        return
     logger.scalars(run.step, "val", **found)
     shown = next(validation.batches(1))
     logger.picture(run.step, "val/episode", episode_picture(shown, run.algorithm.predict(shown, norm)))
-    run.validated = run.step
-    run.since_best += 1
-    if found["accuracy"] > run.best["accuracy"]:
-        run.best, run.since_best = found | {"step": run.step}, 0
+    if better:
         checkpoint.save(folder / "best.pt", run.weights() | {"validation": run.best})
     run.save(folder, logger)
+
+
+def check(run: Run, folder: Path, here: Processes) -> None:
+    """Stops what has diverged, after the processes' running statistics have become one."""
+    here.average(running_statistics(run.algorithm), 1 / here.size)
+    run.stop_if_not_finite(folder)
 
 
 def prepare(config: dict[str, Any], overrides: list[str], here: Processes) -> tuple[Run, EpisodeList]:

@@ -1,12 +1,17 @@
 """Backbones, against the papers' feature sizes, published parameter counts and hand calculations."""
 
+import re
+
 import pytest
 import torch
 import yaml
+from conftest import SMALL
 from torch import nn
+from torchvision import models
 
 from metacv.backbones import Backbone
 from metacv.backbones.conv4 import Conv4
+from metacv.backbones.pretrained import Torchvision
 from metacv.backbones.resnet12 import ResNet12, drop_blocks
 from metacv.backbones.resnet18 import ResNet18
 from metacv.build import build
@@ -137,3 +142,91 @@ def test_a_normalized_backbone_is_the_backbone_of_normalized_images():
         backbone.normalize([0.5], [0.0])
     with pytest.raises(ValueError, match="finite"):
         backbone.normalize([0.5], [float("nan")])
+
+
+def giving(found):
+    """In place of torchvision's download."""
+
+    def get_state_dict(weights, **options):
+        assert options["weights_only"]
+        assert options["check_hash"]
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    return get_state_dict
+
+
+def test_downloaded_weights_are_taken_and_a_frozen_network_stays_as_it_is(metacv, monkeypatch):
+    torch.manual_seed(3)
+    donor = models.resnet18().state_dict()
+    monkeypatch.setattr(models.ResNet18_Weights, "get_state_dict", giving(donor))
+    words = ("algo=protonet", *SMALL[:1], *SMALL[2:3], "eval_episodes=2", "backbone=torchvision")
+    for frozen in (True, False):
+        given = ("backbone.weights=DEFAULT", f"backbone.frozen={frozen}", "steps=2", f"hydra.run.dir={frozen}")
+        code, _, err = metacv("train", *words, *given)
+        assert (code, err) == (0, "")
+        kept = torch.load(f"{frozen}/last.pt", weights_only=True)["algorithm"]
+        same = [
+            torch.equal(kept[f"backbone.network.{name}"], value) for name, value in donor.items() if "fc" not in name
+        ]
+        assert len(same) == len(donor) - 2
+        assert all(same) == frozen
+    # what is evaluated comes from the checkpoint, without a network
+    monkeypatch.setattr(models.ResNet18_Weights, "get_state_dict", giving(OSError("no network")))
+    assert metacv("evaluate", "checkpoint=True", "episodes=2", "query=5")[0] == 0
+
+
+@pytest.mark.parametrize("problem", [OSError("no network"), {"conv1.weight": torch.zeros(1)}, RuntimeError("bad hash")])
+def test_weights_that_cannot_be_had_are_told_in_a_line(metacv, monkeypatch, problem):
+    monkeypatch.setattr(models.ResNet18_Weights, "get_state_dict", giving(problem))
+    words = ("algo=protonet", *SMALL[:1], "eval_episodes=2", "backbone=torchvision", "backbone.weights=DEFAULT")
+    code, _, err = metacv("train", *words)
+    assert code == 1
+    assert err.startswith(
+        "metacv: backbone.weights: https://download.pytorch.org/models/resnet18-f37072fd.pth could not"
+    )
+    assert err.count("\n") == 1
+
+
+def test_images_are_normalized_once_as_the_weights_want_it():
+    known = models.ResNet18_Weights.DEFAULT.transforms()
+    backbone = Torchvision((3, 32, 32), "resnet18", "DEFAULT").eval()
+    images = torch.rand(2, 3, 32, 32)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (known.mean, known.std))
+    torch.testing.assert_close(backbone(images), backbone.network((images - mean) / std)[:, :, None, None])
+    with pytest.raises(ValueError, match=r"backbone.weights come with their own"):
+        backbone.normalize([0.5], [0.5])
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "words"),
+    [
+        ("resnet17", None, "torchvision has no such classifier"),
+        ("resnet18", "BEST", "weights=BEST: null or one of IMAGENET1K_V1, DEFAULT"),
+        ("vgg16", "IMAGENET1K_FEATURES", "weights=IMAGENET1K_FEATURES: null or one of"),
+        ("squeezenet1_0", None, "its last layer is not linear"),
+        ("vit_b_32", None, "does not take images of 32x32"),
+    ],
+)
+def test_classifiers_that_cannot_serve_are_refused(name, weights, words):
+    with pytest.raises(ValueError, match=words):
+        Torchvision((3, 32, 32), name, weights)
+
+
+def test_densenet_takes_the_names_of_its_old_files(monkeypatch):
+    donor = models.densenet121().state_dict()
+    old = {re.sub(r"(denselayer\d+\.(?:norm|conv))([12])\.", r"\1.\2.", name): value for name, value in donor.items()}
+    assert old.keys() != donor.keys()
+    monkeypatch.setattr(models.DenseNet121_Weights, "get_state_dict", lambda self, **options: old)
+    backbone = Torchvision((3, 32, 32), "densenet121", "DEFAULT")
+    backbone.load_pretrained()
+    name = "features.denseblock1.denselayer1.norm1.weight"
+    assert all(torch.equal(value, donor[name]) for name, value in backbone.network.state_dict().items())
+    assert name in backbone.network.state_dict()
+
+
+def test_googlenet_trains_without_its_auxiliary_heads():
+    backbone = Torchvision((3, 64, 64), "googlenet").train()
+    assert backbone(torch.rand(2, 3, 64, 64)).shape == (2, 1024, 1, 1)
+    assert not any("aux" in name for name in backbone.state_dict())

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ALGORITHMS, SMALL, TRAIN
+from conftest import SMALL, TRAIN
 
 from metacv import completion
 from metacv.config_dir import config_dir
@@ -282,10 +283,20 @@ def test_help_names_the_commands_and_each_commands_help_its_choices(metacv):
         command_line = [sys.executable, "-m", "metacv", command, "--help"]
         return subprocess.run(command_line, check=True, capture_output=True, text=True).stdout
 
-    train = text("train")
-    assert f"algo: {', '.join(ALGORITHMS)}" in train
+    train, evaluate = text("train"), text("evaluate")
+    choices = [
+        p.relative_to(config_dir()).with_suffix("").as_posix().split("/", 1) for p in config_dir().glob("*/**/*.yaml")
+    ]
+    assert len(choices) > 40
+    for group, name in choices:
+        (line,) = re.findall(rf"^  {group}={name} +(\S.+)$", train, re.MULTILINE)
+        assert len(line) > 20
+        assert (f"  {group}={name} " in evaluate) == (group == "dataset")
     assert "meta_batch: 4" in train
-    assert "episodes: null" in text("evaluate")
+    assert "episodes: null" in evaluate
+    assert 'eval "$(metacv -sc install=bash)"' in train
+    for command in ("predict", "compare", "report"):
+        assert f"metacv {command}: " in text(command)
 
 
 def quickest(*arguments: str, **environment: str) -> float:

@@ -49,7 +49,7 @@ def test_split_folders_are_taken_as_they_are_with_classes_of_different_sizes(tmp
     bank = images.load("test")
     assert (bank.sizes.tolist(), bank.class_names, bank.name) == ([1, 4], ("test0", "test1"), "own test")
     assert torch.equal(bank.images[0], torch.from_numpy(np.array(picture(0))).permute(2, 0, 1))
-    assert images.splits() is None
+    assert images.splits() == {s: [f"{s}0", f"{s}1"] for s in ("train", "val", "test")}
 
 
 def test_a_plain_folder_is_dealt_out_by_fractions_and_seed(tmp_path):
@@ -85,8 +85,13 @@ def test_pictures_of_every_mode_are_upright_and_of_8_bits(tmp_path):
     assert set(opened(colours.convert("1"), "1.png").flat) == {0, 255}
     deep = Image.fromarray(grey.astype(np.uint16) * 257)
     assert np.array_equal(opened(deep, "16.png"), grey)
-    fractions = Image.fromarray((grey / 255).astype(np.float32))
-    assert np.abs(opened(fractions, "f.tiff").astype(int) - grey).max() <= 1
+    fractions = (grey / 255).astype(np.float32)
+    assert np.array_equal(opened(Image.fromarray(fractions), "f.tiff"), grey)
+    fractions[0, 0], fractions[0, 1] = 1.02, np.nan
+    assert np.array_equal(opened(Image.fromarray(fractions), "f.tiff")[1:], grey[1:])
+    assert opened(Image.fromarray(fractions), "f.tiff")[0, :2].tolist() == [255, 0]
+    assert opened(Image.fromarray(np.array([[510, 255, 0]], np.int32)), "i.tiff").tolist() == [[255, 128, 0]]
+    assert opened(Image.fromarray(np.array([[255, 7, 0]], np.int32)), "i.tiff").tolist() == [[255, 7, 0]]
     see_through = colours.copy()
     see_through.putalpha(Image.fromarray(np.where(np.arange(24).reshape(4, 6) < 12, 255, 0).astype(np.uint8)))
     assert np.array_equal(opened(see_through, "rgba.png"), np.where(np.arange(24).reshape(4, 6, 1) < 12, plain, 255))
@@ -95,6 +100,12 @@ def test_pictures_of_every_mode_are_upright_and_of_8_bits(tmp_path):
     turned = Image.Exif()
     turned[0x0112] = 6  # "turn right to see it upright"
     assert np.array_equal(opened(colours, "turned.png", exif=turned), np.rot90(plain, -1))
+
+
+def test_damaged_exif_leaves_a_picture_as_it_is(tmp_path):
+    colours = picture(1, (6, 4))
+    colours.save(tmp_path / "a.png", exif=b"Exif\0\0no tags at all")
+    assert np.array_equal(np.array(open_picture(tmp_path / "a.png")), np.array(colours))
 
 
 def test_a_large_photograph_keeps_its_middle_or_is_stretched(tmp_path):
@@ -146,11 +157,11 @@ def test_what_is_too_little_is_named(tmp_path):
     with pytest.raises(MetacvError, match=r"dataset.root=.*nowhere: there is no such folder"):
         dataset(tmp_path / "nowhere", tmp_path).load("train")
     root = fill(tmp_path / "own", 4)
-    with pytest.raises(MetacvError, match=r"holds 4 folders of images, of which 1 are for val: a task needs at least"):
+    with pytest.raises(MetacvError, match=r"holds 4 folders of images, of which 1 are for val: a task needs 2 classes"):
         dataset(root, tmp_path).load("val")
     (root / "train").mkdir()
     (root / "test").mkdir()
-    with pytest.raises(MetacvError, match=r"own/train holds 0 folders of images: a task needs at least 2"):
+    with pytest.raises(MetacvError, match=r"own/train holds 0 folders of images: a task needs 2 classes"):
         dataset(root, tmp_path).load("train")
     with pytest.raises(MetacvError, match=r"own has no folder val"):
         dataset(root, tmp_path).load("val")
@@ -174,6 +185,13 @@ def test_impossible_settings_are_refused(tmp_path, changes, words):
         dataset(tmp_path, tmp_path, **changes)
 
 
+def test_a_class_in_two_split_folders_is_refused(tmp_path):
+    for split in ("train", "val", "test"):
+        fill(tmp_path / "own" / split, 2, images=1)
+    with pytest.raises(MetacvError, match=r"own: the class class 0 is in both train and val"):
+        dataset(tmp_path / "own", tmp_path).load("train")
+
+
 def test_a_run_keeps_its_split_and_evaluation_sticks_to_it(metacv):
     root = fill(Path("own"), 20)
     assert metacv("train", *QUICK, "dataset.root=own", "hydra.run.dir=run")[0] == 0
@@ -190,6 +208,9 @@ def test_a_run_keeps_its_split_and_evaluation_sticks_to_it(metacv):
     assert "dataset.split_file=run/split.json keeps to the split of then" in err
     code, _, err = metacv("evaluate", "checkpoint=run", "way=2", "episodes=5", "dataset.split_file=run/split.json")
     assert (code, err) == (0, "")
+    code, _, err = metacv("evaluate", "checkpoint=run", "way=2", "episodes=5", f"dataset.root={root.resolve()}")
+    assert code == 1
+    assert "were trained or validated on" in err
     code, _, err = metacv("train", "resume=run", "steps=6")
     assert code == 1
     assert "the classes are dealt out otherwise now; dataset.split_file=run/split.json keeps to its split" in err
@@ -203,7 +224,7 @@ def test_a_run_keeps_its_split_and_evaluation_sticks_to_it(metacv):
         ("[", "is not a split"),
         ('{"train": []}', "is not a split"),
         ('{"train": ["class 0"], "val": ["nothing"], "test": []}', "has no class nothing"),
-        ('{"train": ["class 0"], "val": ["class 0"], "test": []}', "has a class twice"),
+        ('{"train": ["class 0"], "val": ["class 0"], "test": []}', "the class class 0 is in both train and val"),
     ],
 )
 def test_a_split_file_that_does_not_fit_is_refused(tmp_path, content, words):

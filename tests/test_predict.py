@@ -14,6 +14,9 @@ from PIL import Image
 
 from metacv import checkpoint
 from metacv.build import build_algorithm
+from metacv.cli import quoted
+from metacv.config import PredictConfig
+from metacv.config_dir import config_dir
 from metacv.data.episodes import EpisodeSampler
 from metacv.data.glyphs import draw_glyphs
 from metacv.predict import Support
@@ -104,26 +107,67 @@ def test_predict_agrees_with_evaluation_task_by_task(data_dir):
     assert torch.equal(algorithm.predict(own, "inductive"), algorithm.predict(tasks, "inductive"))
 
 
-def test_classes_of_different_sizes_count_by_their_means():
+def algorithm_of(target: str, **settings):
+    conv4 = {"_target_": "metacv.backbones.conv4.Conv4", "channels": 8}
+    if "relation" in target:
+        conv4 |= {"downsample": ["max_pool", "max_pool", "none", "none"], "padding": [0, 0, 1, 1]}
+    algo = {"_target_": f"metacv.algorithms.{target}"} | settings
+    config = {"backbone": conv4, "algo": algo, "normalize": {"mean": [0.0], "std": [1.0]}}
     torch.manual_seed(0)
-    images = torch.randint(0, 256, (6, 1, 28, 28), dtype=torch.uint8)
-    queries = torch.randint(0, 256, (4, 1, 28, 28), dtype=torch.uint8)
-    for target in ("protonet.ProtoNet", "relationnet.RelationNet"):
-        conv4 = {"_target_": "metacv.backbones.conv4.Conv4", "channels": 8}
-        if "relation" in target:
-            conv4 |= {"downsample": ["max_pool", "max_pool", "none", "none"], "padding": [0, 0, 1, 1]}
-        config = {"backbone": conv4, "algo": {"_target_": f"metacv.algorithms.{target}"},
-                  "normalize": {"mean": [0.0], "std": [1.0]}}  # fmt: skip
-        algorithm = build_algorithm(config, (1, 28, 28))
-        # An image that is there twice is worth no more than once: sizes 1 and 2 against 2 and 2.
-        uneven = Support(images[[0, 1, 2]], (1, 2), ("a", "b")).task(queries, torch.device("cpu"))
-        even = Support(images[[0, 0, 1, 2]], (2, 2), ("a", "b")).task(queries, torch.device("cpu"))
-        scale = {"protonet.ProtoNet": 1, "relationnet.RelationNet": 4 / 3}[target]
-        means = [task.class_means(task.support_x.flatten(2)) * task.support_x.shape[1] / 2 for task in (uneven, even)]
-        torch.testing.assert_close(means[0] * 4 / 3, means[1])
-        if scale == 1:
-            ours, theirs = (algorithm.predict(task, "inductive") for task in (uneven, even))
-            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    return build_algorithm(config, (1, 28, 28))
+
+
+@pytest.mark.parametrize(
+    ("target", "settings"), [("protonet.ProtoNet", {}), ("relationnet.RelationNet", {"relation": "mlp"})]
+)
+def test_an_image_that_is_there_twice_counts_once(target, settings):
+    images = torch.randint(0, 256, (10, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    algorithm = algorithm_of(target, **settings)
+    uneven = Support(images[[0, 1, 2]], (1, 2), ("a", "b")).task(images[3:], torch.device("cpu"))
+    even = Support(images[[0, 0, 1, 2]], (2, 2), ("a", "b")).task(images[3:], torch.device("cpu"))
+    ours, theirs = (algorithm.predict(task, "inductive") for task in (uneven, even))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert ours.std(dim=1).min() > 0
+
+
+def test_relation_networks_sum_a_class_as_if_all_had_the_mean_size():
+    images = torch.randint(0, 256, (10, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    algorithm = algorithm_of("relationnet.RelationNet").eval()
+    task = Support(images[:4], (1, 3), ("a", "b")).task(images[4:], torch.device("cpu"))
+    with torch.no_grad():
+        maps = algorithm.backbone(task.support_x[0])
+        classes = 2 * torch.stack([maps[0], maps[1:].mean(0)])  # (1 + 3) / 2 images each
+        expected = algorithm.scores(classes.unsqueeze(0), algorithm.backbone(task.query_x[0]).unsqueeze(0))
+    torch.testing.assert_close(algorithm.predict(task, "inductive"), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_weights_that_are_not_finite_label_nothing(metacv, trained):
+    lay_out(Path("own"), [1, 1], query=1)
+    saved = checkpoint.load(Path(trained("protonet")) / "best.pt")
+    next(iter(saved["algorithm"].values())).fill_(float("nan"))
+    checkpoint.save(Path("nan.pt"), saved)
+    code, out, err = metacv("predict", "checkpoint=nan.pt", "support=own/support", "query=own/query")
+    assert (code, out) == (1, "")
+    assert err == "metacv: nan.pt: the probabilities are not finite; the weights are not, or adaptation diverges\n"
+
+
+def test_what_is_kept_holds_nothing_of_this_machine(metacv, trained):
+    lay_out(Path("own"), [1, 1], query=1)
+    metacv("predict", f"checkpoint={trained('protonet')}/last.pt", "support=own/support", "query=own/query",
+           "save=kept.pt")  # fmt: skip
+    kept = checkpoint.load(Path("kept.pt"))
+    assert kept.keys() == checkpoint.WEIGHTS | {"support"}
+    assert "data_dir" not in kept["config"]
+
+
+@pytest.mark.parametrize("value", ["a'b", "a\\", "a\\'b", "${x}", "a b,c=(d)", "\\\\server\\'s", "a\\b"])
+def test_paths_of_any_characters_come_through_hydra(value):
+    from hydra import compose, initialize_config_dir
+    from hydra.core.config_store import ConfigStore
+
+    ConfigStore.instance().store(name="predict_schema", node=PredictConfig)
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        assert compose("predict", [f"query={quoted(value)}"]).query == value
 
 
 @pytest.mark.parametrize(
@@ -182,6 +226,11 @@ def test_a_damaged_support_set_is_refused(metacv, trained):
         {"images": images, "shots": [3, 0], "classes": ["a", "b"]},
         {"images": images.float(), "shots": [2, 1], "classes": ["a", "b"]},
         {"images": 3, "shots": [2, 1], "classes": ["a", "b"]},
+        {"images": images, "shots": [2, 1], "classes": ["a", "a"]},
+        {"images": images, "shots": [3], "classes": ["a"]},
+        {"images": images, "shots": [2, 1], "classes": ["a", "b\x1b[31m"]},
+        {"images": images[:1].expand(3, 1, 28, 28), "shots": [2, 1], "classes": ["a", "b"]},
+        {"images": images.to_sparse(), "shots": [2, 1], "classes": ["a", "b"]},
         "support",
     ):
         checkpoint.save(Path("kept.pt"), saved | {"support": kept})

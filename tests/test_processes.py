@@ -150,7 +150,8 @@ def test_what_is_wrong_is_said_once(tmp_path, monkeypatch, data_dir):
 
 
 def test_evaluation_is_for_one_process(metacv, monkeypatch):
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
     code, _, err = metacv("evaluate", "checkpoint=run")
     assert (code, err) == (1, "metacv: evaluate is one process's work: call it without torchrun\n")
 

@@ -15,6 +15,8 @@ class Backbone(nn.Module):
         """From now on takes (images - mean) / std, by channel; one value goes for all. Not part of the weights."""
         if not all(map(math.isfinite, mean)) or not all(0 < value < math.inf for value in std):
             raise ValueError(f"mean={mean}, std={std}: finite, and every std above 0")
+        if hasattr(self, "input_mean"):
+            raise ValueError("backbone.weights come with their own")
         self.register_buffer("input_mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("input_std", torch.tensor(std).view(-1, 1, 1), persistent=False)
         self.register_forward_pre_hook(lambda self, images: (images[0] - self.input_mean) / self.input_std)

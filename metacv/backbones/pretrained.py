@@ -1,5 +1,7 @@
 """Any classifier of torchvision without its last layer, with the weights that torchvision has for it."""
 
+import re
+
 import torch
 from torch import Tensor, nn
 from torchvision import models
@@ -22,19 +24,17 @@ class Torchvision(Backbone):
         if name not in models.list_models(module=models):
             raise ValueError(f"name={name}: torchvision has no such classifier")
         self.weights = None
+        sizes = {}
         if weights is not None:
-            choices = models.get_model_weights(name).__members__
+            found = models.get_model_weights(name).__members__
+            choices = {key: found[key] for key in found if found[key].meta.get("categories")}  # whole classifiers
             if weights not in choices:
                 raise ValueError(f"weights={weights}: null or one of {', '.join(choices)}")
             self.weights = choices[weights]
-        self.network = models.get_model(name, weights=None)
-        self.network.aux_logits = False  # which GoogLeNet and Inception would give in training too
-        linear = [path for path, module in self.network.named_modules() if isinstance(module, nn.Linear)]
-        parent, _, last = linear[-1].rpartition(".") if linear else ("", "", "")
-        if not linear or linear[-1] != list(dict(self.network.named_modules()))[-1]:
-            raise ValueError(f"name={name}: its last layer is not linear")
-        self.last = linear[-1]
-        setattr(self.network.get_submodule(parent), last, nn.Identity())
+            if name.startswith("vit_"):
+                sizes["image_size"] = self.weights.meta["min_size"][0]
+        self.network = models.get_model(name, weights=None, **sizes)
+        self._as_a_feature_extractor(name)
         if self.weights:
             known = self.weights.transforms()
             self.normalize(list(known.mean), list(known.std))
@@ -50,6 +50,18 @@ class Torchvision(Backbone):
             ) from None
         self.train()
 
+    def _as_a_feature_extractor(self, name: str) -> None:
+        for auxiliary in ("aux1", "aux2", "AuxLogits"):  # of GoogLeNet and Inception
+            if hasattr(self.network, auxiliary):
+                setattr(self.network, auxiliary, None)
+                self.network.aux_logits = False
+                self.network.transform_input = self.weights is not None  # as torchvision does with its weights
+        *_, self.last = (path for path, module in self.network.named_modules() if not [*module.children()])
+        if not isinstance(self.network.get_submodule(self.last), nn.Linear):
+            raise ValueError(f"name={name}: its last layer is not linear")
+        parent, _, last = self.last.rpartition(".")
+        setattr(self.network.get_submodule(parent), last, nn.Identity())
+
     def forward(self, images: Tensor) -> Tensor:
         return self.network(images.expand(-1, 3, -1, -1)).flatten(1)[:, :, None, None]
 
@@ -59,8 +71,12 @@ class Torchvision(Backbone):
     def load_pretrained(self) -> None:
         if self.weights is None:
             return
+        own = self.network.state_dict()
         try:
             found = self.weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
-        except (OSError, RuntimeError) as error:
-            raise MetacvError(f"backbone.weights: {self.weights.url} could not be downloaded ({error})") from None
-        self.network.load_state_dict({k: v for k, v in found.items() if not k.startswith(f"{self.last}.")})
+            # DenseNet's files have norm.1 for norm1, and so on.
+            found = {re.sub(r"\b(norm|conv)\.([12])\.", r"\1\2.", name): value for name, value in found.items()}
+            self.network.load_state_dict({name: value for name, value in found.items() if name in own})
+        except Exception as error:  # no network, half a file, ...
+            said = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise MetacvError(f"backbone.weights: {self.weights.url} could not be had ({said})") from None

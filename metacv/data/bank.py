@@ -72,7 +72,7 @@ class Dataset(ABC):
         raise MetacvError(f"{type(self).__name__} does not say how a picture becomes one of its images")
 
     def splits(self) -> dict[str, list[str]] | None:
-        """The class names of each split, where the data set made the split itself, to be kept beside a run."""
+        """The class names of each split, of a data set that changes from user to user, to be kept beside a run."""
         return None
 
     def rotation(self, split: str) -> Rotation:

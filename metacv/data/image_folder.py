@@ -2,9 +2,10 @@
 
 import hashlib
 import json
+import os
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
+from itertools import chain, combinations
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from metacv import MetacvError
 from metacv.data.bank import SPLITS, Dataset, ImageBank, Rotation, cached_bank, check_split
-from metacv.data.pictures import Fit, as_tensor, files_below, open_picture, read_or_tell, squared
+from metacv.data.pictures import Fit, as_tensor, files_below, folders_in, open_picture, read_or_tell, squared
 
 
 class ImageFolder(Dataset):
@@ -61,40 +62,37 @@ class ImageFolder(Dataset):
         image = as_tensor(squared(picture, self.size, self.fit))
         return 255 - image if self.invert else image
 
-    def splits(self) -> dict[str, list[str]] | None:
+    def splits(self) -> dict[str, list[str]]:
+        """The class names of each split."""
+        if not self.root.is_dir():
+            raise MetacvError(f"dataset.root={self.root}: there is no such folder")
         if self._is_split():
-            return None
-        if self.split_file:
-            return self._read_split(Path(self.split_file).expanduser())
-        names = [folder.name for folder in _folders_in(self.root)]
-        names.sort(key=lambda name: hashlib.sha256(f"{self.split_seed} {name}".encode()).digest())
-        ends, total = [0], 0.0
-        for split in SPLITS:
-            total += self.fractions[split] / sum(self.fractions.values())
-            ends.append(round(total * len(names)))
-        return {split: sorted(names[ends[i] : ends[i + 1]]) for i, split in enumerate(SPLITS)}
+            made = {split: [folder.name for folder in folders_in(self.root / split)] for split in SPLITS}
+        elif self.split_file:
+            made = self._read_split(Path(self.split_file).expanduser())
+        else:
+            names = [folder.name for folder in folders_in(self.root)]
+            names.sort(key=lambda name: hashlib.sha256(os.fsencode(f"{self.split_seed} {name}")).digest())
+            parts = [sum(self.fractions[earlier] for earlier in SPLITS[:i]) for i in range(4)]
+            ends = [round(part / parts[-1] * len(names)) for part in parts]
+            made = {split: sorted(names[ends[i] : ends[i + 1]]) for i, split in enumerate(SPLITS)}
+        for one, other in combinations(SPLITS, 2):
+            if both := sorted({*made[one]} & {*made[other]}):
+                raise MetacvError(f"{self.root}: the class {both[0]} is in both {one} and {other}")
+        return made
 
     def _is_split(self) -> bool:
         return (self.root / "train").is_dir() and any((self.root / split).is_dir() for split in ("val", "test"))
 
     def _folders(self, split: str) -> dict[str, Path]:
         """Of the classes of a split, by name."""
-        if not self.root.is_dir():
-            raise MetacvError(f"dataset.root={self.root}: there is no such folder")
-        if (made := self.splits()) is None:
-            if not (self.root / split).is_dir():
-                raise MetacvError(f"dataset.root={self.root} has no folder {split}")
-            found = {folder.name: folder for folder in _folders_in(self.root / split)}
-            said = f"{self.root / split} holds {len(found)} folders of images"
-        else:
-            found = {name: self.root / name for name in made[split]}
-            said = (
-                f"dataset.root={self.root} holds {len(list(_folders_in(self.root)))} folders of images, of which "
-                f"{len(found)} are for {split}"
-            )
-        if len(found) < 2:
-            raise MetacvError(f"{said}: a task needs at least 2 classes")
-        return found
+        names, place = self.splits()[split], self.root / split if self._is_split() else self.root
+        if not place.is_dir():
+            raise MetacvError(f"dataset.root={self.root} has no folder {split}")
+        if len(names) < 2:
+            of = "" if self._is_split() else f", of which {len(names)} are for {split}"
+            raise MetacvError(f"{place} holds {len(folders_in(place))} folders of images{of}: a task needs 2 classes")
+        return {name: place / name for name in names}
 
     def _read_split(self, path: Path) -> dict[str, list[str]]:
         try:
@@ -102,24 +100,16 @@ class ImageFolder(Dataset):
             made = {split: [str(name) for name in made[split]] for split in SPLITS}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise MetacvError(f"dataset.split_file={path} is not a split ({type(error).__name__}: {error})") from None
-        there = {folder.name for folder in _folders_in(self.root)}
+        there = {folder.name for folder in folders_in(self.root)}
         if missing := [name for names in made.values() for name in names if name not in there]:
             raise MetacvError(f"dataset.split_file={path}: {self.root} has no class {missing[0]}")
-        if len({name for names in made.values() for name in names}) < sum(map(len, made.values())):
-            raise MetacvError(f"dataset.split_file={path} has a class twice")
         return made
 
     def _decode(self, label: str, files: dict[str, list[Path]]) -> ImageBank:
-        found = read_or_tell(label, [path for own in files.values() for path in own], self.read)
-        row, sizes = 0, []
-        for name, own in files.items():
-            sizes.append(sum(image is not None for image in found[row : row + len(own)]))
-            row += len(own)
-            if sizes[-1] == 0:
+        kept, images = read_or_tell(label, list(chain(*files.values())), self.read)
+        readable = {*kept}
+        sizes = [len(readable.intersection(own)) for own in files.values()]
+        for name, size in zip(files, sizes, strict=True):
+            if size == 0:
                 raise MetacvError(f"{label}: the class {name} has no readable image")
-        images = torch.stack([image for image in found if image is not None])
-        return ImageBank(label, images, torch.tensor([0, *sizes]).cumsum(0), tuple(files))
-
-
-def _folders_in(folder: Path) -> Iterator[Path]:
-    return iter(sorted(p for p in folder.glob("*") if p.is_dir() and not p.name.startswith((".", "__"))))
+        return ImageBank(label, torch.stack(images), torch.tensor([0, *sizes]).cumsum(0), tuple(files))

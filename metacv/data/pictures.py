@@ -1,6 +1,7 @@
 """Picture files of any kind as 8-bit images, upright and without transparency, and those as tensors."""
 
 import sys
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +15,10 @@ from tqdm import tqdm
 from metacv import MetacvError
 
 Fit = Literal["crop", "stretch"]
+# Of large files and damaged EXIF: what cannot be read is told in lines of our own.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+HIDDEN = (".", "__")  # the second of macOS, in archives
 RUNS_A_PROGRAM = {"EPS", "WMF"}  # Ghostscript, or Windows
 
 
@@ -27,18 +32,40 @@ def open_picture(path: Path, side: int | None = None) -> Image.Image:
         with Image.open(path, formats=[name for name in Image.OPEN if name not in RUNS_A_PROGRAM]) as image:
             if side:
                 image.draft(None, (2 * side, 2 * side))
-            return _plain(ImageOps.exif_transpose(image))
+                image = _reduced(image, side)
+            return _plain(_upright(image))
     except OSError as error:
         raise MetacvError(f"{path} cannot be read ({error.strerror or 'not a picture, or damaged'})") from None
     except Exception as error:  # Pillow has many words for a damaged or oversized file
         raise MetacvError(f"{path} cannot be read ({str(error) or type(error).__name__})") from None
 
 
+def _reduced(image: Image.Image, side: int) -> Image.Image:
+    """By a whole factor, to no less than twice `side`, before copies of all pixels are made."""
+    factor = min(image.size) // (2 * side)
+    if factor < 2 or image.mode not in ("L", "RGB", "RGBA", "CMYK"):
+        return image
+    small = image.reduce(factor)
+    small.info = image.info
+    return small
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # damaged EXIF: as it is
+        image.load()
+        return image
+
+
 def _plain(image: Image.Image) -> Image.Image:
-    if image.mode.startswith(("I", "F")):  # 16 or 32 bits, or fractions
-        top: float = 65535 if ";16" in image.mode else max(image.getextrema())  # type: ignore[assignment]
-        scale = 255 if top <= 1 else 1 if top <= 255 else 255 / 65535
-        return image.convert("F").point(lambda value: value * scale + 0).convert("L")
+    if ";16" in image.mode or image.mode in ("I", "F"):  # 16 or 32 bits, or fractions
+        pixels = torch.frombuffer(bytearray(image.convert("F").tobytes()), dtype=torch.float32).nan_to_num(0, 0, 0)
+        top = 65535 if ";16" in image.mode else float(pixels.max())
+        if image.mode == "F" and top <= 2:  # 0 to 1, and what resampling may have added
+            top = 1
+        pixels = pixels * (255 / top if top > 255 or top == 1 else 1)
+        return Image.frombytes("L", image.size, bytes(pixels.round().clamp(0, 255).byte().tolist()))
     if "A" in image.getbands() or "transparency" in image.info:
         seen = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen).convert("RGB")
@@ -61,8 +88,8 @@ def as_tensor(picture: Image.Image) -> Tensor:
     return pixels.view(height, width, -1).permute(2, 0, 1)
 
 
-def read_or_tell(label: str, files: list[Path], read: Callable[[Path], Tensor]) -> list[Tensor | None]:
-    """What `read` makes of each file, on several threads; None, and a line on stderr, for one that it cannot read."""
+def read_or_tell(label: str, files: list[Path], read: Callable[[Path], Tensor]) -> tuple[list[Path], list[Tensor]]:
+    """The files that `read` can read, on several threads, and what it makes of them; a line for each of the others."""
 
     def attempt(path: Path) -> Tensor | MetacvError:
         try:
@@ -70,16 +97,24 @@ def read_or_tell(label: str, files: list[Path], read: Callable[[Path], Tensor]) 
         except MetacvError as error:
             return error
 
-    found: list[Tensor | None] = []
+    kept, found = [], []
     with ThreadPoolExecutor() as pool:
-        for one in tqdm(pool.map(attempt, files), label, len(files), unit="image", leave=False, disable=None):
+        results = tqdm(pool.map(attempt, files), label, len(files), unit="image", leave=False, disable=None)
+        for path, one in zip(files, results, strict=True):
             if isinstance(one, MetacvError):
                 tqdm.write(f"metacv: {one}", file=sys.stderr)
-            found.append(None if isinstance(one, MetacvError) else one)
-    return found
+            else:
+                kept.append(path)
+                found.append(one)
+    return kept, found
+
+
+def folders_in(folder: Path) -> list[Path]:
+    """By name, without hidden ones."""
+    return sorted(p for p in folder.glob("*") if p.is_dir() and not p.name.startswith(HIDDEN))
 
 
 def files_below(folder: Path) -> list[Path]:
     """All files in a folder and its folders, by name, without hidden ones."""
     below = (path for path in folder.rglob("*") if path.is_file())
-    return sorted(p for p in below if not any(part.startswith((".", "__")) for part in p.relative_to(folder).parts))
+    return sorted(p for p in below if not any(part.startswith(HIDDEN) for part in p.relative_to(folder).parts))
