@@ -52,6 +52,7 @@ class TrainConfig:
     data_dir: str = MISSING
     resume: bool | str = False
     log_every: int = MISSING
+    projector: bool = MISSING
 
 
 @dataclass
@@ -110,7 +111,7 @@ def as_now(config: dict[str, Any]) -> dict[str, Any]:
     """The config of an older checkpoint, with the settings that came later as they were then."""
     none = {"crop": 0, "flip": False, "jitter": 0.0}
     batching: dict[str, Any] = {"task_batching": "auto", "task_chunk": None}
-    later: dict[str, Any] = {"episodes": 600, "augment": none, "normalize": AS_THEY_ARE}
+    later: dict[str, Any] = {"projector": False, "episodes": 600, "augment": none, "normalize": AS_THEY_ARE}
     config = later | config
     if config["algo"].get("_target_") in ("metacv.algorithms.maml.MAML", "metacv.algorithms.reptile.Reptile"):
         config["algo"] = batching | config["algo"]

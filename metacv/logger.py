@@ -2,13 +2,27 @@
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
 from metacv.files import write_bytes_atomically
+
+
+def flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Settings by their full names; of a class the name alone, without what does not change a run."""
+    for name, value in config.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{name}.")
+        elif name == "_target_":
+            yield prefix.rstrip("."), str(value).rpartition(".")[2]
+        elif prefix or name not in ("data_dir", "device", "resume", "log_every"):
+            yield f"{prefix}{name}", value
 
 
 class Logger:
@@ -48,6 +62,18 @@ class Logger:
         """image: uint8 [3, H, W]"""
         self.tensorboard.add_image(name, image, step)
         self.tensorboard.flush()
+
+    def hparams(self, config: dict[str, Any], step: int, **metrics: float) -> None:
+        """A row of TensorBoard's table of runs: every setting, and how it ended."""
+        values = {name: value if isinstance(value, bool | int | float) else str(value) for name, value in flat(config)}
+        for summary in hparams(values, metrics):
+            self.tensorboard._get_file_writer().add_summary(summary)
+        for name, metric in metrics.items():
+            self.tensorboard.add_scalar(name, metric, step)
+
+    def embedding(self, step: int, features: Tensor, names: list[str], images: Tensor) -> None:
+        """features [B, D] of images [B, C, H, W], 0 to 1, by the names of their classes, for the projector."""
+        self.tensorboard.add_embedding(features, names, images, step, tag="val/features")
 
     def sync(self) -> None:
         """Puts on disk what the checkpoint about to be written counts on."""

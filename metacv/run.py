@@ -28,7 +28,7 @@ from metacv.files import write_bytes_atomically
 from metacv.logger import Logger
 
 # What may change when a run goes on: none of it changes what a step computes, but for the last bits on another device.
-RESUMABLE = {"resume", "steps", "eval_every", "patience", "log_every", "device", "data_dir"}
+RESUMABLE = {"resume", "steps", "eval_every", "patience", "log_every", "projector", "device", "data_dir"}
 RESUMABLE |= {"algo.task_batching", "algo.task_chunk", "dataset.split_file", "dataset.root"}
 
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from metacv import MetacvError, checkpoint
-from metacv.algorithms.base import Algorithm, running_statistics
+from metacv.algorithms.base import Algorithm, accuracies, running_statistics
 from metacv.backbones import Backbone
 from metacv.build import build_algorithm, build_dataset, build_optimizer, describe_device, pick_device
 from metacv.cli import setting
@@ -24,6 +24,9 @@ from metacv.logger import Logger
 from metacv.picture import episode_picture
 from metacv.processes import Processes, processes
 from metacv.run import Run, Stopped, StopSignals, begin_or_resume, only_run_in
+
+TASKS_ALONG = 20  # of validation, whose accuracy is shown after 1, 2, ... inner steps
+IMAGES_PROJECTED = 1000
 
 
 def train(cfg: DictConfig, folder: Path, overrides: list[str]) -> float:
@@ -87,6 +90,7 @@ def train(cfg: DictConfig, folder: Path, overrides: list[str]) -> float:
                     bar.close()
                     print(f"stopped at step {run.step}; go on with: metacv train {setting('resume', folder)}")
                     raise SystemExit(128 + received)
+            finish(run, validation, logger)
     if run.step < config["steps"]:
         print(f"stopped at step {run.step}: no new best in {run.since_best} validations (patience)")
     report(run, folder)
@@ -117,9 +121,35 @@ def validate(
     logger.scalars(run.step, "val", **found)
     shown = next(validation.batches(1))
     logger.picture(run.step, "val/episode", episode_picture(shown, run.algorithm.predict(shown, norm)))
+    some = next(validation.batches(TASKS_ALONG))
+    along = {
+        f"accuracy_{steps:03d}": float(accuracies(logits, some.query_y).mean())
+        for steps, logits in run.algorithm.along_adaptation(some, norm)
+    }
+    if along:
+        logger.scalars(run.step, "inner_steps", **along)
     if better:
         checkpoint.save(folder / "best.pt", run.weights() | {"validation": run.best})
     run.save(folder, logger)
+
+
+def finish(run: Run, validation: EpisodeList, logger: Logger) -> None:
+    """TensorBoard's table of runs, and its projector where asked for."""
+    logger.hparams(run.config, run.step, **{"val/best_accuracy": run.best["accuracy"]})
+    if run.config["projector"]:
+        bank = validation.sampler.bank
+        rows = torch.arange(len(bank.images))[:: max(1, len(bank.images) // IMAGES_PROJECTED)]
+        names = [bank.class_names[c] for c in torch.bucketize(rows, bank.offsets[1:], right=True)]
+        images = bank.images[rows].float().div(255)
+        logger.embedding(run.step, features(run.algorithm, images.to(run.sampler.device)).cpu(), names, images)
+
+
+def features(algorithm: Algorithm, images: Tensor) -> Tensor:
+    """The backbone's, [B, D], of images [B, C, H, W]."""
+    (backbone, *_) = (part for part in algorithm.modules() if isinstance(part, Backbone))
+    algorithm.eval()
+    with torch.no_grad():
+        return torch.cat([backbone(part).flatten(1) for part in images.split(100)])
 
 
 def check(run: Run, folder: Path, here: Processes) -> None:

@@ -61,6 +61,10 @@ class Algorithm(nn.Module, ABC):
         finally:
             self.train(was_training)
 
+    def along_adaptation(self, tasks: TaskBatch, norm: Norm) -> Iterator[tuple[int, Tensor]]:
+        """What `predict` says after fewer inner steps, by their number; nothing without inner steps."""
+        return iter(())
+
     def one_query_at_a_time(self, tasks: TaskBatch) -> Tensor:
         """`forward` with the support set and a single query, for each query: [T, N*Q, N]."""
         alone = [
