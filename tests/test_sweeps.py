@@ -1,0 +1,57 @@
+"""Sweeps on engines of others: each needs its extra, and takes tens of seconds."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import quick
+from omegaconf import OmegaConf
+
+pytestmark = pytest.mark.slow
+
+
+def sweep(*words: str, tmp_path: Path, data_dir: Path, monkeypatch) -> str:
+    monkeypatch.setenv("METACV_DATA_DIR", str(data_dir))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    command = [sys.executable, "-m", "metacv", "train", "-m", *quick("protonet"), "hydra.sweep.dir=sweep", *words]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=540)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("plugin", "words"),
+    [
+        ("hydra_joblib_launcher", ["launcher=joblib"]),
+        ("hydra_submitit_launcher", ["hydra/launcher=submitit_local"]),  # as launcher=slurm, without a Slurm
+        ("hydra_ray_launcher", ["launcher=ray"]),
+    ],
+)
+def test_a_launcher_runs_every_combination(plugin, words, tmp_path, data_dir, monkeypatch):
+    pytest.importorskip(f"hydra_plugins.{plugin}")
+    sweep(*words, "seed=0,1", "shot=1,2", tmp_path=tmp_path, data_dir=data_dir, monkeypatch=monkeypatch)
+    found = [json.loads(path.read_text()) for path in (tmp_path / "sweep").glob("*/result.json")]
+    assert sorted((one["seed"], one["shot"]) for one in found) == [(0, 1), (0, 2), (1, 1), (1, 2)]
+    assert len(list((tmp_path / "sweep").glob("*/best.pt"))) == 4
+
+
+def test_slurm_is_asked_for_what_the_config_says(tmp_path, monkeypatch):
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    command = [sys.executable, "-m", "metacv", "train", "launcher=slurm", "--cfg", "hydra", "-p", "hydra.launcher"]
+    shown = OmegaConf.create(subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path).stdout)
+    assert "SlurmLauncher" in shown._target_
+    assert (shown.gpus_per_node, shown.timeout_min, shown.array_parallelism) == (1, 240, 16)
+
+
+def test_optuna_finds_the_trial_with_the_best_accuracy_in_validation(tmp_path, data_dir, monkeypatch):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    sweep("sweeper=optuna", "hydra.sweeper.n_trials=4", "optimizer.lr=tag(log,interval(1e-5,1e-1))",
+          tmp_path=tmp_path, data_dir=data_dir, monkeypatch=monkeypatch)  # fmt: skip
+    best = OmegaConf.load(tmp_path / "sweep/optimization_results.yaml")
+    found = {path: json.loads(path.read_text()) for path in (tmp_path / "sweep").glob("*/result.json")}
+    assert len(found) == 4
+    winner = max(found.values(), key=lambda result: result["accuracy"])
+    assert best.best_value == pytest.approx(winner["accuracy"])
+    assert f"optimizer.lr={best.best_params['optimizer.lr']}" in winner["overrides"]
