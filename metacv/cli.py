@@ -230,7 +230,7 @@ def one_line(error: Exception) -> str:
         kept = dict.fromkeys(" ".join(line.split()) for line in lines if not line.strip().startswith(noise))
         text = " ".join(line for line in kept if line)
         if extra := re.search(r"hydra/(?:launcher|sweeper)/(?:submitit_)?(joblib|slurm|ray|optuna)", text):
-            return f"pip install 'metacv[{extra[1]}]' first (in a checkout: pip install '.[{extra[1]}]')"
+            return f"the extra {extra[1]} is not installed; in a checkout: pip install '.[{extra[1]}]'"
         return f"{error.override}: {text}" if isinstance(error, OverrideParseException) else text
     text = " ".join(str(error).split())
     if isinstance(error, MetacvError):

@@ -1,6 +1,7 @@
 """Which of several runs is better: their accuracies on the same episodes, and the differences episode by episode."""
 
 import os
+from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ def compare(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     if OmegaConf.is_missing(cfg, "runs"):
         raise MetacvError("give the runs to compare: metacv compare RUN RUN ...")
     places = given.pop("runs")
-    if len(places) < 2 or len({*places}) < len(places):
+    if len({checkpoint.find(place, "best.pt").resolve() for place in places}) < max(2, len(places)):
         raise MetacvError(f"compare {' '.join(places)}: give two runs or more, each once")
     if given["norm"]:
         check_norm(given["norm"])
@@ -79,7 +80,8 @@ def check_same_tasks(places: list[str], given: dict[str, Any]) -> None:
                 )
 
 
-def shortened(places: list[str]) -> list[str]:
+def shortened(places: Sequence[str | Path]) -> list[str]:
     """Without the folders that all of them lie in."""
-    common = os.path.commonpath([os.path.abspath(place) for place in places])
-    return [os.path.relpath(os.path.abspath(place), common) for place in places]
+    whole = [os.path.abspath(place) for place in places]
+    common = os.path.commonpath([os.path.dirname(place) for place in whole])
+    return [os.path.relpath(place, common) for place in whole]

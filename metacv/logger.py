@@ -13,6 +13,8 @@ from torch.utils.tensorboard.summary import hparams
 
 from metacv.files import write_bytes_atomically
 
+ELSEWHERE = {"data_dir", "device", "resume", "log_every", "projector"}  # settings that do not change what comes out
+
 
 def flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Settings by their full names; of a class the name alone, without what does not change a run."""
@@ -21,7 +23,7 @@ def flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from flat(value, f"{prefix}{name}.")
         elif name == "_target_":
             yield prefix.rstrip("."), str(value).rpartition(".")[2]
-        elif prefix or name not in ("data_dir", "device", "resume", "log_every"):
+        elif prefix or name not in ELSEWHERE:
             yield f"{prefix}{name}", value
 
 
@@ -34,7 +36,7 @@ class Logger:
         for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
             try:
                 content = json.loads(line)
-                if content["step"] <= (validated if "val/accuracy" in content else step):
+                if content["step"] <= (step if "train/loss" in content else validated):
                     kept.append(line + "\n")
             except (ValueError, KeyError, TypeError):
                 continue  # the line that a kill cut short

@@ -5,6 +5,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from html import escape
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from metacv.report import Row, RunFound
 
 CURVES, EPISODES, POINTS = 10, 6, 150  # at most: runs with curves, runs with a sample episode, points a curve
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 640, 300, 60, 34, 10, 24
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 400, 230, 56, 30, 8, 20  # so that text can be read on a phone
 Point = tuple[float, float, float]  # x, y and half an interval
 
 STYLE = """
@@ -32,7 +33,7 @@ th, td { border-bottom: 1px solid var(--line); padding: 4px 12px 4px 0; text-ali
 th { color: var(--faint); font-weight: 600 } tr.best { background: var(--best) }
 .charts { display: grid; gap: 16px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 460px), 1fr)) }
 figure { margin: 0 } figcaption { color: var(--faint); font-size: .9em; overflow-wrap: anywhere }
-svg { height: auto; width: 100% } svg text { fill: var(--faint); font-size: 12px }
+svg { height: auto; width: 100% } svg text { fill: var(--faint); font-size: 13px }
 svg .grid { stroke: var(--line) } svg .line { fill: none; stroke-width: 2 }
 ul.legend { display: flex; flex-wrap: wrap; gap: 2px 16px; list-style: none; padding: 0; font-size: .9em }
 ul.legend span { border-radius: 2px; display: inline-block; height: .7em; margin-right: 6px; width: .7em }
@@ -82,9 +83,10 @@ def curves(runs: "list[RunFound]", of: int) -> str:
             found = [
                 (float(line["step"]), 100 * line[tag], 100 * line.get("val/ci95", 0.0))
                 for line in run.metrics
-                if isinstance(line.get(tag), int | float) and math.isfinite(line[tag])
+                if tag in line
             ]
-            lines.append(found[:: max(1, len(found) // POINTS)])
+            every = -(-len(found) // POINTS) or 1
+            lines.append([*found[:-1:every], *found[-1:]])
         if any(lines):
             charts.append(figure(chart(lines), f"{title}, by steps"))
     if not charts:
@@ -104,10 +106,11 @@ def by_task(rows: "list[Row]") -> str:
         groups: dict[tuple[object, ...], dict[str, dict[float, Point]]] = defaultdict(lambda: defaultdict(dict))
         for row in rows:  # the best first: of several runs of an algorithm it is the one that is shown
             if test := row.test:
-                same = (test[fixed], test["dataset"], test["split"], test["norm"], test.get("rotation"))
+                same = (test[fixed], test["dataset"], test["split"], test["norm"], test["rotation"],
+                        test["query"], test["episodes"], str(row.run.config["dataset"]))  # fmt: skip
                 point = (float(test[along]), 100 * test["accuracy"], 100 * test["ci95"])
                 groups[same][row.run.algorithm].setdefault(float(test[along]), point)
-        for (value, dataset, split, norm, rotation), lines in groups.items():
+        for (value, dataset, split, norm, rotation, *_), lines in groups.items():
             if max(len(points) for points in lines.values()) < 2:
                 continue
             drawn = [sorted(points.values()) for points in lines.values()]
@@ -120,7 +123,7 @@ def by_task(rows: "list[Row]") -> str:
 
 
 def episodes(runs: "list[RunFound]") -> str:
-    found = [(run, picture) for run in runs if (picture := sample_episode(run.folder))][:EPISODES]
+    found = list(islice(((run, picture) for run in runs if (picture := sample_episode(run.folder))), EPISODES))
     figures = [
         figure(
             f'<img alt="an episode" src="data:image/png;base64,{base64.b64encode(picture).decode()}">',
@@ -170,7 +173,7 @@ def chart(lines: Sequence[Sequence[Point]]) -> str:
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{up(y)}" y2="{up(y)}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{up(y)}" dy="4" text-anchor="end">{y:g} %</text>')
     for x in x_ticks:
-        parts.append(f'<text x="{across(x)}" y="{HEIGHT - 12}" text-anchor="middle">{x:g}</text>')
+        parts.append(f'<text x="{across(x)}" y="{HEIGHT - 10}" text-anchor="middle">{x:g}</text>')
     for i, line in enumerate(lines):
         hue = HUES[i % len(HUES)]
         path = " ".join(f"{across(x)},{up(y)}" for x, y, _ in line)

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from metacv import MetacvError, checkpoint
-from metacv.algorithms.base import Algorithm, accuracies, running_statistics
+from metacv.algorithms.base import Algorithm, Norm, running_statistics
 from metacv.backbones import Backbone
 from metacv.build import build_algorithm, build_dataset, build_optimizer, describe_device, pick_device
 from metacv.cli import setting
@@ -25,7 +26,7 @@ from metacv.picture import episode_picture
 from metacv.processes import Processes, processes
 from metacv.run import Run, Stopped, StopSignals, begin_or_resume, only_run_in
 
-TASKS_ALONG = 20  # of validation, whose accuracy is shown after 1, 2, ... inner steps
+INNER_STEPS_SHOWN, TASKS_SHOWN = (1, 2, 3, 5, 10, 20, 50, 100), 20
 IMAGES_PROJECTED = 1000
 
 
@@ -108,6 +109,7 @@ def validate(
     part = here.share(len(validation))
     try:
         accuracy[part] = evaluate_episodes(run.algorithm, validation.part(part), norm, "validating", stop.check)
+        along = along_adaptation(run.algorithm, validation, norm, stop) if here.rank == 0 else {}
     except Stopped:
         accuracy += torch.nan  # tells the others
     if here.sum(accuracy).isnan().any():
@@ -121,11 +123,6 @@ def validate(
     logger.scalars(run.step, "val", **found)
     shown = next(validation.batches(1))
     logger.picture(run.step, "val/episode", episode_picture(shown, run.algorithm.predict(shown, norm)))
-    some = next(validation.batches(TASKS_ALONG))
-    along = {
-        f"accuracy_{steps:03d}": float(accuracies(logits, some.query_y).mean())
-        for steps, logits in run.algorithm.along_adaptation(some, norm)
-    }
     if along:
         logger.scalars(run.step, "inner_steps", **along)
     if better:
@@ -133,19 +130,37 @@ def validate(
     run.save(folder, logger)
 
 
+def along_adaptation(algorithm: Algorithm, validation: EpisodeList, norm: Norm, stop: StopSignals) -> dict[str, float]:
+    """The accuracy on the first tasks of validation after fewer inner steps, if there are any."""
+    every, found = algorithm.eval_inner_steps, {}
+    some = validation.part(slice(TASKS_SHOWN))
+    try:
+        for steps in [steps for steps in INNER_STEPS_SHOWN if steps < every] + [every] * bool(every):
+            algorithm.eval_inner_steps = steps
+            accuracy = evaluate_episodes(algorithm, some, norm, "along the inner steps", stop.check)
+            found[f"accuracy_{steps:03d}"] = float(accuracy.mean())
+    finally:
+        algorithm.eval_inner_steps = every
+    return found
+
+
 def finish(run: Run, validation: EpisodeList, logger: Logger) -> None:
     """TensorBoard's table of runs, and its projector where asked for."""
     logger.hparams(run.config, run.step, **{"val/best_accuracy": run.best["accuracy"]})
     if run.config["projector"]:
         bank = validation.sampler.bank
-        rows = torch.arange(len(bank.images))[:: max(1, len(bank.images) // IMAGES_PROJECTED)]
+        # Shuffled, so that batch statistics are those of many classes.
+        order = torch.randperm(len(bank.images), generator=torch.Generator().manual_seed(0))
+        rows = order[:IMAGES_PROJECTED]
         names = [bank.class_names[c] for c in torch.bucketize(rows, bank.offsets[1:], right=True)]
         images = bank.images[rows].float().div(255)
-        logger.embedding(run.step, features(run.algorithm, images.to(run.sampler.device)).cpu(), names, images)
+        features = backbone_features(run.algorithm, images.to(run.sampler.device)).cpu()
+        side = min(32, *images.shape[2:])  # TensorBoard draws them all into one picture
+        logger.embedding(run.step, features, names, F.interpolate(images, (side, side), mode="area"))
 
 
-def features(algorithm: Algorithm, images: Tensor) -> Tensor:
-    """The backbone's, [B, D], of images [B, C, H, W]."""
+def backbone_features(algorithm: Algorithm, images: Tensor) -> Tensor:
+    """[B, D], of images [B, C, H, W]."""
     (backbone, *_) = (part for part in algorithm.modules() if isinstance(part, Backbone))
     algorithm.eval()
     with torch.no_grad():

@@ -53,12 +53,12 @@ def test_the_table_has_every_run_what_was_varied_and_every_test(metacv, runs):
         ("5-way 2-shot", "inductive"),
     ]  # fmt: skip
     for row in tested:
-        for path in (runs / "tests" / row["run"]).rglob("result.json"):
-            content = json.loads(path.read_text())
-            for one in (content, content.get("inductive"), content.get("transductive")):
-                if one and one.get("norm") == row["tested on"].split(", ")[-1] and f"{one['shot']}-shot" in row["task"]:
-                    assert row["test %"] == f"{100 * one['accuracy']:.2f} ± {100 * one['ci95']:.2f}"
-                    break
+        shot, norm = row["task"].split()[1][0], row["tested on"].split(", ")[-1]
+        (path,) = [path for path in (runs / "tests").glob(f"*/{shot}/result.json") if path.parts[-3] == row["run"]]
+        content = json.loads(path.read_text())
+        one = content.get(norm, content)
+        assert (one["norm"], str(one["shot"])) == (norm, shot)
+        assert row["test %"] == f"{100 * one['accuracy']:.2f} ± {100 * one['ci95']:.2f}"
     for row in found:
         best = json.loads((runs / row["run"] / "result.json").read_text())
         assert row["validation %"] == f"{100 * best['accuracy']:.2f} ± {100 * best['ci95']:.2f}"
@@ -74,6 +74,7 @@ def test_rows_of_one_task_stand_together_and_the_best_comes_first(metacv, runs):
     found = rows("out")
     keys = [(row["task"], row["tested on"]) for row in found]
     assert keys == sorted(keys)
+    assert len(set(keys)) > 2
     for key in set(keys):
         own = [row for row, k in zip(found, keys, strict=True) if k == key]
         values = [float((row["test %"] or row["validation %"]).split()[0]) for row in own]
@@ -92,6 +93,62 @@ def test_the_papers_numbers_stand_beside_results_under_their_protocol(metacv):
     assert reptile == {"transductive": "97.68 ± 0.04", "inductive": "95.39 ± 0.09"}
 
 
+@pytest.mark.parametrize(
+    ("overrides", "changes", "paper"),
+    [
+        ([], {}, "98.8"),
+        (["steps=5"], {}, "98.8"),
+        (["shot=5"], {}, ""),
+        (["algo=maml"], {}, ""),
+        (["dataset.split=lake"], {}, ""),
+        ([], {"split": "train"}, ""),
+        ([], {"norm": "transductive"}, ""),
+        ([], {"rotation": "none"}, ""),
+        ([], {"dataset": "Glyphs"}, ""),
+        (["experiment=../../outside"], {}, ""),
+    ],
+)
+def test_a_paper_is_named_only_under_its_own_protocol(metacv, overrides, changes, paper):
+    kept = ROOT / "outputs/reference/omniglot/protonet_5w1s"
+    Path("own").mkdir()
+    shutil.copy(kept / "best.pt", "own/best.pt")
+    test = json.loads((kept / "result.json").read_text()) | changes
+    Path("own/result.json").write_text(json.dumps(test))
+    words = {"overrides": ["experiment=omniglot/protonet_5w1s", *overrides]}
+    Path("own/train.json").write_text(json.dumps(words))
+    assert metacv("report", "own", "hydra.run.dir=out")[0] == 0
+    assert [row.get("paper %", "") for row in rows("out")] == [paper]
+
+
+def test_what_is_not_of_one_task_is_not_ranked_together(metacv, runs):
+    words = (*quick("protonet"), "dataset.classes={train:30,val:9,test:8}")
+    assert metacv("train", *words, "hydra.run.dir=other/run")[0] == 0
+    assert metacv("report", str(runs), "other", "hydra.run.dir=out")[0] == 0
+    page = Path("out/report.html").read_text()
+    untested = [row for row in rows("out") if not row["test %"]]
+    assert len(untested) == 3
+    assert page.count('<tr class="best">') == len({(r["task"], r["tested on"]) for r in rows("out")}) + 1
+
+
+def test_runs_of_several_folders_and_copies_have_names_of_their_own(metacv, runs):
+    shutil.copytree(runs, "a/sweep")
+    shutil.copytree(runs, "b/sweep")
+    metacv("report", "a", "b", "b/sweep/multirun.yaml", "hydra.run.dir=out")
+    names = {row["run"] for row in rows("out")}
+    assert len(names) == 8
+    assert {name.split("/")[0] for name in names} == {"a", "b"}
+
+
+def test_a_run_that_goes_on_has_its_settings_too(metacv, runs):
+    shutil.copytree(runs, "some")
+    for path in Path("some").glob("*/result.json"):
+        path.unlink()
+    metacv("report", "some", "hydra.run.dir=out")
+    found = rows("out")
+    assert {(row["seed"], row["optimizer.lr"]) for row in found} == {(s, r) for s in "01" for r in ("0.001", "0.01")}
+    assert not {"steps", "algo", "query"} & found[0].keys()
+
+
 def test_names_cannot_break_the_page(metacv, runs):
     odd = "<script>alert(1)<script> & | co"
     source = next(path.parent for path in sorted(runs.glob("*/best.pt")))
@@ -102,6 +159,15 @@ def test_names_cannot_break_the_page(metacv, runs):
     assert "<script" not in page
     assert "&lt;script&gt;" in page
     assert "\\|" in Path("out/report.md").read_text()
+    result = json.loads(Path("odd", odd, "result.json").read_text())
+    result["overrides"] += ["=cmd", "a|b=\x1b[31m\ud800", "way=9"]
+    Path("odd", odd, "result.json").write_text(json.dumps(result))
+    Path("odd/=1+1").mkdir()
+    shutil.copy(source / "best.pt", "odd/=1+1/best.pt")
+    code, out, _ = metacv("report", "odd", "hydra.run.dir=out")
+    assert code == 0
+    assert "\x1b" not in out
+    assert "'=1+1" in [row["run"] for row in rows("out")]
 
 
 def test_nothing_to_report_and_damaged_files_have_a_line_each(metacv, runs):
@@ -112,7 +178,15 @@ def test_nothing_to_report_and_damaged_files_have_a_line_each(metacv, runs):
     first, second, *_ = sorted(Path("some").glob("*/best.pt"))
     first.write_bytes(first.read_bytes()[:500])
     (second.parent / "metrics.jsonl").write_text('{"step": 1, "val/accuracy": 0.5}\n{"step": ')
-    next(Path("some/tests").rglob("result.json")).write_text("{")
+    first_test, second_test, *_ = sorted(Path("some/tests").rglob("result.json"))
+    first_test.write_text("{")
+    second_test.write_text(json.dumps({"checkpoint_sha256": [], "accuracy": 1, "ci95": 0}))
+    Path("some/runs.json").write_text('{"runs": ["a", "b"]}')
+    Path("some/deep.json").write_text("[" * 200000)
+    with (second.parent / "metrics.jsonl").open("a") as file:
+        file.write(
+            '\n5\n{"val/accuracy": 1}\n{"step": 3, "val/accuracy": 0.5, "val/ci95": NaN}\n{"step": 1' + "0" * 400 + "}"
+        )
     for events in second.parent.glob("events.*"):
         events.write_bytes(b"no events")
     code, _, err = metacv("report", "some", "hydra.run.dir=out")
@@ -157,6 +231,7 @@ def test_a_browser_shows_the_page_without_a_network_and_within_its_width(metacv,
       addEventListener("load", () => document.getElementById("probe").textContent = JSON.stringify({
         fits: document.documentElement.scrollWidth <= innerWidth,
         pictures: [...document.images].map(image => image.naturalWidth),
+        text: Math.min(...[...document.querySelectorAll("svg text")].map(t => t.getBoundingClientRect().height)),
         charts: document.querySelectorAll("svg polyline").length,
         rows: document.querySelectorAll("tbody tr").length}))</script>"""
     Path("probed.html").write_text(text.replace("</body>", f"{probe}</body>"))
@@ -171,4 +246,5 @@ def test_a_browser_shows_the_page_without_a_network_and_within_its_width(metacv,
     assert len(found["pictures"]) == 4
     assert min(found["pictures"]) > 100
     assert found["charts"] > 4
+    assert found["text"] > 11
     assert found["rows"] == len(rows("out"))

@@ -9,11 +9,12 @@ import time
 import urllib.request
 
 import pytest
-import torch
-from conftest import ALGORITHMS, quick, random_tasks
-from test_maml import smooth_maml
+from conftest import ALGORITHMS, quick
 
-from metacv.algorithms.base import accuracies
+from metacv import checkpoint
+from metacv.build import build_algorithm, build_dataset
+from metacv.data.episodes import EpisodeList, EpisodeSampler
+from metacv.evaluate import evaluate_episodes
 
 
 @pytest.fixture(scope="module")
@@ -100,12 +101,17 @@ def test_the_projector_gets_a_point_for_every_image_when_asked(board, place):
     assert all(re.fullmatch(r"glyph\d+", name) for name in lines)
 
 
-def test_accuracy_along_adaptation_is_that_of_fewer_inner_steps():
-    algorithm = smooth_maml(eval_inner_steps=4)
-    tasks = random_tasks(dtype=torch.float64)
-    along = dict(algorithm.along_adaptation(tasks, "transductive"))
-    assert list(along) == [1, 2, 3, 4]
-    for steps, logits in along.items():
-        torch.testing.assert_close(logits, smooth_maml(eval_inner_steps=steps).predict(tasks, "transductive"))
-        assert accuracies(logits, tasks.query_y).shape == (2,)
-    assert algorithm.eval_inner_steps == 4
+def test_accuracy_along_adaptation_is_that_of_fewer_inner_steps(metacv, board, place):
+    for algo, steps in (("maml", [1, 2, 3]), ("reptile", [1, 2, 3])):
+        lines = [json.loads(line) for line in (place / algo / "metrics.jsonl").read_text().splitlines()]
+        last = [line for line in lines if "inner_steps/accuracy_003" in line][-1]
+        assert [name for name in last if name != "step"] == [f"inner_steps/accuracy_{n:03d}" for n in steps]
+        saved = checkpoint.load(place / algo / "last.pt")
+        config = saved["config"]
+        bank = build_dataset(config, config["data_dir"]).load("val")
+        episodes = EpisodeList(EpisodeSampler(bank, config["way"], config["shot"], config["query"]), 8)
+        for n in steps:
+            algorithm = build_algorithm(config | {"algo": config["algo"] | {"eval_inner_steps": n}}, bank.image_shape)
+            algorithm.load_state_dict(saved["algorithm"])
+            found = evaluate_episodes(algorithm, episodes, config["norm"]).mean()
+            assert last[f"inner_steps/accuracy_{n:03d}"] == pytest.approx(float(found), rel=1e-5)

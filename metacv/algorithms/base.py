@@ -18,6 +18,7 @@ Norm = Literal["inductive", "transductive"]
 class Algorithm(nn.Module, ABC):
     """A way to classify queries from a support set, and to learn from how well that went."""
 
+    eval_inner_steps = 0
     one_process_because: str | None = None  # why the tasks of a meta-batch cannot be shared out
 
     @abstractmethod
@@ -60,10 +61,6 @@ class Algorithm(nn.Module, ABC):
                 return self(tasks)
         finally:
             self.train(was_training)
-
-    def along_adaptation(self, tasks: TaskBatch, norm: Norm) -> Iterator[tuple[int, Tensor]]:
-        """What `predict` says after fewer inner steps, by their number; nothing without inner steps."""
-        return iter(())
 
     def one_query_at_a_time(self, tasks: TaskBatch) -> Tensor:
         """`forward` with the support set and a single query, for each query: [T, N*Q, N]."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from metacv import MetacvError
-from metacv.algorithms.base import Algorithm, Norm, in_fixed_chunks, keeps_running_statistics, uses_batch_statistics
+from metacv.algorithms.base import Algorithm, in_fixed_chunks, keeps_running_statistics, uses_batch_statistics
 from metacv.backbones import Backbone
 from metacv.data.episodes import TaskBatch
 
@@ -19,7 +19,6 @@ TaskBatching = Literal["auto", "loop", "vmap"]
 # Measured on CPUs with Conv4: passes of so few pixels a task (ten images of 28x28) are 1.5 to 1.8 times as fast when so
 # many tasks go together; with twice as many nothing is gained, with ten times as many it is slower.
 FEW_PIXELS, FEW_TASKS = 10 * 28 * 28, 8
-SHOWN_STEPS = (1, 2, 3, 5, 10, 20, 50, 100)
 
 
 class Classifier(nn.Module):
@@ -45,8 +44,6 @@ class InnerLoop(Algorithm):
     its own weights (vmap): the same but for rounding. auto takes what is faster, as does task_chunk=None.
     """
 
-    eval_inner_steps: int
-
     def __init__(self, backbone: Backbone, way: int, task_batching: TaskBatching, task_chunk: int | None) -> None:
         super().__init__()
         if way < 2:
@@ -65,15 +62,6 @@ class InnerLoop(Algorithm):
 
     def forward(self, tasks: TaskBatch) -> Tensor:
         return torch.cat([self.classify(self.adapt(part), part.query_x) for part in self.parts(tasks)])
-
-    def along_adaptation(self, tasks: TaskBatch, norm: Norm) -> Iterator[tuple[int, Tensor]]:
-        all_steps = self.eval_inner_steps
-        try:
-            for steps in sorted({step for step in SHOWN_STEPS if step < all_steps} | {all_steps}):
-                self.eval_inner_steps = steps
-                yield steps, self.predict(tasks, norm)
-        finally:
-            self.eval_inner_steps = all_steps
 
     def one_query_at_a_time(self, tasks: TaskBatch) -> Tensor:
         logits = []

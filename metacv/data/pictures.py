@@ -65,7 +65,7 @@ def _plain(image: Image.Image) -> Image.Image:
         if image.mode == "F" and top <= 2:  # 0 to 1, and what resampling may have added
             top = 1
         pixels = pixels * (255 / top if top > 255 or top == 1 else 1)
-        return Image.frombytes("L", image.size, bytes(pixels.round().clamp(0, 255).byte().tolist()))
+        return Image.frombytes("L", image.size, pixels.round().clamp(0, 255).byte().numpy().tobytes())
     if "A" in image.getbands() or "transparency" in image.info:
         seen = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen).convert("RGB")
