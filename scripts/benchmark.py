@@ -1,0 +1,489 @@
+"""How fast metacv is, beside a plain loop, `higher` and `torchopt` doing the same, and beside the machine's limits.
+
+    python scripts/benchmark.py                      the whole table (install '.[bench]' first)
+    python scripts/benchmark.py maml --repeats 9     the rows whose names hold a word
+    python scripts/benchmark.py --device cuda
+
+Before anything is timed, everybody's gradients are compared in float64. Then the contenders of a row take turns, so
+that a noise of the machine meets them all; medians are shown. Writes benchmark.json and benchmark.md.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
+
+from metacv.algorithms.base import Algorithm, accuracies
+from metacv.algorithms.inner_loop import Classifier
+from metacv.algorithms.maml import MAML
+from metacv.algorithms.protonet import ProtoNet
+from metacv.algorithms.relationnet import RelationNet
+from metacv.algorithms.reptile import Reptile
+from metacv.backbones import Backbone
+from metacv.backbones.conv4 import Conv4
+from metacv.build import describe_device, pick_device
+from metacv.data.bank import ImageBank
+from metacv.data.episodes import EpisodeList, EpisodeSampler, TaskBatch
+from metacv.evaluate import evaluate_episodes
+
+ROOT = Path(__file__).resolve().parent.parent
+OMNIGLOT, MINIIMAGENET = (1, 28, 28), (3, 84, 84)
+Step = Callable[[TaskBatch], object]  # leaves its outer gradient in .grad
+
+
+@dataclass
+class Row:
+    """One meta-step, and who can do it."""
+
+    name: str
+    build: Callable[[], Algorithm]
+    shape: tuple[int, int, int]
+    way: int
+    shot: int
+    query: int
+    tasks: int
+    contenders: dict[str, Callable[[Algorithm], Step]]
+    agree: float = 1e-10  # relative, of gradients in float64
+
+    def sampler(self, device: torch.device) -> EpisodeSampler:
+        return EpisodeSampler(noise(self.shape), self.way, self.shot, self.query, device=device)
+
+
+class Features(Backbone):
+    """Images that are features already: what is left is the head, as in ANIL."""
+
+    def __init__(self, image_shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.out_shape = image_shape
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images
+
+
+def noise(shape: tuple[int, int, int], classes: int = 80, images: int = 40) -> ImageBank:
+    pixels = torch.randint(
+        0, 256, (classes * images, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    offsets = torch.arange(0, classes * images + 1, images)
+    return ImageBank("noise", pixels, offsets, tuple(map(str, range(classes))))
+
+
+def each_task(tasks: TaskBatch) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    return zip(tasks.support_x, tasks.support_y, tasks.query_x, tasks.query_y, strict=True)
+
+
+def metacv(algorithm: Algorithm) -> Step:
+    return algorithm.backward
+
+
+def plain_loop(algorithm: MAML) -> Step:
+    """As it is usually written: task by task, functional_call and autograd.grad."""
+
+    def step(tasks: TaskBatch) -> None:
+        for support_x, support_y, query_x, query_y in each_task(tasks):
+            params = dict(algorithm.net.named_parameters())
+            for _ in range(algorithm.inner_steps):
+                loss = F.cross_entropy(functional_call(algorithm.net, params, (support_x,)), support_y)
+                grads = torch.autograd.grad(loss, list(params.values()), create_graph=not algorithm.first_order)
+                params = {
+                    name: p - algorithm.inner_lr * grad for (name, p), grad in zip(params.items(), grads, strict=True)
+                }
+            loss = F.cross_entropy(functional_call(algorithm.net, params, (query_x,)), query_y)
+            (loss / len(tasks)).backward()
+
+    return step
+
+
+def by_higher(algorithm: MAML) -> Step:
+    import higher
+
+    net: Classifier = algorithm.net
+    inner = torch.optim.SGD(net.parameters(), lr=algorithm.inner_lr)
+
+    def step(tasks: TaskBatch) -> None:
+        second_order = not algorithm.first_order
+        for support_x, support_y, query_x, query_y in each_task(tasks):
+            with higher.innerloop_ctx(net, inner, copy_initial_weights=False, track_higher_grads=second_order) as (
+                fast,
+                optimizer,
+            ):
+                for _ in range(algorithm.inner_steps):
+                    optimizer.step(F.cross_entropy(fast(support_x), support_y))
+                loss = F.cross_entropy(fast(query_x), query_y) / len(tasks)
+                if second_order:
+                    loss.backward()
+                    continue
+                grads = torch.autograd.grad(loss, list(fast.parameters(time=-1)))
+                for p, grad in zip(net.parameters(), grads, strict=True):
+                    p.grad = grad if p.grad is None else p.grad + grad
+
+    return step
+
+
+def by_torchopt(algorithm: MAML) -> Step:
+    import torchopt
+
+    net: Classifier = algorithm.net
+    inner = torchopt.MetaSGD(net, lr=algorithm.inner_lr)
+
+    def step(tasks: TaskBatch) -> None:
+        start, state = (torchopt.extract_state_dict(part, by="reference") for part in (net, inner))
+        for support_x, support_y, query_x, query_y in each_task(tasks):
+            for _ in range(algorithm.inner_steps):
+                inner.step(F.cross_entropy(net(support_x), support_y))
+            (F.cross_entropy(net(query_x), query_y) / len(tasks)).backward()
+            torchopt.recover_state_dict(net, start)
+            torchopt.recover_state_dict(inner, state)
+
+    return step
+
+
+def reptile_loop(algorithm: Reptile) -> Step:
+    """With a copy of the network and torch's own Adam, as most ports have it."""
+    import copy
+
+    from metacv.algorithms.reptile import BETA2, EPSILON, _batches
+
+    def step(tasks: TaskBatch) -> None:
+        assert tasks.seeds is not None
+        for (support_x, support_y, query_x, _), seed in zip(each_task(tasks), tasks.seeds.tolist(), strict=True):
+            net = copy.deepcopy(algorithm.net)
+            adam = torch.optim.Adam(net.parameters(), lr=algorithm.inner_lr, betas=(0.0, BETA2), eps=EPSILON)
+            for rows in _batches(len(support_x), algorithm.inner_batch, algorithm.inner_steps, seed):
+                adam.zero_grad()
+                F.cross_entropy(net(support_x[rows]), support_y[rows]).backward()
+                adam.step()
+            with torch.no_grad():
+                net(query_x)  # for the accuracy that both show
+                for p, adapted in zip(algorithm.net.parameters(), net.parameters(), strict=True):
+                    moved = (p - adapted) / len(tasks)
+                    p.grad = moved if p.grad is None else p.grad + moved
+
+    return step
+
+
+def protonet_loop(algorithm: ProtoNet) -> Step:
+    """With torch.cdist, support and queries in passes of their own batch statistics together."""
+
+    def step(tasks: TaskBatch) -> None:
+        for support_x, support_y, query_x, query_y in each_task(tasks):
+            z = algorithm.backbone(torch.cat([support_x, query_x])).flatten(1)
+            support, query = z[: len(support_x)], z[len(support_x) :]
+            means = torch.stack([support[support_y == label].mean(0) for label in range(tasks.way)])
+            (F.cross_entropy(-(torch.cdist(query, means) ** 2), query_y) / len(tasks)).backward()
+
+    return step
+
+
+def relation_loop(algorithm: RelationNet) -> Step:
+    """Every pair of maps is concatenated, as in the authors' code."""
+
+    def step(tasks: TaskBatch) -> None:
+        module = algorithm.relation
+        for support_x, _, query_x, query_y in each_task(tasks):
+            support, query = algorithm.backbone(support_x), algorithm.backbone(query_x)
+            classes = support.unflatten(0, (tasks.way, -1)).sum(1)
+            pairs = torch.cat(
+                [
+                    classes.unsqueeze(0).expand(len(query), *classes.shape),
+                    query.unsqueeze(1).expand(-1, tasks.way, *query.shape[1:]),
+                ],
+                dim=2,
+            ).flatten(0, 1)
+            maps = module.blocks(pairs)
+            scores = torch.sigmoid(module.fc2(F.relu(module.fc1(maps.flatten(1))))).view(len(query), tasks.way)
+            (F.mse_loss(scores, F.one_hot(query_y, tasks.way).to(scores.dtype)) / len(tasks)).backward()
+
+    return step
+
+
+def rows() -> list[Row]:
+    found = []
+    peers = {"metacv": metacv, "plain loop": plain_loop, "higher": by_higher, "torchopt": by_torchopt}
+    for data, shape, channels, tasks in (("Omniglot", OMNIGLOT, 64, 4), ("miniImageNet", MINIIMAGENET, 32, 2)):
+        backbone = partial(Conv4, shape, channels=channels, running_stats=False)
+        for first_order in (False, True):
+            for inner_steps in (1, 5):
+                build = partial(maml, backbone, inner_steps, first_order)
+                own = {k: v for k, v in peers.items() if not (first_order and k == "torchopt")}
+                name = f"{'FOMAML' if first_order else 'MAML'}, {inner_steps} inner steps, {data}"
+                found.append(Row(name, build, shape, 5, 1, 15, tasks, own))
+        build_reptile = partial(reptile, backbone)
+        own = {"metacv": metacv, "plain loop": reptile_loop}
+        # Where the gradient is 0, at biases before batch norm, Adam makes small steps out of rounding.
+        found.append(Row(f"Reptile, {data}", build_reptile, shape, 5, 10, 1, 5, own, agree=1e-7))
+        relation = partial(Conv4, shape, downsample=["max_pool", "max_pool", "none", "none"], padding=[0, 0, 1, 1])
+        own = {"metacv": metacv, "plain loop": relation_loop}
+        found.append(
+            Row(f"RelationNet, {data}", lambda relation=relation: RelationNet(relation()), shape, 5, 1, 15, 1, own)
+        )
+    head = partial(maml, partial(Features, (64, 1, 1)), 5, False)
+    found.append(Row("MAML, 5 inner steps, head on 64 features", head, (64, 1, 1), 5, 1, 15, 32, peers))
+    own = {"metacv": metacv, "plain loop": protonet_loop}
+    found.append(Row("ProtoNet, 60-way, Omniglot", lambda: ProtoNet(Conv4(OMNIGLOT)), OMNIGLOT, 60, 1, 5, 1, own))
+    return found
+
+
+def maml(backbone: Callable[[], Backbone], inner_steps: int, first_order: bool) -> MAML:
+    return MAML(backbone(), 5, 0.1, inner_steps, inner_steps, first_order, adapt_norm=True)
+
+
+def reptile(backbone: Callable[[], Backbone]) -> Reptile:
+    return Reptile(backbone(), 5, 1e-3, 5, 10, 50, 5, reset_moments=True)
+
+
+def gradient(step: Step, algorithm: Algorithm, tasks: TaskBatch) -> Tensor:
+    algorithm.zero_grad()
+    step(tasks)
+    return torch.cat([p.grad.flatten() for p in algorithm.parameters() if p.grad is not None])
+
+
+def disagreement(row: Row, names: list[str], dtype: torch.dtype, device: torch.device) -> float:
+    """The largest relative distance of a contender's gradient from ours."""
+    found = []
+    for name in names:
+        torch.manual_seed(0)
+        algorithm = row.build().to(device, dtype).train()
+        tasks = row.sampler(device).sample(min(2, row.tasks))
+        images = {"support_x": tasks.support_x.to(dtype), "query_x": tasks.query_x.to(dtype)}
+        tasks = TaskBatch(**(vars(tasks) | images))
+        found.append(gradient(row.contenders[name](algorithm), algorithm, tasks))
+    return max((float((other - found[0]).norm() / found[0].norm()) for other in found[1:]), default=0.0)
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(work: Callable[[], object], device: torch.device, least: float = 0.5) -> float:
+    """Of one call, over as many as take `least` seconds."""
+    wait(device)
+    start, calls = time.perf_counter(), 0
+    while calls == 0 or time.perf_counter() - start < least:
+        work()
+        calls += 1
+        wait(device)
+    return (time.perf_counter() - start) / calls
+
+
+def in_turns(works: dict[str, Callable[[], object]], device: torch.device, repeats: int) -> dict[str, float]:
+    """The median seconds of each."""
+    for work in works.values():
+        work()  # to warm up
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(repeats):
+        for name, work in works.items():
+            times[name].append(seconds(work, device))
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def measure(row: Row, device: torch.device, repeats: int) -> dict[str, Any]:
+    installed = {}
+    for name, make in row.contenders.items():
+        torch.manual_seed(0)
+        algorithm = row.build().to(device).train()
+        try:
+            installed[name] = (algorithm, make(algorithm))
+        except ImportError:
+            continue
+    apart = disagreement(row, list(installed), torch.float64, device)
+    if apart > row.agree:
+        raise SystemExit(f"benchmark: {row.name}: gradients differ by {apart:.1e} in float64")
+    tasks = row.sampler(device).sample(row.tasks)
+
+    def work(algorithm: Algorithm, step: Step) -> None:
+        algorithm.zero_grad()
+        step(tasks)
+
+    works = {name: partial(work, *made) for name, made in installed.items()}
+    with FlopCounterMode(display=False) as counter:
+        works["metacv"]()
+    times = in_turns(works, device, repeats)
+    return {
+        "row": row.name,
+        "tasks_per_second": {name: row.tasks / found for name, found in times.items()},
+        "against": {name: found / times["metacv"] for name, found in times.items() if name != "metacv"},
+        "flops_per_second": counter.get_total_flops() / times["metacv"],
+        "gradients_differ_by": apart,
+    }
+
+
+def limits(device: torch.device) -> dict[str, float]:
+    """What a large matrix product and a large copy reach here."""
+    side, size = (8192, 2**30) if device.type == "cuda" else (2048, 2**27)
+    left, right = torch.rand(side, side, device=device), torch.rand(side, side, device=device)
+    source = torch.empty(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    found = in_turns({"product": lambda: left @ right, "copy": lambda: target.copy_(source)}, device, 3)
+    return {"flops_per_second": 2 * side**3 / found["product"], "bytes_per_second": 2 * size / found["copy"]}
+
+
+def evaluation(device: torch.device, repeats: int) -> list[dict[str, Any]]:
+    """Episodes a second of MAML's evaluation, beside a loop that adapts to and labels one task at a time."""
+    found = []
+    for name, inner_steps, query in (("MAML, 5-way 1-shot, Omniglot", 3, 1),):
+        algorithm = maml(
+            partial(Conv4, OMNIGLOT, downsample="stride", global_pool=True, running_stats=False), inner_steps, True
+        )
+        algorithm.to(device)
+        sampler = EpisodeSampler(noise(OMNIGLOT), 5, 1, query, device=device)
+        episodes = EpisodeList(sampler, 64)
+
+        def ours(algorithm: MAML = algorithm, episodes: EpisodeList = episodes) -> Tensor:
+            return evaluate_episodes(algorithm, episodes, "transductive")
+
+        def loop(algorithm: MAML = algorithm, episodes: EpisodeList = episodes) -> Tensor:
+            right = []
+            for task in episodes.batches(1):
+                params = {name: p.detach().requires_grad_() for name, p in algorithm.net.named_parameters()}
+                for _ in range(algorithm.eval_inner_steps):
+                    loss = F.cross_entropy(
+                        functional_call(algorithm.net, params, (task.support_x[0],)), task.support_y[0]
+                    )
+                    grads = torch.autograd.grad(loss, list(params.values()))
+                    params = {
+                        name: (p - algorithm.inner_lr * grad).detach().requires_grad_()
+                        for (name, p), grad in zip(params.items(), grads, strict=True)
+                    }
+                with torch.no_grad():
+                    logits = functional_call(algorithm.net, params, (task.query_x[0],))
+                right.append(accuracies(logits.unsqueeze(0), task.query_y))
+            return torch.cat(right).double().cpu()
+
+        if (ours() - loop()).abs().mean() > 1e-3:  # a tie may fall either way
+            raise SystemExit(f"benchmark: evaluation, {name}: accuracies differ")
+        times = in_turns({"metacv": ours, "plain loop": loop}, device, repeats)
+        found.append({"row": f"evaluation, {name}", "tasks_per_second": {k: 64 / v for k, v in times.items()},
+                      "against": {"plain loop": times["plain loop"] / times["metacv"]}})  # fmt: skip
+    return found
+
+
+def sampling(device: torch.device, repeats: int) -> list[dict[str, Any]]:
+    """5-way 1-shot episodes a second, drawn one at a time and 32 together."""
+    sampler = EpisodeSampler(noise(OMNIGLOT, 1100, 20), 5, 1, 15, "per_class", device=device)
+    times = in_turns({"1": lambda: sampler.sample(1), "32": lambda: sampler.sample(32)}, device, repeats)
+    return [
+        {
+            "row": f"episodes of Omniglot's size, {n} at a time",
+            "tasks_per_second": {"metacv": int(n) / times[n]},
+            "against": {},
+        }
+        for n in times
+    ]
+
+
+def peak_memory(row: Row, name: str, device: torch.device) -> None:
+    """In a process of its own: prints by how much a step raises the peak."""
+    algorithm = row.build().to(device).train()
+    step, tasks = row.contenders[name](algorithm), row.sampler(device).sample(row.tasks)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step(tasks)
+        print(torch.cuda.max_memory_allocated(device) - before)
+        return
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew; of Linux
+    before = resident("VmRSS")
+    step(tasks)
+    print(resident("VmHWM") - before)
+
+
+def resident(field: str) -> int:
+    """Bytes of this process in memory: now (VmRSS), or at its peak (VmHWM)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(f"{field}:")).split()[1])
+
+
+def first_step() -> float:
+    """Seconds of `metacv train` until it has made a step, imports and all."""
+    words = "algo=maml steps=1 eval_episodes=2 dataset.classes={train:30,val:8,test:8} hydra.run.dir=."
+    start = time.perf_counter()
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "metacv", "train", *words.split(), f"data_dir={folder}"]
+        subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    return time.perf_counter() - start
+
+
+def markdown(result: dict[str, Any]) -> str:
+    machine = result["machine"]
+    lines = [
+        f"{machine['device']}, torch {machine['torch']}, medians of {machine['repeats']}; a matrix product reaches "
+        f"{machine['flops_per_second'] / 1e9:.0f} GFLOP/s here, a copy {machine['bytes_per_second'] / 1e9:.1f} GB/s.",
+        "",
+        "| | metacv, tasks/s | times as fast as a plain loop | as `higher` | as `torchopt` | share of the product "
+        "| peak memory, MB (loop) |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in result["rows"]:
+        against = [
+            f"{row['against'][name]:.2f}" if name in row["against"] else ""
+            for name in ("plain loop", "higher", "torchopt")
+        ]
+        share = f"{row['flops_per_second'] / machine['flops_per_second']:.0%}" if "flops_per_second" in row else ""
+        memory = row.get("peak_bytes", {})
+        peak = f"{memory['metacv'] / 1e6:.0f} ({memory['plain loop'] / 1e6:.0f})" if memory else ""
+        speed = row["tasks_per_second"]["metacv"]
+        lines.append(f"| {row['row']} | {speed:.3g} | {' | '.join(against)} | {share} | {peak} |")
+    lines += ["", f"`metacv train` has made its first step after {result['first_step_seconds']:.1f} s."]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", help="of the names of rows; default: all")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--out", type=Path, default=ROOT / "outputs/benchmark")
+    parser.add_argument("--peak", nargs=2, metavar=("ROW", "CONTENDER"), help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    device = pick_device(given.device)
+    if given.peak:
+        (row,) = [row for row in rows() if row.name == given.peak[0]]
+        return peak_memory(row, given.peak[1], device)
+
+    def wanted(name: str) -> bool:
+        return not given.words or any(word.lower() in name.lower() for word in given.words)
+
+    found = []
+    for row in rows():
+        if wanted(row.name):
+            found.append(measure(row, device, given.repeats))
+            found[-1]["peak_bytes"] = {
+                name: int(
+                    subprocess.run(
+                        [sys.executable, __file__, "--device", given.device, "--peak", row.name, name],
+                        capture_output=True, text=True, check=True,
+                    ).stdout
+                )
+                for name in ("metacv", "plain loop")
+            }  # fmt: skip
+            print(json.dumps(found[-1]), flush=True)
+    for more in (evaluation, sampling):
+        if wanted(more.__name__):
+            found += more(device, given.repeats)
+    machine = {"device": describe_device(device), "torch": torch.__version__, "repeats": given.repeats} | limits(device)
+    result = {"machine": machine, "first_step_seconds": first_step(), "rows": found}
+    given.out.mkdir(parents=True, exist_ok=True)
+    (given.out / "benchmark.json").write_text(json.dumps(result, indent=1) + "\n")
+    (given.out / "benchmark.md").write_text(markdown(result))
+    print(markdown(result))
+
+
+if __name__ == "__main__":
+    main()
