@@ -116,11 +116,11 @@ def test_resuming_equals_never_having_stopped(metacv, algo, monkeypatch):
 
     sample, drawn = EpisodeSampler.sample, []
 
-    def sample_and_interrupt(self, tasks):
+    def sample_and_interrupt(self, tasks, part):
         drawn.append(tasks)
         if len(drawn) == 5:
             os.kill(os.getpid(), signal.SIGTERM)
-        return sample(self, tasks)
+        return sample(self, tasks, part)
 
     monkeypatch.setattr(EpisodeSampler, "sample", sample_and_interrupt)
     code, out, _ = metacv(*train, RUN)
