@@ -89,6 +89,11 @@ def load_weights(algorithm: Algorithm, content: dict[str, Any], path: Path) -> N
         ) from error
 
 
+def without_places(config: dict[str, Any]) -> dict[str, Any]:
+    """What it takes to evaluate, here or elsewhere: so not where this machine keeps its data."""
+    return {name: value for name, value in config.items() if name not in ("data_dir", "resume")}
+
+
 def find(place: str, name: str) -> Path:
     """`place` itself if it is a file, else the checkpoint `name` of the run in that folder."""
     path = Path(place).expanduser()

@@ -1,10 +1,10 @@
 """An episode as one picture: what the model was shown and what it said."""
 
-import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
 from metacv.data.episodes import TaskBatch
+from metacv.data.pictures import as_tensor
 
 PAPER, LINE, INK, RIGHT, WRONG = (255, 255, 255), (200, 200, 200), (60, 60, 60), (46, 139, 87), (200, 40, 40)
 GAP, CAPTION = 6, 14
@@ -40,7 +40,7 @@ def episode_picture(tasks: TaskBatch, logits: Tensor, columns: int = 8, rows: in
             picture.paste(Image.fromarray(image.numpy()), (x, y))
             draw.rectangle([(x - 2, y - 2), (x + side_x + 1, y + side_y + 1)], outline=colour, width=2)
             draw.text((x + side_x // 2 - 3, y + side_y + 2), str(said), colour)
-    return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(size[1], size[0], 3).permute(2, 0, 1)
+    return as_tensor(picture)
 
 
 def prediction_picture(images: Tensor, labels: list[str], columns: int = 8, most: int = 200) -> Image.Image:

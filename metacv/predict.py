@@ -56,9 +56,7 @@ def predict(cfg: DictConfig, folder: Path) -> list[dict[str, Any]]:
     check_norm(cfg.norm)
     path, saved = _model(cfg)
     changes: dict[str, Any] = {group: OmegaConf.to_container(cfg[group]) for group in ("algo", "dataset")}
-    config = with_changes(saved["config"], changes, path)
-    for elsewhere in ("data_dir", "resume"):
-        config.pop(elsewhere, None)
+    config = checkpoint.without_places(with_changes(saved["config"], changes, path))
     device = pick_device(cfg.device)
     dataset = build_dataset(config, ".")
     support = _kept_support(saved, path) if cfg.adapted else read_support(Path(cfg.support).expanduser(), dataset)

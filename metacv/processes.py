@@ -53,9 +53,10 @@ class Processes:
 
     def largest(self, number: int) -> int:
         """Of the numbers that the processes say. Passes the CPU alone, so that a GPU need not be waited for."""
+        if self.size == 1:
+            return number
         said = torch.tensor(number)
-        if self.size > 1:
-            self._talk(lambda: dist.all_reduce(said, dist.ReduceOp.MAX))
+        self._talk(lambda: dist.all_reduce(said, dist.ReduceOp.MAX))
         return int(said)
 
     def of_first(self, make: Callable[[], T]) -> T:

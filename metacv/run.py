@@ -69,9 +69,9 @@ class Run:
         return self.step >= self.config["steps"] and not self.validation_due
 
     def weights(self) -> dict[str, Any]:
-        """What it takes to evaluate, here or elsewhere: so not where this machine keeps its data."""
+        """What it takes to evaluate."""
         return {
-            "config": {name: value for name, value in self.config.items() if name not in ("data_dir", "resume")},
+            "config": checkpoint.without_places(self.config),
             "image_shape": list(self.sampler.bank.image_shape),
             "step": self.step,
             "algorithm": self.algorithm.state_dict(),

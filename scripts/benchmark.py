@@ -9,10 +9,12 @@ that a noise of the machine meets them all; medians are shown. Writes benchmark.
 """
 
 import argparse
+import copy
 import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,7 +33,7 @@ from metacv.algorithms.inner_loop import Classifier
 from metacv.algorithms.maml import MAML
 from metacv.algorithms.protonet import ProtoNet
 from metacv.algorithms.relationnet import RelationNet
-from metacv.algorithms.reptile import Reptile
+from metacv.algorithms.reptile import BETA2, EPSILON, Reptile, _batches
 from metacv.backbones import Backbone
 from metacv.backbones.conv4 import Conv4
 from metacv.build import describe_device, pick_device
@@ -153,9 +155,6 @@ def by_torchopt(algorithm: MAML) -> Step:
 
 def reptile_loop(algorithm: Reptile) -> Step:
     """With a copy of the network and torch's own Adam, as most ports have it."""
-    import copy
-
-    from metacv.algorithms.reptile import BETA2, EPSILON, _batches
 
     def step(tasks: TaskBatch) -> None:
         assert tasks.seeds is not None
@@ -412,8 +411,6 @@ def first_step() -> float:
     """Seconds of `metacv train` until it has made a step, imports and all."""
     words = "algo=maml steps=1 eval_episodes=2 dataset.classes={train:30,val:8,test:8} hydra.run.dir=."
     start = time.perf_counter()
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "metacv", "train", *words.split(), f"data_dir={folder}"]
         subprocess.run(command, cwd=folder, check=True, capture_output=True)

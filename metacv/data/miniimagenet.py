@@ -114,12 +114,10 @@ class MiniImageNet(Dataset):
                 image = opened.convert("RGB")
         except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
             raise MetacvError(f"{path} is not a readable image ({error})") from None
-        if image.size != (SIZE, SIZE):
-            if not self.resize:
-                found = "x".join(map(str, image.size))
-                raise MetacvError(f"{path} is {found}, not {SIZE}x{SIZE}; dataset.resize=true would resize it")
-            image = image.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
-        return as_tensor(image)
+        if image.size != (SIZE, SIZE) and not self.resize:
+            found = "x".join(map(str, image.size))
+            raise MetacvError(f"{path} is {found}, not {SIZE}x{SIZE}; dataset.resize=true would resize it")
+        return as_tensor(squared(image, SIZE, "stretch"))
 
 
 def _unpickled(path: Path, split: str) -> ImageBank:
