@@ -41,6 +41,8 @@ class TrainConfig:
     meta_batch: int = MISSING
     clip_norm: float | None = None
     clip_value: float | None = None
+    precision: str = MISSING
+    compile: bool = MISSING
 
     eval_every: int = MISSING
     eval_episodes: int = MISSING
@@ -112,6 +114,7 @@ def as_now(config: dict[str, Any]) -> dict[str, Any]:
     none = {"crop": 0, "flip": False, "jitter": 0.0}
     batching: dict[str, Any] = {"task_batching": "auto", "task_chunk": None}
     later: dict[str, Any] = {"projector": False, "episodes": 600, "augment": none, "normalize": AS_THEY_ARE}
+    later |= {"precision": "fp32", "compile": False}
     config = later | config
     if config["algo"].get("_target_") in ("metacv.algorithms.maml.MAML", "metacv.algorithms.reptile.Reptile"):
         config["algo"] = batching | config["algo"]

@@ -28,8 +28,9 @@ from metacv.files import write_bytes_atomically
 from metacv.logger import Logger
 
 # What may change when a run goes on: none of it changes what a step computes, but for the last bits on another device.
-RESUMABLE = {"resume", "steps", "eval_every", "patience", "log_every", "projector", "device", "data_dir"}
-RESUMABLE |= {"algo.task_batching", "algo.task_chunk", "dataset.split_file", "dataset.root"}
+RESUMABLE = {"resume", "steps", "eval_every", "patience", "log_every", "projector", "device", "compile", "data_dir"}
+RESUMABLE |= {"algo.task_batching", "algo.task_chunk", "algo.gradient_checkpointing"}
+RESUMABLE |= {"dataset.split_file", "dataset.root"}
 
 
 @dataclass
@@ -211,7 +212,7 @@ def begin_or_resume(
     given = {word.split("=")[0]: word for word in overrides if {word, word.split("=")[0]}.isdisjoint(again)}
     overrides = [word for word in own if word.split("=")[0] not in given] + list(given.values())
     config = plain(compose("train", overrides))
-    for name, given, trained in _differences(config, as_now(state["config"])):
+    for name, given, trained in differences(config, as_now(state["config"])):
         if RESUMABLE.isdisjoint({name, name.split(".")[0]}):
             raise MetacvError(f"resume: {name} is {given} but {path} was trained with {trained}")
     if path.parent.resolve() != folder.resolve():
@@ -235,9 +236,9 @@ def show_config(folder: Path, config: dict[str, Any], overrides: list[str]) -> N
         write_bytes_atomically(shown / "overrides.yaml", OmegaConf.to_yaml(overrides).encode())
 
 
-def _differences(here: Any, there: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+def differences(here: Any, there: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
     if isinstance(here, dict) and isinstance(there, dict):
         for key in sorted(here.keys() | there.keys()):
-            yield from _differences(here.get(key), there.get(key), f"{name}.{key}" if name else key)
+            yield from differences(here.get(key), there.get(key), f"{name}.{key}" if name else key)
     elif here != there:
         yield name, here, there

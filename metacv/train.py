@@ -25,6 +25,7 @@ from metacv.logger import Logger
 from metacv.picture import episode_picture
 from metacv.processes import Processes, processes
 from metacv.run import Run, Stopped, StopSignals, begin_or_resume, only_run_in
+from metacv.speed import check_precision, precision
 
 INNER_STEPS_SHOWN, TASKS_SHOWN = (1, 2, 3, 5, 10, 20, 50, 100), 20
 IMAGES_PROJECTED = 1000
@@ -67,7 +68,9 @@ def train(cfg: DictConfig, folder: Path, overrides: list[str]) -> float:
                 else:
                     run.algorithm.train()
                     run.optimizer.zero_grad()
-                    metrics = run.algorithm.backward(run.sampler.sample(config["meta_batch"], part))
+                    tasks = run.sampler.sample(config["meta_batch"], part)
+                    with precision(config["precision"], run.sampler.device):
+                        metrics = run.algorithm.backward(tasks)
                     learned = [p.grad for p in run.algorithm.parameters() if p.grad is not None]
                     here.average([*learned, *metrics.values()], (part.stop - part.start) / config["meta_batch"])
                     clip(run.algorithm, config["clip_norm"], config["clip_value"])
@@ -183,6 +186,7 @@ def prepare(config: dict[str, Any], overrides: list[str], here: Processes) -> tu
         if config[name] < here.size:
             raise MetacvError(f"{name}={config[name]} is too few to share out between {here.size} processes")
     device = pick_device(here.device(config["device"]))
+    check_precision(config["precision"], device)
     dataset = build_dataset(config, config["data_dir"])
 
     def sampler(split: str, prefix: str, seed: int, augment: Augment | None) -> EpisodeSampler:
@@ -197,6 +201,8 @@ def prepare(config: dict[str, Any], overrides: list[str], here: Processes) -> tu
     algorithm = build_algorithm(config, training.bank.image_shape).to(device)
     if here.size > 1 and algorithm.one_process_because:
         raise MetacvError(f"{algorithm.one_process_because}, and so cannot have {here.size} processes")
+    if config["compile"]:
+        algorithm.compile_steps()
     optimizer, schedule = build_optimizer(config, algorithm)
     hardware = describe_device(device)
     run = Run(config, overrides, algorithm, optimizer, schedule, training, hardware, dataset.splits())

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metacv.data.episodes import TaskBatch
+from metacv.speed import CompiledBackward
 
 Norm = Literal["inductive", "transductive"]
 
@@ -33,13 +34,30 @@ class Algorithm(nn.Module, ABC):
         """Of the classes, from logits [..., N]."""
         return logits.softmax(dim=-1)
 
+    def parts(self, tasks: TaskBatch) -> Iterator[TaskBatch]:
+        """The tasks, as many at a time as pass through the network together."""
+        yield tasks
+
     def backward(self, tasks: TaskBatch) -> dict[str, Tensor]:
-        """Adds the outer gradient to `.grad`; gives the mean `loss` and `accuracy` over the tasks."""
+        """Adds the outer gradient to `.grad`; gives the mean `loss` and `accuracy` over the tasks.
+
+        A part of the tasks after another, so that memory holds the graph of one part only.
+        """
+        found = [self.backward_part(part, len(part) / len(tasks)) for part in self.parts(tasks)]
+        loss, accuracy = torch.stack(found).sum(0)
+        return {"loss": loss, "accuracy": accuracy}
+
+    def backward_part(self, tasks: TaskBatch, share: float) -> Tensor:
+        """`backward` of some of the tasks, which count as that share of all: loss and accuracy, [2], times `share`."""
         logits = self(tasks)
-        loss = self.loss(logits, tasks.query_y)
+        loss = self.loss(logits, tasks.query_y) * share
         if loss.requires_grad:  # something is not frozen
             loss.backward()
-        return {"loss": loss.detach(), "accuracy": accuracies(logits, tasks.query_y).mean()}
+        return torch.stack([loss.detach(), accuracies(logits, tasks.query_y).mean() * share])
+
+    def compile_steps(self) -> None:
+        """From now on `backward` runs as compiled graphs, each made at its first use."""
+        self.backward_part = CompiledBackward(self, self.backward_part)  # type: ignore[method-assign]
 
     def predict(self, tasks: TaskBatch, norm: Norm) -> Tensor:
         """Query logits [T, N*Q, N], leaving weights and statistics as they are.

@@ -52,6 +52,7 @@ class InnerLoop(Algorithm):
             raise ValueError(f"task_chunk={task_chunk}: must be at least 1")
         self.net = Classifier(backbone, way)
         self.way = way
+        self.names = [name for name, _ in self.net.named_parameters()]
         self.task_batching, self.task_chunk = task_batching, task_chunk
         if task_batching == "vmap" and keeps_running_statistics(self.net):
             raise ValueError("task_batching=vmap: batch norm that keeps running statistics sees one task after another")

@@ -1,12 +1,14 @@
 """Model-Agnostic Meta-Learning (Finn et al., 2017), https://arxiv.org/abs/1703.03400"""
 
+from functools import partial
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from metacv.algorithms.base import accuracies, batch_norms
+from metacv.algorithms.base import batch_norms, keeps_running_statistics
 from metacv.algorithms.inner_loop import InnerLoop, Params, TaskBatching
 from metacv.backbones import Backbone
 from metacv.data.episodes import TaskBatch
@@ -25,6 +27,7 @@ class MAML(InnerLoop):
         first_order: bool = False,
         inner_loss: Literal["mean", "sum_per_shot"] = "mean",
         adapt_norm: bool = False,
+        gradient_checkpointing: bool = False,
         task_batching: TaskBatching = "auto",
         task_chunk: int | None = None,
     ) -> None:
@@ -39,6 +42,9 @@ class MAML(InnerLoop):
         self.eval_inner_steps = eval_inner_steps
         self.first_order = first_order
         self.inner_loss = inner_loss
+        self.gradient_checkpointing = gradient_checkpointing
+        if gradient_checkpointing and keeps_running_statistics(self.net):
+            raise ValueError("gradient_checkpointing: batch norm's running statistics would count every step twice")
         norms = {p for norm in batch_norms(self.net) for p in norm.parameters()}
         self.adapted = [
             name for name, p in self.net.named_parameters() if p.requires_grad and (adapt_norm or p not in norms)
@@ -46,7 +52,8 @@ class MAML(InnerLoop):
 
     def adapt(self, tasks: TaskBatch) -> Params:
         """Equation 1. In training mode the result is a function of the initial parameters that can be
-        differentiated: of second order unless `first_order`, which takes the inner gradients as constants."""
+        differentiated: of second order unless `first_order`, which takes the inner gradients as constants.
+        `gradient_checkpointing` forgets each inner step and repeats it when the outer gradient comes by."""
         params: Params = dict(self.net.named_parameters())
         if not self.training:
             params = {name: p.detach().requires_grad_() for name, p in params.items()}
@@ -55,25 +62,24 @@ class MAML(InnerLoop):
             params = self.for_way(params, tasks.way)
             params |= {name: params[name].expand(len(tasks), *params[name].shape) for name in self.adapted}
             for _ in range(self.inner_steps if self.training else self.eval_inner_steps):
-                loss = len(tasks) * F.cross_entropy(
-                    self.classify(params, tasks.support_x).flatten(0, 1), tasks.support_y.flatten()
-                )  # the sum over the tasks, so that each gets the gradient of its own mean
-                if self.inner_loss == "sum_per_shot":
-                    loss = loss * tasks.way
-                adapted = [params[name] for name in self.adapted]
-                grads = torch.autograd.grad(loss, adapted, create_graph=second_order)
-                params = params | {
-                    name: p - self.inner_lr * grad for name, p, grad in zip(self.adapted, adapted, grads, strict=True)
-                }
+                step = partial(self.inner_step, tasks)
+                if second_order and self.gradient_checkpointing:
+                    adapted = checkpoint(step, *params.values(), use_reentrant=True)
+                else:
+                    adapted = step(*params.values())
+                params = params | dict(zip(self.adapted, adapted, strict=True))
         return params
 
-    def backward(self, tasks: TaskBatch) -> dict[str, Tensor]:
-        """A part of the tasks after another, so that memory holds the graph of one part only."""
-        losses, right = [], []
-        for part in self.parts(tasks):
-            logits = self(part)
-            loss = self.loss(logits, part.query_y) * (len(part) / len(tasks))
-            loss.backward()
-            losses.append(loss.detach())
-            right.append(accuracies(logits, part.query_y))
-        return {"loss": torch.stack(losses).sum(), "accuracy": torch.cat(right).mean()}
+    def inner_step(self, tasks: TaskBatch, *values: Tensor) -> tuple[Tensor, ...]:
+        """The adapted ones of all parameters after one step more."""
+        params = dict(zip(self.names, values, strict=True))
+        adapted = [params[name] for name in self.adapted]
+        second_order = self.training and not self.first_order and torch.is_grad_enabled()
+        with torch.enable_grad():
+            logits = self.classify(params, tasks.support_x)
+            # The sum over the tasks, so that each gets the gradient of its own mean.
+            loss = len(tasks) * F.cross_entropy(logits.flatten(0, 1), tasks.support_y.flatten())
+            if self.inner_loss == "sum_per_shot":
+                loss = loss * tasks.way
+            grads = torch.autograd.grad(loss, adapted, create_graph=second_order)
+        return tuple(p - self.inner_lr * grad for p, grad in zip(adapted, grads, strict=True))

@@ -126,7 +126,7 @@ class RelationNet(Algorithm):
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         if self.kind == "mlp":
             return super().loss(logits, labels)
-        return F.mse_loss(logits, F.one_hot(labels, logits.shape[-1]).to(logits.dtype))
+        return F.mse_loss(logits, torch.zeros_like(logits).scatter(-1, labels.unsqueeze(-1), 1.0))
 
 
 def _block(inputs: int, outputs: int, padding: int) -> nn.Sequential:

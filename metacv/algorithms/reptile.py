@@ -1,5 +1,6 @@
 """Reptile (Nichol, Achiam & Schulman, 2018), https://arxiv.org/abs/1803.02999"""
 
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -10,6 +11,7 @@ from metacv.algorithms.base import accuracies
 from metacv.algorithms.inner_loop import InnerLoop, Params, TaskBatching
 from metacv.backbones import Backbone
 from metacv.data.episodes import TaskBatch
+from metacv.speed import Compiled
 
 BETA2, EPSILON = 0.999, 1e-8
 
@@ -51,6 +53,7 @@ class Reptile(InnerLoop):
         self.reset_moments = reset_moments
         if inner_optimizer == "adam" and not reset_moments:
             self.one_process_because = "algo.reset_moments=false passes moments from task to task"
+        self.training_gradients: Callable[..., Sequence[Tensor]] = self.gradients
         self.trained = [name for name, p in self.net.named_parameters() if p.requires_grad]
         if inner_optimizer == "adam":
             self.register_buffer("moment_steps", torch.zeros((), dtype=torch.long))
@@ -70,14 +73,13 @@ class Reptile(InnerLoop):
         params = self.for_way(params, way)
         params |= {name: params[name].expand(len(tasks), *params[name].shape) for name in self.trained}
         moments, count = self._moments(way)
+        gradients = self.training_gradients if self.training else self.gradients
         with torch.enable_grad():
             seed = int(tasks.seeds[0]) if self.training and tasks.seeds is not None else 0
             for rows in _batches(images.shape[1], size, steps, seed):
                 rows = rows.to(images.device)
                 weights = [params[name].requires_grad_() for name in self.trained]
-                logits = self.classify(params, images[:, rows])
-                loss = len(tasks) * F.cross_entropy(logits.flatten(0, 1), labels[:, rows].flatten())
-                grads = torch.autograd.grad(loss, weights)
+                grads = gradients(images[:, rows], labels[:, rows], *params.values(), *self.net.buffers())
                 with torch.no_grad():
                     count += 1
                     for name, weight, grad in zip(self.trained, weights, grads, strict=True):
@@ -91,20 +93,27 @@ class Reptile(InnerLoop):
                 self.get_buffer(_buffer(name)).copy_(moment.squeeze(0))
         return {name: p.detach() for name, p in params.items()}
 
-    def backward(self, tasks: TaskBatch) -> dict[str, Tensor]:
-        """Adds the mean of initial minus adapted parameters to `.grad`, as if it were a gradient (section 2)."""
-        losses, right = [], []
-        for task in tasks.split(1):
-            params = self.adapt(task)
-            with torch.no_grad():
-                for name in self.trained:
-                    weight = self.net.get_parameter(name)
-                    step = (weight - params[name].squeeze(0)) / len(tasks)
-                    weight.grad = step if weight.grad is None else weight.grad + step
-                logits = self.classify(params, task.query_x)
-            losses.append(self.loss(logits, task.query_y))
-            right.append(accuracies(logits, task.query_y))
-        return {"loss": torch.stack(losses).mean(), "accuracy": torch.cat(right).mean()}
+    def gradients(self, images: Tensor, labels: Tensor, *held: Tensor) -> list[Tensor]:
+        """Of each task's mean loss, for those of all parameters (and buffers) that are trained."""
+        params = dict(zip(self.names, held, strict=False))
+        logits = self.classify(params, images)
+        loss = len(images) * F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        return list(torch.autograd.grad(loss, [params[name] for name in self.trained]))
+
+    def backward_part(self, tasks: TaskBatch, share: float) -> Tensor:
+        """Adds initial minus adapted parameters to `.grad`, as if it were a gradient (section 2)."""
+        params = self.adapt(tasks)
+        with torch.no_grad():
+            for name in self.trained:
+                weight = self.net.get_parameter(name)
+                step = share * (weight - params[name].squeeze(0))
+                weight.grad = step if weight.grad is None else weight.grad + step
+            logits = self.classify(params, tasks.query_x)
+            loss, accuracy = self.loss(logits, tasks.query_y), accuracies(logits, tasks.query_y).mean()
+        return torch.stack([loss, accuracy]) * share
+
+    def compile_steps(self) -> None:
+        self.training_gradients = Compiled(self.gradients)
 
     def _moments(self, way: int) -> tuple[Params, int]:
         if self.inner_optimizer == "sgd":

@@ -1,0 +1,152 @@
+"""Precision, gradient checkpointing and compiled steps: what a step computes stays what it is."""
+
+import shutil
+
+import pytest
+import torch
+from conftest import TRAIN, SmoothNet, random_tasks
+
+from metacv.algorithms.maml import MAML
+from metacv.algorithms.protonet import ProtoNet
+from metacv.algorithms.relationnet import RelationNet
+from metacv.algorithms.reptile import Reptile
+from metacv.speed import precision
+
+BUILD = {
+    "maml": lambda: MAML(SmoothNet(), 3, inner_lr=0.1, inner_steps=2, eval_inner_steps=2),
+    "fomaml": lambda: MAML(SmoothNet(), 3, inner_lr=0.1, inner_steps=2, eval_inner_steps=2, first_order=True),
+    "reptile": lambda: Reptile(SmoothNet(), 3, 1e-2, 3, 4, 3, 4, inner_optimizer="sgd"),
+    "reptile by adam": lambda: Reptile(SmoothNet(), 3, 1e-2, 3, 4, 3, 4),
+    "protonet": lambda: ProtoNet(SmoothNet(running_stats=True)),
+    "relationnet": lambda: RelationNet(SmoothNet(image_shape=(1, 12, 12), running_stats=True)),
+}
+compiles = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile wants a C++ compiler here: no g++")
+
+
+def trained(algorithm, steps: int = 2) -> dict[str, torch.Tensor]:
+    """Everything that an algorithm holds after some steps of SGD on fixed tasks."""
+    optimizer = torch.optim.SGD(algorithm.parameters(), lr=0.1)
+    size = 12 if isinstance(algorithm, RelationNet) else 6
+    dtype = next(algorithm.parameters()).dtype
+    algorithm.train()
+    for seed in range(steps):
+        optimizer.zero_grad()
+        algorithm.backward(random_tasks(tasks=3, shape=(1, size, size), dtype=dtype, seed=seed))
+        optimizer.step()
+    return algorithm.state_dict()
+
+
+def gradients(algorithm, tasks) -> torch.Tensor:
+    algorithm.train()
+    algorithm.zero_grad()
+    algorithm.backward(tasks)
+    return torch.cat([p.grad.flatten() for p in algorithm.parameters() if p.grad is not None])
+
+
+@pytest.fixture(params=["recorded", pytest.param("compiled", marks=[compiles, pytest.mark.slow])])
+def way(request, monkeypatch) -> None:
+    """The recorded operations as they are, or compiled, which takes a minute."""
+    if request.param == "recorded":
+        monkeypatch.setattr(torch, "compile", lambda graph, **_: graph)
+
+
+@pytest.mark.parametrize("name", BUILD)
+def test_compiled_steps_learn_what_uncompiled_ones_do(name, way):
+    """Weights, running statistics and moments after two steps, in float64: the graph keeps none of the first's."""
+    states = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        algorithm = BUILD[name]().double()
+        if compiled:
+            algorithm.compile_steps()
+        states.append(trained(algorithm))
+    for key, value in states[0].items():
+        torch.testing.assert_close(states[1][key], value, rtol=1e-10, atol=1e-13, msg=lambda m, key=key: f"{key}: {m}")
+
+
+def test_a_compiled_part_counts_as_its_share_of_the_tasks(way):
+    tasks = random_tasks(tasks=3, dtype=torch.float64)
+    found = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        algorithm = MAML(SmoothNet(), 3, 0.1, 1, 1, task_batching="vmap", task_chunk=2).double()  # two and one
+        if compiled:
+            algorithm.compile_steps()
+        found.append(gradients(algorithm, tasks))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.slow
+def test_a_missing_compiler_is_said_in_a_line(metacv, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+    code, _, err = metacv("train", "algo=protonet", *TRAIN, "compile=true")
+    assert code == 1
+    assert "compile=true" in err.splitlines()[-1]
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("batching", ["loop", "vmap"])
+def test_gradient_checkpointing_changes_no_gradient(batching):
+    tasks = random_tasks(tasks=3, dtype=torch.float64)
+    found = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        algorithm = MAML(
+            SmoothNet(), 3, 0.1, 3, 3, task_batching=batching, gradient_checkpointing=checkpointing
+        ).double()
+        found.append(gradients(algorithm, tasks))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-15)
+
+
+def test_gradient_checkpointing_keeps_one_inner_step_at_a_time():
+    """What autograd holds while the outer gradient waits for nothing but the support set's steps."""
+
+    def held(checkpointing: bool, inner_steps: int) -> int:
+        algorithm = MAML(SmoothNet(), 3, 0.1, inner_steps, 1, gradient_checkpointing=checkpointing)
+        tasks = random_tasks(tasks=1, shot=5, query=1)
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+            algorithm.train().adapt(tasks)
+        return sum(sizes)
+
+    assert held(True, 5) < 0.4 * held(False, 5)
+
+
+def test_gradient_checkpointing_refuses_running_statistics():
+    with pytest.raises(ValueError, match="gradient_checkpointing"):
+        MAML(SmoothNet(running_stats=True), 3, 0.1, 1, 1, gradient_checkpointing=True)
+
+
+@pytest.mark.parametrize("name", BUILD.keys() - {"reptile by adam"})  # which divides rounding by rounding
+def test_bf16_changes_a_gradient_by_its_rounding_and_not_more(name):
+    size = 12 if name == "relationnet" else 6
+    tasks = random_tasks(shape=(1, size, size))
+    found = []
+    for kind in ("fp32", "bf16"):
+        torch.manual_seed(0)
+        algorithm = BUILD[name]()
+        with precision(kind, torch.device("cpu")):
+            found.append(gradients(algorithm, tasks))
+    apart = float((found[1] - found[0]).norm() / found[0].norm())
+    assert 1e-6 < apart < 0.15
+    assert found[1].dtype == torch.float32
+
+
+def test_precision_leaves_torch_as_it_was():
+    flags = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [f.allow_tf32 for f in flags]
+    with precision("tf32", torch.device("cpu")):
+        assert [f.allow_tf32 for f in flags] == [True, True]
+    with precision("fp32", torch.device("cpu")):
+        assert [f.allow_tf32 for f in flags] == [False, False]
+        assert not torch.is_autocast_enabled("cpu")
+    assert [f.allow_tf32 for f in flags] == before
+
+
+def test_an_impossible_precision_is_refused(metacv):
+    code, _, err = metacv("train", "algo=protonet", *TRAIN, "precision=fp16")
+    assert (code, err.strip()) == (1, "metacv: precision=fp16: one of fp32, tf32, bf16")
+    code, _, err = metacv("train", "algo=protonet", *TRAIN, "precision=tf32", "device=cpu")
+    assert code == 1
+    assert "precision=tf32" in err
