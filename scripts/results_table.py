@@ -37,6 +37,7 @@ LOSS_SCALE = {
     "maml": ("maml_5w1s", "loss_scale/maml_sum"),
     "fomaml": ("fomaml_5w1s", "loss_scale/fomaml_sum"),
 }
+COMMON_EPISODES = 2000
 FILES = ["best.pt", "config.yaml", "metrics.jsonl", "train.json", "common.json", "result.json"]
 MEASURED = re.compile(r"# (measured|trained|command) ")  # the lines of a head that are written here
 ELSEWHERE = {"experiment", "data_dir", "device", "resume"}  # overrides that a command is shown without
@@ -92,12 +93,12 @@ class Kept:
 class Experiment:
     """One file of configs/experiment/DATASET, and what is kept of it."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, config: dict[str, Any]) -> None:
         self.name = name
         self.path = ROOT / f"configs/experiment/{name}.yaml"
         self.lines = self.path.read_text().splitlines()
         self.kept = Kept(ROOT / REFERENCE / name)
-        self.config = plain(compose("train", [f"experiment={name}"]))
+        self.config = config
 
     @property
     def published(self) -> dict[str, tuple[str, str]]:
@@ -128,7 +129,7 @@ class Experiment:
             own, *others = self.published
             found = [percent(self.kept.paper[own]), *(f"{norm} {percent(self.kept.paper[norm])}" for norm in others)]
             lines = [
-                f"# measured  {'; '.join(found)}; under the common protocol {percent(self.kept.common)}",
+                f"# measured  {'; '.join(found)}; under the common protocol {shared(self.kept.common)}",
                 f"# trained   {self.budget} steps in {self.time}, {self.kept.train['device']}{self.shared}",
                 command + (f" -- {shlex.join(self.kept.changes)}" if self.kept.changes else ""),
             ]
@@ -171,17 +172,23 @@ def main() -> None:
 
 def files() -> dict[Path, str]:
     """Every file that this script writes, with what belongs in it."""
+    configs = compose_all([[f"experiment={name}"] for name in EXPERIMENTS])
+    experiments = {name: Experiment(name, config) for name, config in zip(EXPERIMENTS, configs, strict=True)}
+    return {e.path: e.text() for e in experiments.values()} | {ROOT / "RESULTS.md": results(experiments)}
+
+
+def compose_all(overrides: list[list[str]]) -> list[dict[str, Any]]:
+    """The config of each training that is asked for."""
     ConfigStore.instance().store(name="train_schema", node=TrainConfig)
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        experiments = {name: Experiment(name) for name in EXPERIMENTS}
-    return {e.path: e.text() for e in experiments.values()} | {ROOT / "RESULTS.md": results(experiments)}
+        return [plain(compose("train", words)) for words in overrides]
 
 
 def results(experiments: dict[str, Experiment]) -> str:
     sections = {}
     for data, cells in CELLS.items():
         own = [e for name, e in experiments.items() if name.startswith(f"{data}/")]
-        common = {e.name: percent(e.kept.common) if e.kept else "not run" for e in own}
+        common = {e.name: shared(e.kept.common) if e.kept else "not run" for e in own}
         rows = [[title, *(common[f"{data}/{method}_{cell}"] for cell in cells)] for method, title in METHODS.items()]
         changes = [f"- `{e.name}`: `{shlex.join(e.kept.changes)}`" for e in own if e.kept and e.kept.changes]
         sections |= {
@@ -231,6 +238,11 @@ def percent(found: dict[str, Any]) -> str:
     return f"{100 * found['accuracy']:.2f} ± {100 * found['ci95']:.2f} %"
 
 
+def shared(found: dict[str, Any]) -> str:
+    """Under the common protocol, with the number of episodes where it is not the usual one."""
+    return percent(found) + (f" ({found['episodes']} episodes)" if found["episodes"] != COMMON_EPISODES else "")
+
+
 def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
 
@@ -241,32 +253,44 @@ PAGE = """\
 Written by `python scripts/results_table.py`: every accuracy, time and step count comes from a file in
 outputs/reference. Each folder linked below holds a checkpoint with its config, the metrics of its training (train.json
 says how far it went) and its results; `metacv evaluate checkpoint=outputs/reference/omniglot/protonet_5w1s` gives the
-number of its row again. Accuracies are in %, with 1.96 standard errors over episodes on each side.
+number of its row again (with `norm=both` for the two rows of Reptile). Accuracies are in %, with 1.96 standard errors
+over episodes on each side.
 
 ## Omniglot, each method under its paper's protocol
 
 `python scripts/reproduce.py NAME` trains and tests a row from nothing. *Steps* are those that were run, of those that
-the experiment names. *Time* is that of training with its validations; runs of 1 thread shared a 2-core machine with up
-to three others, and alone are up to twice as fast. *Reproduced* means a mean at or above the lower end of the paper's
-interval or, where the paper gives none, an interval of ours that reaches its number (printed as 98.9, that is 98.85
-and up). *The run of* another experiment served where both train in just the same way, as Prototypical Networks do for
-5-way and 20-way: its checkpoints were validated once more, on this experiment's tasks.
+the experiment names. *Time* is that of training with its validations; runs of 1 thread shared a 2-core machine with
+other work, and alone are faster. *Reproduced* means a mean at or above the lower end of the paper's interval or, where
+the paper gives none, an interval of ours that reaches its number (printed as 98.9, that is 98.85 and up). *The run of*
+another experiment served where both train in just the same way, as Prototypical Networks do for 5-way and 20-way
+(`--run-of`): its last weights were validated once more, on this experiment's tasks, and the time is that of the
+training.
 
 {omniglot}
 
 These numbers cannot be compared between methods: each paper tests in its own way. What was set otherwise than the
-experiment says, to fit the time:
+experiment says, to fit the budget:
 
 {omniglot_changes}
 
-The experiments depart from the papers. The test characters are the same 423 for all, drawn by
-`dataset.split_seed`; the papers drew their own, Prototypical Networks from a published list. Reptile and Relation
-Networks trained on all other 1200 and chose no checkpoint, or chose it on test characters; here 100 of the 1200 are
-for choosing. Prototypical Networks were trained once more on train and val together; here they are not. MAML's authors
-scale the inner loss otherwise, as said at the end; the first-order numbers are those of Reptile's paper, which ran
-their code. And the images are resized with `dataset.resample=lanczos`. The code of MAML, Reptile and Prototypical
-Networks asks Pillow for that or for nothing, but Pillow resizes the one-bit files of Omniglot by nearest neighbour
-whatever it is asked, so those networks saw black and white (`dataset.resample=nearest`).
+The experiments depart from the papers in this:
+
+- Classes: the test characters are the same 423 for all, drawn by `dataset.split_seed`; the papers drew their own,
+  Prototypical Networks from a published list. Reptile and Relation Networks trained on all other 1200 and chose no
+  checkpoint, or chose it on test characters; here 100 of the 1200 are for choosing. Prototypical Networks were trained
+  once more on train and val together; here they are not.
+- Images are resized with `dataset.resample=lanczos`. The code of MAML, Reptile and Prototypical Networks asks Pillow
+  for that or for nothing, but Pillow resizes the one-bit files of Omniglot by nearest neighbour whatever it is asked,
+  so those networks saw black and white (`dataset.resample=nearest`). Relation Networks' code also shifts and scales the
+  pixels, which batch norm undoes.
+- MAML's inner loss is scaled otherwise, as said at the end. The first-order numbers are those of Reptile's paper, which
+  ran the code of MAML's authors.
+- Weights begin as torch has it. MAML's and Reptile's code begins with Xavier's uniform ones and biases of 0, but for
+  MAML's head, which has a standard deviation of 1 (here 0.07). Relation Networks' has normal ones, and biases of 1 in
+  its linear layers.
+- Batch norm adds 1e-5 to the variance. TensorFlow, and with it the code of MAML and Reptile, adds 1e-3.
+- The Reptile runs kept here drew their inner batches from one stream; now those of each task are drawn anew, so that
+  the command does the same with other draws.
 
 ## Omniglot, all methods under one protocol
 
@@ -282,13 +306,15 @@ As for Omniglot. All papers use the split of Ravi & Larochelle: 64, 16 and 20 cl
 
 {miniimagenet}
 
-What was set otherwise than the experiment says, to fit the time:
+What was set otherwise than the experiment says, to fit the budget (`algo.temperature` divides the squared distances,
+which in 1600 dimensions are too far apart for the softmax to learn from at first):
 
 {miniimagenet_changes}
 
-The experiments depart from the papers. Reptile does not validate, and Relation Networks' code chooses its model on the
-test classes; here best.pt is chosen on 600 fixed tasks of the validation classes. MAML's authors scale the inner loss
-otherwise, as said at the end.
+The experiments depart from the papers in this: Reptile does not validate, and Relation Networks' code chooses its model
+on the test classes; here best.pt is chosen on 600 fixed tasks of the validation classes. Relation Networks' code tests
+15 queries a class by 3 or 5 at a time, each with batch norm of its own; here all 15 go together. MAML's clipping of
+the outer gradient at 10 is scaled as its outer loss is. Inner loss, weights and batch norm are as for Omniglot.
 
 ## miniImageNet, all methods under one protocol
 

@@ -203,6 +203,25 @@ def test_without_the_data_it_says_what_to_put_where(tmp_path):
         assert words in message
 
 
+def test_without_the_data_it_names_what_is_almost_there(tmp_path):
+    as_lists(tmp_path / "miniimagenet")
+    for name in ("train.csv", "val.csv"):
+        (tmp_path / "miniimagenet" / name).unlink()
+    (tmp_path / "miniimagenet/val/birds").mkdir(parents=True)
+    (tmp_path / "miniimagenet/lists").mkdir()
+    (tmp_path / "miniimagenet/test.csv").rename(tmp_path / "miniimagenet/lists/test.csv")
+    folder = tmp_path / "miniimagenet"
+    for split, found in {
+        "train": f"{folder / 'images'} without train.csv beside it",
+        "val": f"{folder / 'val'} without a folder named n06, n04, ...",
+        "test": f"{folder / 'lists/test.csv'} without images/ beside it",
+    }.items():
+        with pytest.raises(MetacvError, match="no official download") as error:
+            MiniImageNet(tmp_path, resize=False).load(split)
+        assert f"What is there: {folder / 'images'}" in str(error.value)
+        assert found in str(error.value)
+
+
 def test_missing_and_other_classes_and_images_are_named(tmp_path):
     as_folders(root := tmp_path / "miniimagenet")
     (root / "val" / "n04").rename(root / "train" / "n04")

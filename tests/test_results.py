@@ -64,7 +64,7 @@ def omniglot(train: str, test: str, invert: bool = True, counts: tuple[int, int]
     return {"split": "random", "split_seed": 0, "counts": counted, "size": 28, "invert": invert} | rotations
 
 
-# No paper augments or normalizes miniImageNet.
+# No paper augments miniImageNet, and Relation Networks alone normalize it.
 PLAIN = {
     "dataset": {"train_rotation": "none", "test_rotation": "none"},
     "augment": {"crop": 0, "flip": False, "jitter": 0.0},
@@ -147,7 +147,9 @@ def test_maml_on_miniimagenet_is_trained_as_in_its_paper(composed, method, shot)
         "schedule": {"_target_": "torch.optim.lr_scheduler.ConstantLR", "factor": 1.0},
     }  # fmt: skip
     expected |= as_tested(5, shot, shot, 600, "transductive") | PLAIN
-    expected |= as_trained(5, shot, 15, 4 if shot == 1 else 2, 60000) | {"clip_value": 10.0}
+    expected |= as_trained(5, shot, 15, 4 if shot == 1 else 2, 60000) | {
+        "clip_value": pytest.approx(10 * shot / 75, rel=1e-4)
+    }
     assert_says(composed(f"miniimagenet/{method}_5w{shot}s"), expected)
 
 
@@ -187,6 +189,7 @@ def test_relationnet_on_miniimagenet_is_trained_as_in_its_paper(composed, shot, 
         "clip_norm": 0.5,
     }
     expected |= as_tested(5, shot, 15, 6000, "transductive") | PLAIN
+    expected |= {"normalize": {"mean": [0.92206], "std": [0.08426]}}
     assert_says(composed(f"miniimagenet/relationnet_5w{shot}s"), expected | as_trained(5, shot, query, 1, 500000))
 
 
@@ -237,7 +240,7 @@ def test_the_table_compares_with_the_papers_interval_and_says_what_was_not_run(c
             "transductive": {"accuracy": 0.9765, "ci95": 0.001} | of,
             "inductive": {"accuracy": 0.95, "ci95": 0.002} | of,
         },
-        "common": {"accuracy": 0.9, "ci95": 0.01} | of,
+        "common": {"accuracy": 0.9, "ci95": 0.01, "episodes": 600} | of,
         "train": {"steps": 400, "seconds": 600, "device": "abacus", "overrides": overrides},
     }
     for name, content in kept.items():
@@ -250,10 +253,13 @@ def test_the_table_compares_with_the_papers_interval_and_says_what_was_not_run(c
     assert f"| 97.68 ± 0.04 | [97.65 ± 0.10]{link} | -0.03 | yes | 400 of 100000 | 10 min | abacus |" in rows[0]
     assert f"| 95.39 ± 0.09 | [95.00 ± 0.20]{link} | -0.39 | no | 400 of 100000 | 10 min | abacus |" in rows[1]
     assert [results_table.rounding(number) for number in ("98.9", "97.68")] == [0.05, 0.005]
-    assert "| Reptile | 90.00 ± 1.00 % | not run | not run | not run |" in page
+    assert "| Reptile | 90.00 ± 1.00 % (600 episodes) | not run | not run | not run |" in page
     assert sum("| not run |" in line for line in page) == (5 * 4 - 1) + (4 - 1) + 5 + (5 * 2) + 2 + 5
     head = written["omniglot/reptile_5w1s.yaml"].splitlines()
-    assert "# measured  97.65 ± 0.10 %; inductive 95.00 ± 0.20 %; under the common protocol 90.00 ± 1.00 %" in head
+    assert (
+        "# measured  97.65 ± 0.10 %; inductive 95.00 ± 0.20 %; under the common protocol 90.00 ± 1.00 % (600 episodes)"
+        in head
+    )
     assert "# trained   400 of 100000 steps in 10 min, abacus" in head
     assert "# command   python scripts/reproduce.py omniglot/reptile_5w1s -- steps=400 episodes=50" in head
     assert "- `omniglot/reptile_5w1s`: `steps=400 episodes=50`" in page
@@ -326,8 +332,7 @@ def run(tmp_path, monkeypatch):
     monkeypatch.setattr(Omniglot, "_decode", lambda self: all_of_omniglot())
     content = OmegaConf.to_container(OmegaConf.load(ROOT / "configs/dataset/omniglot.yaml"))
     build_dataset({"dataset": content | {"split": "random"}}, str(tmp_path)).load("test")  # leaves the cache
-    monkeypatch.setattr(reproduce, "COMMON", [*reproduce.COMMON, "episodes=6"])
-    folders = ["--runs", str(tmp_path / "some runs"), "--reference", str(tmp_path / "kept")]
+    folders = ["--runs", str(tmp_path / "some runs"), "--reference", str(tmp_path / "kept"), "--common-episodes", "6"]
 
     def run(*words: str) -> Path:
         cut = words.index("--")
@@ -369,13 +374,38 @@ def test_reproduce_does_not_replace_a_longer_run(run, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run("omniglot/protonet_5w1s", "--", "steps=2")
     assert "keeps a longer run, of 4 steps" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run("omniglot/protonet_5w1s", "--", "steps=6", "algo.temperature=2")
+    assert "was trained without algo.temperature=2: give another --name" in capsys.readouterr().err
+    assert not (tmp_path / "some runs/omniglot/protonet_5w1s/last.pt").exists()  # said before anything is trained
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_reproduce_lets_a_run_serve_an_experiment_that_is_trained_in_the_same_way(run, tmp_path, capsys):
+    run("omniglot/protonet_5w1s", "--", "steps=4", "eval_every=4")
+    kept = run("omniglot/protonet_20w1s", "--run-of", "omniglot/protonet_5w1s", "--", "steps=4") / "omniglot"
+    one, other = (checkpoint.load(kept / f"protonet_{way}w1s/best.pt") for way in (5, 20))
+    assert all(torch.equal(value, other["algorithm"][name]) for name, value in one["algorithm"].items())
+    assert (other["config"]["way"], other["step"]) == (20, 4)
+    folder = results_table.Kept(kept / "protonet_20w1s")
+    assert folder
+    assert folder.train["run_of"] == "protonet_5w1s"
+    assert {name: folder.train[name] for name in other["validation"]} == other["validation"]
+    # and that is what training it would have given
+    run("omniglot/protonet_20w1s", "--name", "omniglot/trained", "--", "steps=4", "eval_every=4")
+    trained = checkpoint.load(kept / "trained/best.pt")
+    assert all(torch.equal(value, other["algorithm"][name]) for name, value in trained["algorithm"].items())
+    assert trained["validation"] == other["validation"]
+
+    with pytest.raises(SystemExit):
+        run("omniglot/protonet_20w5s", "--run-of", "omniglot/protonet_5w1s", "--", "steps=4")
+    assert "--run-of omniglot/protonet_5w1s: train_shot is 5 but was trained with 1" in capsys.readouterr().err
 
 
 def test_reproduce_goes_on_after_an_experiment_that_fails(monkeypatch, tmp_path, capsys):
     tried = []
 
-    def fail(name, *_):
+    def fail(_, name, *__):
         tried.append(name)
         if len(tried) == 2:
             raise reproduce.Failed("metacv train ended with an error")

@@ -76,10 +76,11 @@ class MiniImageNet(Dataset):
         return replace(bank, name=f"miniimagenet {split}")
 
     def _decode(self, split: str) -> ImageBank:
-        problem = None
+        problem, near = None, []
         for place in _places(self.data_dir):
             if _holds(place, split):
                 return self._from(place, split)
+            near += _near(place, split)
         for archive in _archives(self.data_dir):
             try:
                 inside = _unpack(archive)
@@ -89,11 +90,13 @@ class MiniImageNet(Dataset):
             for place in _within(inside):
                 if _holds(place, split):
                     return self._from(place, split)
+                near += _near(place, split)
         folder = self.data_dir / "miniimagenet"
         raise problem or MetacvError(
             f"data_dir={self.data_dir}: miniImageNet's {split} split is not there, and has no official download. "
             f"Put into {folder} one of: train/, val/ and test/ with a folder of images for each class; images/ with "
             f"train.csv, val.csv and test.csv; {', '.join(map(PICKLE.format, SPLITS))}; or a zip or tar of these"
+            + (f". What is there: {'; '.join(near)}" if near else "")
         )
 
     def _from(self, place: Path, split: str) -> ImageBank:
@@ -226,6 +229,19 @@ def _holds(place: Path, split: str) -> bool:
         or ((place / f"{split}.csv").is_file() and (place / "images").is_dir())
         or (place / PICKLE.format(split)).is_file()
     )
+
+
+def _near(place: Path, split: str) -> list[str]:
+    """What a place has that is almost a form of a split."""
+    table, images, folder = place / f"{split}.csv", place / "images", place / split
+    found = []
+    if images.is_dir():
+        found.append(f"{images} without {table.name} beside it")
+    if table.is_file():
+        found.append(f"{table} without images/ beside it")
+    if folder.is_dir() and (_is_named(place.name) or _is_named(place.parent.name)):
+        found.append(f"{folder} without a folder named {CLASSES[split][0]}, {CLASSES[split][1]}, ...")
+    return found
 
 
 def _listed(place: Path, split: str) -> dict[str, list[Path]]:
