@@ -19,7 +19,7 @@ from metacv.compare import shortened
 from metacv.config import ReportConfig
 from metacv.config_dir import config_dir
 from metacv.evaluate import NORMS
-from metacv.files import write_bytes_atomically
+from metacv.files import csv_safe, write_bytes_atomically
 from metacv.logger import ELSEWHERE, flat
 from metacv.page import page
 
@@ -249,12 +249,9 @@ def without_empty(cells: list[dict[str, str]]) -> list[dict[str, str]]:
 
 def as_csv(cells: list[dict[str, str]]) -> str:
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(cells[0]))
-    writer.writeheader()
-    for row in cells:  # a spreadsheet would compute what begins so
-        writer.writerow(
-            {name: f"'{value}" if re.match(r"[=@]|[+-][^\d.]", value) else value for name, value in row.items()}
-        )
+    writer = csv.writer(text)
+    for line in (cells[0], *(row.values() for row in cells)):
+        writer.writerow(map(csv_safe, line))
     return text.getvalue()
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import quick
 
+from metacv.files import csv_safe
 from metacv.page import chart, ticks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -160,7 +161,7 @@ def test_names_cannot_break_the_page(metacv, runs):
     assert "&lt;script&gt;" in page
     assert "\\|" in Path("out/report.md").read_text()
     result = json.loads(Path("odd", odd, "result.json").read_text())
-    result["overrides"] += ["=cmd", "a|b=\x1b[31m\ud800", "way=9"]
+    result["overrides"] += ["=cmd", "a|b=\x1b[31m\ud800", "way=9", "@SUM(1)=-1+cmd|' /C calc'!A0"]
     Path("odd", odd, "result.json").write_text(json.dumps(result))
     Path("odd/=1+1").mkdir()
     shutil.copy(source / "best.pt", "odd/=1+1/best.pt")
@@ -168,6 +169,7 @@ def test_names_cannot_break_the_page(metacv, runs):
     assert code == 0
     assert "\x1b" not in out
     assert "'=1+1" in [row["run"] for row in rows("out")]
+    assert "'-1+cmd|' /C calc'!A0" in [row["'@SUM(1)"] for row in rows("out")]
 
 
 def test_nothing_to_report_and_damaged_files_have_a_line_each(metacv, runs):
@@ -193,6 +195,13 @@ def test_nothing_to_report_and_damaged_files_have_a_line_each(metacv, runs):
     assert code == 0
     assert err == f"metacv: {first} is not a checkpoint of metacv, or is damaged: left out\n"
     assert len({row["run"] for row in rows("out")}) == 3
+
+
+def test_a_spreadsheet_computes_nothing_and_numbers_stay_numbers():
+    for text in ("=1+1", "@SUM(A1)", "+1+2", "-1+cmd|' /C calc'!A0", "+cmd", "- 1", " =1", "\t=1", "\n1", "\uff1d1"):
+        assert csv_safe(text) == f"'{text}"
+    for text in ("", "1", "-1", "+1", "-0.5", "-.5", "1e-3", "-1E+3", "98.70 ± 0.40", "a=b", "run/1", "5-way 1-shot"):
+        assert csv_safe(text) == text
 
 
 def test_ticks_are_round_and_enclose_what_is_shown():
