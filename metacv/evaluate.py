@@ -101,6 +101,11 @@ def measure(place: str, given: dict[str, Any]) -> Iterator[tuple[Tensor, dict[st
 
     common = {
         "algorithm": type(algorithm).__name__,
+        "algo": {
+            name: value
+            for name, value in config["algo"].items()
+            if value != as_now(saved["config"])["algo"].get(name) and name not in ("task_batching", "task_chunk")
+        },  # what was changed since the training, and changes what comes out
         "dataset": type(dataset).__name__,
         "split": config["split"],
         "rotation": rotation,

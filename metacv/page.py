@@ -1,22 +1,30 @@
 """A report as one HTML page with nothing outside it: no scripts, no network."""
 
 import base64
+import json
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from html import escape
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from metacv import __version__
+from metacv.compare import t_interval
+from metacv.logger import flat
 
 if TYPE_CHECKING:
     from metacv.report import Row, RunFound
 
 CURVES, EPISODES, POINTS = 10, 6, 150  # at most: runs with curves, runs with a sample episode, points a curve
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 400, 230, 56, 30, 8, 20  # so that text can be read on a phone
+TASK = {"way", "shot", "train_way", "train_shot"}
 Point = tuple[float, float, float]  # x, y and half an interval
+# By what was tested, by line, by x and by checkpoint: a test
+Groups = dict[tuple[object, ...], dict[tuple[str, str], dict[float, dict[str, dict[str, Any]]]]]
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #1c1e21; --faint: #6b7280; --line: #d8dbe0; --best: #eaf6ee }
@@ -39,18 +47,19 @@ ul.legend { display: flex; flex-wrap: wrap; gap: 2px 16px; list-style: none; pad
 ul.legend span { border-radius: 2px; display: inline-block; height: .7em; margin-right: 6px; width: .7em }
 img { background: #fff; height: auto; max-width: 100% }
 """
-# Ten hues that differ in both schemes; after Tableau's.
-HUES = ("#4e79a7", "#f28e2b", "#e15759", "#2a9d8f", "#59a14f", "#c9a227", "#b07aa1", "#d4738a", "#9c755f", "#8a8f98")
+# Ten hues with a contrast of 3 or more on both grounds; after Tableau's.
+HUES = ("#4e79a7", "#d9730d", "#e15759", "#2a9d8f", "#59a14f", "#a8860f", "#b07aa1", "#d4738a", "#9c755f", "#8a8f98")
 
 
-def page(rows: "list[Row]", cells: list[dict[str, str]]) -> str:
+def page(rows: "list[Row]", cells: list[dict[str, str]], notes: list[str]) -> str:
     """`rows` are in the order of the table: those of a task together, the best first."""
     best_first = sorted(rows, key=lambda row: -row.accuracy)
     runs = list({id(row.run): row.run for row in best_first}.values())
     parts = [
         "<h1>metacv report</h1>",
         f"<p>{len(runs)} runs. Accuracies in %, with half of their 95 % interval over episodes; numbers of different "
-        "tasks or protocols do not compare; the best of each is marked.</p>",
+        "tasks or protocols do not compare.</p>",
+        *(f"<p>{escape(note)}</p>" for note in notes),
         f'<div class="wide">{table(rows, cells)}</div>',
         curves(runs[:CURVES], len(runs)),
         by_task(best_first),
@@ -67,11 +76,10 @@ def page(rows: "list[Row]", cells: list[dict[str, str]]) -> str:
 
 def table(rows: "list[Row]", cells: list[dict[str, str]]) -> str:
     head = "".join(f"<th>{escape(name)}</th>" for name in cells[0])
-    body, before = "", None
+    body = ""
     for row, own in zip(rows, cells, strict=True):
-        best = ' class="best"' if row.task != before else ""
+        best = ' class="best"' if row.choice == "chosen" else ""
         body += f"<tr{best}>" + "".join(f"<td>{escape(value)}</td>" for value in own.values()) + "</tr>\n"
-        before = row.task
     return f"<table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>"
 
 
@@ -92,34 +100,70 @@ def curves(runs: "list[RunFound]", of: int) -> str:
     if not charts:
         return ""
     shown = "" if len(runs) == of else f"<p>The first {len(runs)} of {of} runs.</p>"
-    legend = "".join(
-        f'<li><span style="background:{HUES[i % len(HUES)]}"></span>{escape(run.name)}</li>'
-        for i, run in enumerate(runs)
+    names = legend([run.name for run in runs])
+    return f'<h2>Curves</h2>{shown}{names}<div class="charts">{"".join(charts)}</div>'
+
+
+def legend(names: Sequence[str]) -> str:
+    items = "".join(
+        f'<li><span style="background:{HUES[i % len(HUES)]}"></span>{escape(name)}</li>' for i, name in enumerate(names)
     )
-    return f'<h2>Curves</h2>{shown}<ul class="legend">{legend}</ul><div class="charts">{"".join(charts)}</div>'
+    return f'<ul class="legend">{items}</ul>'
 
 
 def by_task(rows: "list[Row]") -> str:
     """Accuracy against shot at each way, and against way at each shot, of what was tested in just the same way."""
     charts = []
     for along, fixed in (("shot", "way"), ("way", "shot")):
-        groups: dict[tuple[object, ...], dict[str, dict[float, Point]]] = defaultdict(lambda: defaultdict(dict))
-        for row in rows:  # the best first: of several runs of an algorithm it is the one that is shown
+        groups: Groups = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
+        for row in rows:
             if test := row.test:
-                same = (test[fixed], test["dataset"], test["split"], test["norm"], test["rotation"],
-                        test["query"], test["episodes"], str(row.run.config["dataset"]))  # fmt: skip
-                point = (float(test[along]), 100 * test["accuracy"], 100 * test["ci95"])
-                groups[same][row.run.algorithm].setdefault(float(test[along]), point)
-        for (value, dataset, split, norm, rotation, *_), lines in groups.items():
-            if max(len(points) for points in lines.values()) < 2:
+                same = (test[fixed], test["dataset"], test["split"], test["norm"], test["rotation"], test["query"],
+                        test["episodes"], test.get("seed"), str(row.run.config["dataset"]))  # fmt: skip
+                for line in lines_of(row, test):
+                    groups[same][line][float(test[along])][row.run.digest] = test
+        for (value, dataset, split, norm, rotation, *_), found in groups.items():
+            lines = [(name, points) for (name, _), points in found.items() if len(points) > 1]
+            if not lines:
                 continue
-            drawn = [sorted(points.values()) for points in lines.values()]
-            names = ", ".join(
-                f'<span style="color:{HUES[i % len(HUES)]}">{escape(name)}</span>' for i, name in enumerate(lines)
-            )
-            said = escape(f"{value}-{fixed} accuracy by {along}, {dataset} {split}, {norm}, rotation {rotation}: ")
-            charts.append(figure(chart(drawn), said + names, safe=True))
-    return f'<h2>Way and shot</h2><div class="charts">{"".join(charts)}</div>' if charts else ""
+            shown = lines[: len(HUES)]
+            drawn = [[point(x, list(tests.values())) for x, tests in sorted(points.items())] for _, points in shown]
+            names = [f"{name}: {counted([len(tests) for tests in points.values()])}" for name, points in shown]
+            said = f"{value}-{fixed} accuracy by {along}, {dataset} {split}, {norm}, rotation {rotation}"
+            said += f"; the first {len(shown)} of {len(lines)} lines" * (len(shown) < len(lines))
+            charts.append(figure(legend(names) + chart(drawn), said))
+    if not charts:
+        return ""
+    said = (
+        "A point is the mean of the runs that differ in the seed alone, with its 95 % interval over these runs "
+        "(Student's t); of one run, its accuracy with the interval over episodes. A line joins runs of one setting."
+    )
+    return f'<h2>Way and shot</h2><p>{said}</p><div class="charts">{"".join(charts)}</div>'
+
+
+def lines_of(row: "Row", test: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Name and settings of the lines that a test belongs to: of how its run was trained, and of runs for each task."""
+    config = row.run.config
+    every = {name: str(value) for name, value in flat(config) if name != "seed"} | test["algo"]
+    free = {name: value for name, value in every.items() if name.split(".")[-1] not in TASK}
+    told = [f"{name}={row.settings[name]}" for name in row.varied if name in free and name != "algo"]
+    name = ", ".join([row.run.algorithm, *told])
+    way, shot = (config.get(f"train_{side}", config[side]) for side in ("way", "shot"))
+    yield f"{name}, trained {way}-way {shot}-shot", json.dumps(every)
+    if (test["way"], test["shot"]) == (config["way"], config["shot"]):
+        yield f"{name}, trained for each", json.dumps(free)
+
+
+def point(x: float, tests: list[dict[str, Any]]) -> Point:
+    if len(tests) == 1:
+        return x, 100 * tests[0]["accuracy"], 100 * tests[0]["ci95"]
+    accuracy = 100 * torch.tensor([test["accuracy"] for test in tests], dtype=torch.float64)
+    return x, float(accuracy.mean()), t_interval(accuracy)
+
+
+def counted(runs: list[int]) -> str:
+    few, many = min(runs), max(runs)
+    return f"{few} run{'s' * (few > 1)}" if few == many else f"{few} to {many} runs"
 
 
 def episodes(runs: "list[RunFound]") -> str:
@@ -149,8 +193,8 @@ def sample_episode(folder: Path) -> bytes | None:
     return picture if picture.startswith(b"\x89PNG") else None
 
 
-def figure(content: str, caption: str, safe: bool = False) -> str:
-    return f"<figure>{content}<figcaption>{caption if safe else escape(caption)}</figcaption></figure>"
+def figure(content: str, caption: str) -> str:
+    return f"<figure>{content}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
 def chart(lines: Sequence[Sequence[Point]]) -> str:
@@ -159,7 +203,7 @@ def chart(lines: Sequence[Sequence[Point]]) -> str:
     x_ticks = sorted({x for x, _, _ in points})
     if not 1 < len(x_ticks) < 6:
         x_ticks = ticks(x_ticks[0], x_ticks[-1])
-    y_ticks = ticks(min(y - e for _, y, e in points), max(y + e for _, y, e in points))
+    y_ticks = ticks(max(0, min(y - e for _, y, e in points)), min(100, max(y + e for _, y, e in points)))
     (x0, x1), (y0, y1) = (x_ticks[0], x_ticks[-1]), (y_ticks[0], y_ticks[-1])
 
     def across(x: float) -> str:
@@ -181,9 +225,8 @@ def chart(lines: Sequence[Sequence[Point]]) -> str:
         if len(line) <= 30:
             for x, y, e in line:
                 parts.append(f'<circle cx="{across(x)}" cy="{up(y)}" r="2.5" fill="{hue}"/>')
-                parts.append(
-                    f'<line stroke="{hue}" x1="{across(x)}" x2="{across(x)}" y1="{up(y - e)}" y2="{up(y + e)}"/>'
-                )
+                low, high = up(max(0, y - e)), up(min(100, y + e))
+                parts.append(f'<line stroke="{hue}" x1="{across(x)}" x2="{across(x)}" y1="{low}" y2="{high}"/>')
     return "".join(parts) + "</svg>"
 
 

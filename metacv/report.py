@@ -7,6 +7,8 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +21,18 @@ from metacv.compare import shortened
 from metacv.config import ReportConfig
 from metacv.config_dir import config_dir
 from metacv.evaluate import NORMS
-from metacv.files import write_bytes_atomically
+from metacv.files import csv_safe, write_bytes_atomically
 from metacv.logger import ELSEWHERE, flat
 from metacv.page import page
 
 EXPERIMENTS = config_dir() / "experiment"
 RUNNERS = {"hydra", "launcher", "sweeper"}
 PROTOCOL = {"way", "shot", "query", "norm", "algo", "backbone", "dataset"}  # a paper's, which its experiment has
-LARGEST = 10**7  # bytes of a result
+LARGEST = 10**7  # bytes of a text file
+CHOICE = (
+    "chosen: the highest accuracy in validation, where the runs of a task were validated alike; not told apart: an "
+    "interval that overlaps with that of the chosen one, where metacv compare on the same episodes tells more"
+)
 
 
 @dataclass
@@ -56,23 +62,27 @@ class RunFound:
         return self.overrides | {name: clean(value) for name, value in trained.items()}
 
     @property
+    def validated_on(self) -> str:
+        """Runs with the same were validated alike."""
+        names = ("way", "shot", "dataset", "query", "norm", "eval_episodes")
+        return json.dumps([self.config.get(name) for name in names], default=str)
+
+    @property
     def validation(self) -> dict[str, Any]:
         found = self.saved.get("validation")
         return found if isinstance(found, dict) and is_number(found.get("accuracy"), found.get("ci95")) else {}
 
     def paper(self, test: dict[str, Any]) -> str:
         """The published accuracy in the head of its experiment, if `test` was under that protocol."""
-        heads = {path.relative_to(EXPERIMENTS).with_suffix("").as_posix(): path for path in EXPERIMENTS.rglob("*.yaml")}
-        path = heads.get(self.overrides.get("experiment", ""))
+        line = paper_lines().get(self.overrides.get("experiment", ""))
         asked = {name: self.config[name] for name in ("way", "shot", "query")} | {
             "dataset": class_name(self.config["dataset"]),
             "rotation": self.config["dataset"].get("test_rotation"),
             "split": "test",
         }
         as_there = PROTOCOL.isdisjoint(name.split(".")[0] for name in self.overrides if not name.startswith("algo."))
-        if not path or not as_there or any(test[name] != value for name, value in asked.items()):
+        if not line or not as_there or test["algo"] or any(test[name] != value for name, value in asked.items()):
             return ""
-        line = next((line for line in path.read_text().splitlines() if line.startswith("# paper ")), "")
         for inductive, number in re.findall(r"(inductive )?(\d+\.\d+(?: ± \d+\.\d+)?) %", line):
             if test["norm"] == (inductive.strip() or self.config["norm"]):
                 return str(number)
@@ -86,6 +96,7 @@ class Row:
     run: RunFound
     test: dict[str, Any] | None
     varied: list[str]
+    choice: str = ""
 
     @property
     def task(self) -> tuple[int, int, str, str]:
@@ -93,12 +104,21 @@ class Row:
         config = self.run.config
         if self.test:
             return self.test["way"], self.test["shot"], tested_on(self.test), self.test["episodes_sha256"]
-        same = [config.get(name) for name in ("dataset", "query", "norm", "eval_episodes")]
-        return config["way"], config["shot"], "", json.dumps(same, default=str)
+        return config["way"], config["shot"], "", self.run.validated_on
 
     @property
     def accuracy(self) -> float:
-        return float((self.test or self.run.validation or {"accuracy": 0})["accuracy"])
+        return self.measured[0]
+
+    @property
+    def measured(self) -> tuple[float, float]:
+        """Accuracy and half its interval, on test if there was one."""
+        found = self.test or self.run.validation or {"accuracy": 0, "ci95": 0}
+        return float(found["accuracy"]), float(found["ci95"])
+
+    @property
+    def settings(self) -> dict[str, str]:
+        return self.run.settings | (self.test["algo"] if self.test else {})
 
     @property
     def cells(self) -> dict[str, str]:
@@ -110,8 +130,9 @@ class Row:
             "test %": percent(self.test),
             "paper %": self.run.paper(self.test) if self.test else "",
             "validation %": percent(self.run.validation),
+            "choice": self.choice,
             "at step": str(self.run.saved["step"]),
-            **{name: self.run.settings.get(name, "") for name in self.varied},
+            **{name: self.settings.get(name, "") for name in self.varied},
             "tested on": tested,
         }
 
@@ -123,27 +144,60 @@ def report(cfg: DictConfig, folder: Path) -> list[dict[str, str]]:
     for place in places:
         if not place.is_dir():
             raise MetacvError(f"{place}: there is no such folder")
-    runs = gather(places)
+    runs, notes = gather(places)
     if not runs:
-        raise MetacvError(f"{', '.join(cfg.runs)}: no run with a best.pt in there")
-    named = sorted({name for run in runs for name in run.overrides})
-    varied = [name for name in named if len({run.settings.get(name) for run in runs}) > 1]
-    rows = [Row(run, test, varied) for run in runs for test in (run.tests or [None])]  # type: ignore[list-item]
+        raise MetacvError("; ".join([f"{', '.join(cfg.runs)}: no run with a best.pt in there", *notes]))
+    rows = [Row(run, test, []) for run in runs for test in (run.tests or [None])]  # type: ignore[list-item]
+    named = sorted({name for row in rows for name in (*row.run.overrides, *(row.test["algo"] if row.test else ()))})
+    varied = [name for name in named if len({row.settings.get(name) for row in rows}) > 1]
+    for row in rows:
+        row.varied = varied
     rows.sort(key=lambda row: (*row.task, -row.accuracy))
+    for _, task in groupby(rows, key=lambda row: row.task):
+        choose(list(task))
+    notes = [CHOICE] * any(row.choice for row in rows) + notes
     cells = without_empty([row.cells for row in rows])
     write_bytes_atomically(folder / "report.csv", as_csv(cells).encode())
     write_bytes_atomically(folder / "report.md", as_markdown(cells).encode())
-    write_bytes_atomically(folder / "report.html", page(rows, cells).encode())
-    print(as_text(cells))
+    write_bytes_atomically(folder / "report.html", page(rows, cells, notes).encode())
+    print("\n".join([as_text(cells), *notes]))
     for kind in ("html", "md", "csv"):
         print(f"{'written:' if kind == 'html' else '':<8} {folder / f'report.{kind}'}")
     return cells
 
 
-def gather(places: Iterable[Path]) -> list[RunFound]:
-    """Every folder with a best.pt, and every evaluation of its checkpoint, wherever it lies below `places`."""
+def choose(rows: list[Row]) -> None:
+    """Of the rows of a task, by validation, since the highest of many accuracies on test is high by chance too."""
+    as_validated = [row for row in rows if not (row.test and row.test["algo"])]
+    alike = len({row.run.validated_on for row in rows}) == 1 and all(row.run.validation for row in rows)
+    if not as_validated or not alike:
+        return
+    chosen = max(as_validated, key=lambda row: row.run.validation["accuracy"])
+    for row in rows:
+        if abs(row.accuracy - chosen.accuracy) <= row.measured[1] + chosen.measured[1]:
+            row.choice = "not told apart"
+    chosen.choice = "chosen"
+
+
+@cache
+def paper_lines() -> dict[str, str]:
+    """What the head of each experiment says of its paper."""
+    return {
+        path.relative_to(EXPERIMENTS).with_suffix("").as_posix(): line
+        for path in EXPERIMENTS.rglob("*.yaml")
+        for line in path.read_text().splitlines()
+        if line.startswith("# paper ")
+    }
+
+
+def gather(places: Iterable[Path]) -> tuple[list[RunFound], list[str]]:
+    """Every folder with a best.pt, and every evaluation of its checkpoint, wherever it lies below `places`.
+
+    And a line on the runs, and one on the evaluations, that this leaves out.
+    """
     runs: dict[Path, RunFound] = {}
     tests: dict[tuple[str, ...], dict[str, Any]] = {}
+    without: dict[Path, None] = {}
     for place in places:
         for path in sorted(place.rglob("best.pt")):
             try:
@@ -154,26 +208,52 @@ def gather(places: Iterable[Path]) -> list[RunFound]:
             del saved["algorithm"]
             home = path.parent
             runs[home.resolve()] = RunFound(home, saved, digest, overrides(home), metrics(home / "metrics.jsonl"))
-        for found in tests_below(place):
-            tests[found["checkpoint_sha256"], found["episodes_sha256"], found["norm"]] = found
+        without |= dict.fromkeys(home for home in trainings(place) if not (home / "best.pt").exists())
+        for path, found in tests_below(place):
+            key = (found["checkpoint_sha256"], found["episodes_sha256"], found["norm"], str(found["algo"]))
+            tests[key] = found | {"path": path}
     for run in runs.values():
         run.tests = [found for (digest, *_), found in tests.items() if digest == run.digest]
     for folder, name in zip(runs, shortened(list(runs)) if runs else [], strict=True):
         runs[folder].name = clean(name)
-    return list(runs.values())
+    known = {run.digest for run in runs.values()}
+    strange = [found["path"] for found in tests.values() if found["checkpoint_sha256"] not in known]
+    notes = [left_out("without a best.pt (failed, or not validated yet)", "run", list(without))]
+    notes += [left_out("of a checkpoint that is not there, or has changed since", "evaluation", strange)]
+    return list(runs.values()), [note for note in notes if note]
+
+
+def trainings(place: Path) -> set[Path]:
+    """The folders that a training has written to."""
+    begun = {path.parent.parent for path in place.rglob(".hydra/hydra.yaml") if "name: metacv train\n" in read(path)}
+    return begun | {path.parent for path in place.rglob("metrics.jsonl")}
+
+
+def left_out(why: str, what: str, paths: list[Path]) -> str:
+    names = [clean(str(path)) for path in sorted(set(paths))]
+    more = f" and {len(names) - 5} more" * (len(names) > 5)
+    return f"left out: {len(paths)} {what}{'s' * (len(paths) > 1)} {why}: {', '.join(names[:5])}{more}" if paths else ""
+
+
+def read(path: Path) -> str:
+    """Its text; nothing of a file that cannot be read, or is too large."""
+    try:
+        if path.is_file() and path.stat().st_size < LARGEST:
+            return path.read_text(errors="replace")
+    except OSError:
+        pass
+    return ""
 
 
 def read_json(path: Path) -> Any:
-    """Its content; nothing of a file that is damaged, or too large for a result."""
+    """Its content; nothing of a file that is damaged."""
     try:
-        if path.is_file() and path.stat().st_size < LARGEST:
-            return json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError):
-        pass
-    return None
+        return json.loads(read(path))
+    except (ValueError, RecursionError):
+        return None
 
 
-def tests_below(folder: Path) -> Iterator[dict[str, Any]]:
+def tests_below(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     """The evaluations in a folder's files; of one by ways of batch norm, or of a comparison, each."""
     for path in sorted(folder.rglob("*.json")):
         content = read_json(path)
@@ -185,12 +265,15 @@ def tests_below(folder: Path) -> Iterator[dict[str, Any]]:
             )
         for part in parts:
             if isinstance(part, dict) and "checkpoint_sha256" in part:
-                found = {"rotation": "none"} | part
+                found: dict[str, Any] = {"rotation": "none", "algo": {}} | part
                 texts = ("checkpoint_sha256", "episodes_sha256", "norm", "dataset", "split", "rotation")
                 whole = all(type(found.get(name)) is int for name in ("way", "shot", "query", "episodes"))
-                whole = whole and is_number(found.get("accuracy"), found.get("ci95"))
+                whole = (
+                    whole and is_number(found.get("accuracy"), found.get("ci95")) and isinstance(found["algo"], dict)
+                )
                 if whole and all(isinstance(found.get(name), str) for name in texts):
-                    yield found | {name: clean(found[name]) for name in texts}
+                    changed = {clean(f"algo.{name}"): clean(str(value)) for name, value in found["algo"].items()}
+                    yield path, found | {name: clean(found[name]) for name in texts} | {"algo": changed}
 
 
 def overrides(folder: Path) -> dict[str, str]:
@@ -198,18 +281,19 @@ def overrides(folder: Path) -> dict[str, str]:
     files = [read_json(path) for path in sorted(folder.glob("*.json"))]
     words = next((found["overrides"] for found in files if isinstance(found, dict) and "overrides" in found), None)
     if words is None:
-        try:
-            words = yaml.safe_load((folder / ".hydra/overrides.yaml").read_text())
-        except (OSError, ValueError, yaml.YAMLError):
+        try:  # as plain text, in which nothing can be merged
+            words = yaml.load(read(folder / ".hydra/overrides.yaml"), yaml.BaseLoader)
+        except (ValueError, RecursionError, yaml.YAMLError):
             words = []
-    pairs = [clean(str(word)).lstrip("+").partition("=") for word in words if isinstance(words, list)]
+    texts = dict.fromkeys(word for word in words if isinstance(word, str)) if isinstance(words, list) else {}
+    pairs = [clean(word).lstrip("+").partition("=") for word in texts]
     return {name: value for name, _, value in pairs if name.split(".")[0] not in RUNNERS | ELSEWHERE}
 
 
 def metrics(path: Path) -> list[dict[str, float]]:
     """The lines that can be drawn."""
     found = []
-    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
+    for line in read(path).splitlines():
         try:
             content = json.loads(line)
         except (ValueError, RecursionError):
@@ -249,12 +333,9 @@ def without_empty(cells: list[dict[str, str]]) -> list[dict[str, str]]:
 
 def as_csv(cells: list[dict[str, str]]) -> str:
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(cells[0]))
-    writer.writeheader()
-    for row in cells:  # a spreadsheet would compute what begins so
-        writer.writerow(
-            {name: f"'{value}" if re.match(r"[=@]|[+-][^\d.]", value) else value for name, value in row.items()}
-        )
+    writer = csv.writer(text)
+    for line in (cells[0], *(row.values() for row in cells)):
+        writer.writerow(map(csv_safe, line))
     return text.getvalue()
 
 

@@ -1,13 +1,15 @@
 """Comparing runs on the same episodes."""
 
 import json
+import shutil
+from itertools import combinations
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import SMALL, quick
 
-from metacv.compare import difference, shortened
+from metacv.compare import difference, shortened, t_quantile
 
 ASKED = ("query=5", "episodes=20", "norm=inductive")
 
@@ -53,10 +55,11 @@ def test_every_pair_has_the_difference_of_its_accuracies(metacv, runs):
         assert f"{100 * one['mean']:+6.2f} ± {100 * one['ci95']:.2f} %" in out
 
 
-def test_the_interval_of_a_difference_holds_the_truth_in_95_of_100_cases():
-    """Episodes of 75 queries, some harder than others for both models, 2000 comparisons of 200 episodes each."""
+@pytest.mark.parametrize("episodes", [2, 5, 8, 200])
+def test_the_interval_of_a_difference_holds_the_truth_in_95_of_100_cases(episodes):
+    """Episodes of 75 queries, some harder than others for both models, 2000 comparisons."""
     generator = torch.Generator().manual_seed(0)
-    hardness = 0.1 * torch.randn(2000, 200, generator=generator, dtype=torch.float64)
+    hardness = 0.1 * torch.randn(2000, episodes, generator=generator, dtype=torch.float64)
     better, worse = (0.80 + hardness).clamp(0, 1), (0.77 + hardness).clamp(0, 1)
     truth = 0.0
     for draws in range(50):  # what clamping leaves of 3 %
@@ -70,9 +73,28 @@ def test_the_interval_of_a_difference_holds_the_truth_in_95_of_100_cases():
     found = [difference(a, b) for a, b in zip(one, other, strict=True)]
     covered = sum(abs(result["mean"] - truth) <= result["ci95"] for result in found) / len(found)
     assert 0.93 <= covered <= 0.97
-    # and it is narrower than that of two independent samples
-    alone = sum(float((1.96**2 * (a.var() + b.var()) / 200) ** 0.5) for a, b in zip(one, other, strict=True))
+    # and it is narrower than that of two independent samples, with the same quantile
+    t = t_quantile(0.05, episodes - 1)
+    alone = sum(float((t**2 * (a.var() + b.var()) / episodes) ** 0.5) for a, b in zip(one, other, strict=True))
     assert sum(result["ci95"] for result in found) < 0.65 * alone
+
+
+def test_the_quantiles_of_students_t_are_those_of_the_tables():
+    for beyond, freedom, known in (
+        (0.05, 1, 12.7062), (0.05, 2, 4.3027), (0.05, 4, 2.7764), (0.05, 7, 2.3646), (0.05, 30, 2.0423),
+        (0.05, 599, 1.9639), (0.05, 10**5, 1.95998), (0.01, 1, 63.6567), (0.01, 10, 3.1693), (0.001, 5, 6.8688),
+    ):  # fmt: skip
+        assert t_quantile(beyond, freedom) == pytest.approx(known, rel=1e-4)
+
+
+def test_the_intervals_of_all_pairs_hold_together_in_95_of_100_cases():
+    """Four models that are equally good, and 1000 comparisons of all six pairs."""
+    accuracy = torch.randn(1000, 4, 10, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    told_apart = 0
+    for models in accuracy:
+        found = [difference(one, other, pairs=6) for one, other in combinations(models, 2)]
+        told_apart += any(abs(result["mean"]) > result["ci95"] for result in found)
+    assert 0.03 * 1000 <= told_apart + 10 <= 0.07 * 1000
 
 
 def test_runs_are_named_without_what_they_share():
@@ -110,3 +132,32 @@ def test_runs_on_other_data_need_a_data_set_that_is_said(metacv, runs, place):
     assert "elsewhere is tested on other images than" in err
     code, _, err = metacv("compare", runs[0], "elsewhere", *ASKED, "dataset.classes={train:30,val:8,test:8}")
     assert (code, err) == (0, "")
+
+
+def test_a_sweep_is_compared_by_the_names_that_the_shell_gives_it(metacv, runs):
+    for name in ("proto", "other"):
+        shutil.copytree(Path(runs[0]).parent / name, Path("sweep") / name)
+    Path("sweep/multirun.yaml").write_text("hydra: {}")
+    code, out, err = metacv("compare", *sorted(map(str, Path("sweep").glob("*"))), *ASKED)
+    assert (code, err) == (0, "")
+    assert "other - proto" in out
+    assert metacv("compare", "sweep/multirun.yaml", "sweep/proto/best.pt")[2] == (
+        "metacv: sweep/multirun.yaml is not a checkpoint of metacv, or is damaged\n"
+    )
+
+
+def test_a_damaged_checkpoint_is_named(metacv, runs):
+    shutil.copytree(runs[0], "damaged")
+    path = Path("damaged/best.pt")
+    path.write_bytes(path.read_bytes()[:500])
+    code, out, err = metacv("compare", runs[1], "damaged", *ASKED)
+    assert (code, out, err) == (1, "", "metacv: damaged/best.pt is not a checkpoint of metacv, or is damaged\n")
+
+
+def test_two_episodes_are_enough_for_an_interval_which_is_wide(metacv, runs):
+    code, out, err = metacv("compare", *runs[:2], *ASKED, "episodes=2", "hydra.run.dir=out")
+    assert (code, err) == (0, "")
+    assert "the same 2 episodes" in out
+    assert "may be chance" in out
+    assert "over the draw of episodes" in out
+    assert metacv("compare", *runs[:2], *ASKED, "episodes=1")[2].startswith("metacv: episodes=1: an interval needs at")

@@ -1,16 +1,20 @@
 """Reports: what lies in the folders, read back from the table and from the page in a real browser."""
 
 import csv
+import hashlib
 import json
 import re
 import shutil
 import subprocess
+from html import escape
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import quick
 
-from metacv.page import chart, ticks
+from metacv.files import csv_safe
+from metacv.page import chart, point, ticks
 
 ROOT = Path(__file__).resolve().parent.parent
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -160,7 +164,7 @@ def test_names_cannot_break_the_page(metacv, runs):
     assert "&lt;script&gt;" in page
     assert "\\|" in Path("out/report.md").read_text()
     result = json.loads(Path("odd", odd, "result.json").read_text())
-    result["overrides"] += ["=cmd", "a|b=\x1b[31m\ud800", "way=9"]
+    result["overrides"] += ["=cmd", "a|b=\x1b[31m\ud800", "way=9", "@SUM(1)=-1+cmd|' /C calc'!A0"]
     Path("odd", odd, "result.json").write_text(json.dumps(result))
     Path("odd/=1+1").mkdir()
     shutil.copy(source / "best.pt", "odd/=1+1/best.pt")
@@ -168,6 +172,7 @@ def test_names_cannot_break_the_page(metacv, runs):
     assert code == 0
     assert "\x1b" not in out
     assert "'=1+1" in [row["run"] for row in rows("out")]
+    assert "'-1+cmd|' /C calc'!A0" in [row["'@SUM(1)"] for row in rows("out")]
 
 
 def test_nothing_to_report_and_damaged_files_have_a_line_each(metacv, runs):
@@ -195,6 +200,13 @@ def test_nothing_to_report_and_damaged_files_have_a_line_each(metacv, runs):
     assert len({row["run"] for row in rows("out")}) == 3
 
 
+def test_a_spreadsheet_computes_nothing_and_numbers_stay_numbers():
+    for text in ("=1+1", "@SUM(A1)", "+1+2", "-1+cmd|' /C calc'!A0", "+cmd", "- 1", " =1", "\t=1", "\n1", "\uff1d1"):
+        assert csv_safe(text) == f"'{text}"
+    for text in ("", "1", "-1", "+1", "-0.5", "-.5", "1e-3", "-1E+3", "98.70 ± 0.40", "a=b", "run/1", "5-way 1-shot"):
+        assert csv_safe(text) == text
+
+
 def test_ticks_are_round_and_enclose_what_is_shown():
     assert ticks(0, 10000) == [0, 2000, 4000, 6000, 8000, 10000]
     assert ticks(93.1, 98.9) == [92, 94, 96, 98, 100]
@@ -220,31 +232,124 @@ def test_a_chart_puts_every_point_where_its_values_say():
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1200])
-def test_a_browser_shows_the_page_without_a_network_and_within_its_width(metacv, runs, tmp_path, width):
+def test_a_browser_shows_the_page_without_a_network_and_within_its_width(metacv, runs, tmp_path, width, dark):
     metacv("report", str(runs), "hydra.run.dir=out")
-    page = Path("out/report.html")
-    text = page.read_text()
+    text = Path("out/report.html").read_text()
     assert not re.search(r"""(src|href)=["'](?!data:)|url\(|@import|<script""", text)
-    # The page reports what the browser made of it: how wide it is, and whether every picture could be decoded.
-    probe = """<pre id="probe"></pre><script>
-      addEventListener("load", () => document.getElementById("probe").textContent = JSON.stringify({
-        fits: document.documentElement.scrollWidth <= innerWidth,
+    # The page tells what the browser made of it, from a frame: a window itself is never narrower than 500.
+    probe = """<script>
+      const light = colour => { const [r, g, b] = colour.map(v => v / 255).map(
+        v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4); return 0.2126 * r + 0.7152 * g + 0.0722 * b }
+      const colour = text => text.match(/[\\d.]+/g).map(Number)
+      const ground = node => { for (; node; node = node.parentElement) {
+        const own = colour(getComputedStyle(node).backgroundColor); if (own[3] !== 0) return own } }
+      const contrast = node => { const style = getComputedStyle(node)
+        const ink = colour(node.closest("svg") ? style.fill : style.color)
+        const [a, b] = [ink, ground(node)].map(c => light(c.slice(0, 3)))
+        return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05) }
+      addEventListener("load", () => { const all = [...document.body.querySelectorAll("*")]
+        const said = all.filter(n => n.tagName !== "SCRIPT" && [...n.childNodes].some(c => c.data?.trim()))
+        parent.document.getElementById("probe").textContent = JSON.stringify({
+        width: innerWidth, dark: matchMedia("(prefers-color-scheme: dark)").matches,
+        page: document.documentElement.scrollWidth, texts: said.length,
+        widest: Math.max(...all.filter(n => !n.closest(".wide > *")).map(n => n.getBoundingClientRect().right)),
+        contrast: Math.min(...said.map(contrast)),
         pictures: [...document.images].map(image => image.naturalWidth),
         text: Math.min(...[...document.querySelectorAll("svg text")].map(t => t.getBoundingClientRect().height)),
         charts: document.querySelectorAll("svg polyline").length,
-        rows: document.querySelectorAll("tbody tr").length}))</script>"""
-    Path("probed.html").write_text(text.replace("</body>", f"{probe}</body>"))
+        rows: document.querySelectorAll("tbody tr").length})})</script>"""
+    framed = escape(text.replace("</body>", f"{probe}</body>"))
+    frame = f'<iframe style="border:0;height:900px;width:{width}px" srcdoc="{framed}"></iframe>'
+    Path("probed.html").write_text(f'<!DOCTYPE html><meta charset="utf-8"><pre id="probe"></pre>{frame}')
     done = subprocess.run(
         [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}",
-         f"--window-size={width},900", "--virtual-time-budget=3000", "--dump-dom", str(Path("probed.html").resolve())],
+         "--disable-quic", "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}",
+         f"--blink-settings=preferredColorScheme={0 if dark else 1}", "--window-size=1300,900",
+         "--virtual-time-budget=3000", "--dump-dom", str(Path("probed.html").resolve())],
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     found = json.loads(re.search(r'<pre id="probe">(.*?)</pre>', done.stdout)[1])
-    assert found["fits"]
+    assert (found["width"], found["dark"]) == (width, dark)
+    assert found["page"] <= width
+    assert found["widest"] <= width
+    assert found["texts"] > 50
+    assert found["contrast"] >= 4.5
     assert len(found["pictures"]) == 4
     assert min(found["pictures"]) > 100
     assert found["charts"] > 4
     assert found["text"] > 11
     assert found["rows"] == len(rows("out"))
+
+
+def tests_of(name: str, accuracies: dict[str, float], folder: str, **changes) -> None:
+    """Copies of a kept model that differ in the seed, and a result for each."""
+    kept = ROOT / "outputs/reference/omniglot" / name
+    saved = torch.load(kept / "best.pt", weights_only=True)
+    for seed, (run, accuracy) in enumerate(accuracies.items()):
+        home = Path(folder, run)
+        home.mkdir(parents=True, exist_ok=True)
+        own = saved | {"config": saved["config"] | {"seed": seed}, "validation": {"accuracy": 1 - accuracy, "ci95": 0}}
+        torch.save(own, home / "best.pt")
+        digest = hashlib.sha256((home / "best.pt").read_bytes()).hexdigest()
+        test = json.loads((kept / "result.json").read_text()) | {"accuracy": accuracy, "checkpoint_sha256": digest}
+        for shot in (1, 5):
+            own_test = test | {"shot": shot, "episodes_sha256": str(shot)} | changes
+            (home / f"{shot}{''.join(changes)}.json").write_text(json.dumps(own_test))
+
+
+def test_validation_chooses_and_what_overlaps_is_not_told_apart(metacv):
+    tests_of("protonet_5w1s", {"a": 0.80, "b": 0.801, "c": 0.99}, "own")
+    code, out, _ = metacv("report", "own", "hydra.run.dir=out")
+    assert code == 0
+    chosen = {(row["run"], row["task"]): row["choice"] for row in rows("out")}
+    for task in ("5-way 1-shot", "5-way 5-shot"):
+        assert [chosen[run, task] for run in "abc"] == ["chosen", "not told apart", ""]
+    assert "metacv compare" in out
+    page = Path("out/report.html").read_text()
+    # The line is the mean of the three seeds, with Student's t of two degrees of freedom over them.
+    assert re.search(r"ProtoNet, trained \d+-way 1-shot: 3 runs<", page)
+    assert point(1, [{"accuracy": a, "ci95": 0.0} for a in (0.1, 0.2, 0.3)]) == pytest.approx((1, 20, 24.84), abs=0.01)
+    assert point(1, [{"accuracy": 0.1, "ci95": 0.02}]) == (1, 10, 2)
+
+
+def test_an_evaluation_with_other_settings_stands_beside_the_default_one(metacv):
+    tests_of("protonet_5w1s", {"a": 0.80}, "own")
+    for shot in (1, 5):
+        content = json.loads(Path(f"own/a/{shot}.json").read_text())
+        Path(f"own/a/{shot}_changed.json").write_text(
+            json.dumps(content | {"accuracy": 0.9, "algo": {"temperature": 2}})
+        )
+    assert metacv("report", "own", "hydra.run.dir=out")[0] == 0
+    found = {(row["task"], row["algo.temperature"]): row for row in rows("out")}
+    assert set(found) == {(f"5-way {shot}-shot", t) for shot in (1, 5) for t in ("1.0", "2")}
+    assert found["5-way 1-shot", "2"]["test %"].startswith("90.00")
+    assert found["5-way 1-shot", "2"]["choice"] != "chosen"
+
+
+def test_what_a_stranger_wrote_stays_small(metacv):
+    tests_of("protonet_5w1s", {"a": 0.80}, "own")
+    Path("own/a/.hydra").mkdir()
+    bombs = "".join(f"- &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 9))
+    Path("own/a/.hydra/overrides.yaml").write_text(f"- &a0 [x]\n{bombs}- &m way=5\n- *m\n")
+    Path("own/a/metrics.jsonl").write_text('{"step": 1, "val/accuracy": 0.5}\n' * 400_000)
+    assert metacv("report", "own", "hydra.run.dir=out")[0] == 0
+    assert Path("out/report.html").stat().st_size < 20_000
+
+
+def test_what_is_left_out_is_counted_and_named(metacv):
+    tests_of("protonet_5w1s", {"a": 0.80}, "own")
+    tests_of("protonet_5w1s", {"b": 0.80}, "own", checkpoint_sha256="of another")
+    Path("own/failed").mkdir()
+    Path("own/failed/metrics.jsonl").write_text("")
+    out = metacv("report", "own", "hydra.run.dir=out")[1]
+    assert "left out: 1 run without a best.pt (failed, or not validated yet): own/failed\n" in out
+    assert "evaluations of a checkpoint that is not there, or has changed since: own/b/" in out
+    assert "own/failed" in Path("out/report.html").read_text()
+
+
+def test_a_folder_that_cannot_be_written_has_a_line(metacv):
+    tests_of("protonet_5w1s", {"a": 0.80}, "own")
+    Path("out/report.html").mkdir(parents=True)
+    assert metacv("report", "own", "hydra.run.dir=out")[::2] == (1, "metacv: out/report.html: Is a directory\n")
