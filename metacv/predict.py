@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from metacv import MetacvError, checkpoint
+from metacv.algorithms.base import Algorithm, Norm
 from metacv.build import build_algorithm, build_dataset, check_settings, pick_device
 from metacv.cli import setting
 from metacv.config import PredictConfig
@@ -53,10 +54,11 @@ class Support:
 def predict(cfg: DictConfig, folder: Path) -> list[dict[str, Any]]:
     """Labels `cfg.query` and writes predictions.csv, .json and .png into `folder`."""
     check_settings(cfg, PredictConfig)
-    check_norm(cfg.norm)
     path, saved = _model(cfg)
-    changes: dict[str, Any] = {group: OmegaConf.to_container(cfg[group]) for group in ("algo", "dataset")}
+    given: dict[str, Any] = OmegaConf.to_container(cfg)  # type: ignore[assignment]
+    changes = {name: given[name] for name in ("norm", "algo", "dataset")}
     config = checkpoint.without_places(with_changes(saved["config"], changes, path))
+    check_norm(config["norm"])
     device = pick_device(cfg.device)
     dataset = build_dataset(config, ".")
     support = _kept_support(saved, path) if cfg.adapted else read_support(Path(cfg.support).expanduser(), dataset)
@@ -68,8 +70,7 @@ def predict(cfg: DictConfig, folder: Path) -> list[dict[str, Any]]:
     algorithm = build_algorithm(config, tuple(saved["image_shape"]))
     checkpoint.load_weights(algorithm, saved, path)
     algorithm.to(device)
-    parts = images.split(QUERIES_AT_ONCE) if cfg.norm == "inductive" else [images]
-    logits = torch.cat([algorithm.predict(support.task(part, device), cfg.norm)[0] for part in parts])
+    logits = label(algorithm, support, images, config["norm"], device)
     probabilities = algorithm.probabilities(logits).cpu()
     if not probabilities.isfinite().all():
         raise MetacvError(f"{path}: the probabilities are not finite; the weights are not, or adaptation diverges")
@@ -86,8 +87,20 @@ def predict(cfg: DictConfig, folder: Path) -> list[dict[str, Any]]:
         keep = {"images": support.images, "shots": list(support.shots), "classes": list(support.classes)}
         content = {name: saved[name] for name in checkpoint.WEIGHTS} | {"config": config, "support": keep}
         checkpoint.save(Path(cfg.save).expanduser(), content)
-    _show(folder, predictions, cfg)
+    _show(folder, predictions, cfg, config["norm"])
     return predictions
+
+
+def label(algorithm: Algorithm, support: Support, images: Tensor, norm: Norm, device: torch.device) -> Tensor:
+    """Logits [B, N] of query images [B, C, H, W] (uint8); transductive ones are of one task, as in evaluation."""
+    parts = images.split(QUERIES_AT_ONCE if norm == "inductive" else len(images))
+    try:
+        return torch.cat([algorithm.predict(support.task(part, device), norm)[0] for part in parts])
+    except (RuntimeError, ValueError) as error:  # no memory for so many, or a single one has no statistics
+        if norm == "inductive":
+            raise
+        said = str(error).splitlines()[0]
+        raise MetacvError(f"norm=transductive with {len(images)} query images: {said}; try norm=inductive") from error
 
 
 def _model(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
@@ -165,7 +178,7 @@ def _write(folder: Path, found: list[dict[str, Any]], support: Support, path: Pa
     write_bytes_atomically(folder / "predictions.json", (json.dumps(content, indent=1) + "\n").encode())
 
 
-def _show(folder: Path, found: list[dict[str, Any]], cfg: DictConfig) -> None:
+def _show(folder: Path, found: list[dict[str, Any]], cfg: DictConfig, norm: Norm) -> None:
     base = Path(cfg.query).expanduser()
     names = [str(Path(one["file"]).relative_to(base)) if base.is_dir() else one["file"] for one in found]
     wide, label = (max(map(len, words)) for words in (names[:SHOWN], [one["label"] for one in found]))
@@ -177,6 +190,8 @@ def _show(folder: Path, found: list[dict[str, Any]], cfg: DictConfig) -> None:
     if base.is_dir() and {*folders} <= found[0]["probabilities"].keys():
         right = sum(one["label"] == folder for one, folder in zip(found, folders, strict=True))
         print(f"accuracy {100 * right / len(found):.2f} %: {right} of {len(found)}, by the folders that they lie in")
+    if norm == "transductive":
+        print("norm=transductive: each label depends on the other query images; norm=inductive labels each for itself")
     for kind in ("csv", "json", "png"):
         print(f"{'written:' if kind == 'csv' else '':<8} {folder / f'predictions.{kind}'}")
     if cfg.save:

@@ -13,7 +13,7 @@ from conftest import ALGORITHMS, bank_of, quick
 from PIL import Image
 
 from metacv import checkpoint
-from metacv.build import build_algorithm
+from metacv.build import build_algorithm, build_dataset
 from metacv.cli import quoted
 from metacv.config import PredictConfig
 from metacv.config_dir import config_dir
@@ -84,7 +84,7 @@ def test_predict_labels_every_image_and_keeps_what_it_needs(metacv, trained, alg
 @pytest.mark.parametrize("algo", ALGORITHMS)
 def test_a_label_does_not_depend_on_the_other_queries(metacv, trained, algo):
     lay_out(Path("own"), [2] * 5, query=2)
-    words = (f"checkpoint={trained(algo)}", "support=own/support")
+    words = (f"checkpoint={trained(algo)}", "support=own/support", "norm=inductive")
     metacv("predict", *words, "query=own/query", "hydra.run.dir=all")
     for row in table("all")[::4]:
         metacv("predict", *words, f"query={row['file']}", "hydra.run.dir=one")
@@ -105,6 +105,67 @@ def test_predict_agrees_with_evaluation_task_by_task(data_dir):
     assert torch.equal(own.support_x, tasks.support_x)
     assert torch.equal(own.support_y, tasks.support_y)
     assert torch.equal(algorithm.predict(own, "inductive"), algorithm.predict(tasks, "inductive"))
+
+
+def as_files(folder: str, images: torch.Tensor) -> None:
+    """A folder for each class of images [N, B, 1, H, W]."""
+    for c, own in enumerate(images):
+        (Path(folder) / str(c)).mkdir(parents=True)
+        for i, image in enumerate(own):
+            Image.fromarray(image[0].numpy()).save(f"{folder}/{c}/{i}.png")
+
+
+@pytest.mark.parametrize("norm", ["inductive", "transductive"])
+@pytest.mark.parametrize("algo", ["maml", "protonet", "reptile"])
+def test_predict_says_of_files_what_evaluation_says_of_the_same_tasks(metacv, algo, norm):
+    """By the norm that the model was trained to be tested with, and from what `save` keeps too."""
+    for i, split in enumerate(("train", "val", "test")):
+        as_files(f"own/{split}", draw_glyphs(4, 7, seed=i))
+        for c in range(4):
+            Path(f"own/{split}/{c}").rename(f"own/{split}/{split}{c}")
+    words = ("dataset=image_folder", "dataset.root=own", "dataset.size=28", "dataset.color=false", f"norm={norm}")
+    small = ("way=3", "shot=2", "query=5", "train_shot=2", "train_query=5", "hydra.run.dir=run")
+    assert metacv("train", f"algo={algo}", *words, *quick(algo)[2:], *small)[0] == 0
+    assert metacv("evaluate", "checkpoint=run", "episodes=2", "hydra.run.dir=evaluation")[0] == 0
+    evaluated = json.loads(Path("evaluation/result.json").read_text())
+
+    saved = checkpoint.load(Path("run/best.pt"))
+    bank = build_dataset(saved["config"], "cache").load("test")
+    sampler = EpisodeSampler(bank, 3, 2, 5)
+    algorithm = build_algorithm(saved["config"], bank.image_shape)
+    algorithm.load_state_dict(saved["algorithm"])
+    rows = sampler.draw(2)
+    probabilities = algorithm.probabilities(algorithm.predict(sampler.gather(rows), norm))
+    accuracies = []
+    for task in range(2):
+        images = sampler.images[rows[task]]
+        as_files(f"{task}/support", images[:, :2])
+        as_files(f"{task}/query", images[:, 2:])
+        words = (f"query={task}/query", "hydra.run.dir=labels")
+        code, out, _ = metacv("predict", "checkpoint=run", f"support={task}/support", "save=kept.pt", *words)
+        assert code == 0
+        assert ("norm=transductive: each label depends on" in out) == (norm == "transductive")
+        whole = json.loads(Path("labels/predictions.json").read_text())["predictions"]
+        found = torch.tensor([[*one["probabilities"].values()] for one in whole])
+        torch.testing.assert_close(found, probabilities[task], rtol=1e-3, atol=1e-4)
+        accuracies.append(sum(Path(one["file"]).parent.name == one["label"] for one in whole) / 15)
+        assert metacv("predict", "adapted=kept.pt", *words)[0] == 0
+        assert json.loads(Path("labels/predictions.json").read_text())["predictions"] == whole
+    assert sum(accuracies) / 2 == pytest.approx(evaluated["accuracy"])
+    assert evaluated["norm"] == norm
+
+
+def test_more_transductive_queries_than_memory_holds_are_told(metacv, trained, monkeypatch):
+    lay_out(Path("own"), [1, 1], query=1)
+    run = trained("protonet")
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 TiB\nmore")
+
+    monkeypatch.setattr("metacv.algorithms.base.Algorithm.predict", full)
+    words = (f"checkpoint={run}", "support=own/support", "query=own/query", "norm=transductive")
+    said = "norm=transductive with 2 query images: CUDA out of memory. Tried to allocate 1 TiB; try norm=inductive"
+    assert metacv("predict", *words) == (1, "", f"metacv: {said}\n")
 
 
 def algorithm_of(target: str, **settings):
