@@ -85,7 +85,10 @@ def predict(cfg: DictConfig, folder: Path) -> list[dict[str, Any]]:
     prediction_picture(images, labels).save(folder / "predictions.png")
     if cfg.save:
         keep = {"images": support.images, "shots": list(support.shots), "classes": list(support.classes)}
-        content = {name: saved[name] for name in checkpoint.WEIGHTS} | {"config": config, "support": keep}
+        content = {name: saved[name] for name in checkpoint.WEIGHTS} | {
+            "config": checkpoint.without_folders(config),
+            "support": keep,
+        }
         checkpoint.save(Path(cfg.save).expanduser(), content)
     _show(folder, predictions, cfg, config["norm"])
     return predictions

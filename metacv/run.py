@@ -1,6 +1,7 @@
 """A training run: its state, its folder, how it is stopped and how it goes on."""
 
 import contextlib
+import os
 import shutil
 import signal
 import threading
@@ -211,6 +212,9 @@ def begin_or_resume(
     given = {word.split("=")[0]: word for word in overrides if {word, word.split("=")[0]}.isdisjoint(again)}
     overrides = [word for word in own if word.split("=")[0] not in given] + list(given.values())
     config = plain(compose("train", overrides))
+    asked = {name.lstrip("+") for name in given}
+    trained_on = state["config"]["dataset"].items()
+    config["dataset"] |= {k: v for k, v in trained_on if k in checkpoint.FOLDERS and f"dataset.{k}" not in asked}
     for name, given, trained in _differences(config, as_now(state["config"])):
         if RESUMABLE.isdisjoint({name, name.split(".")[0]}):
             raise MetacvError(f"resume: {name} is {given} but {path} was trained with {trained}")
@@ -224,6 +228,9 @@ def begin_or_resume(
 def plain(cfg: DictConfig) -> dict[str, Any]:
     check_settings(cfg, TrainConfig)
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
+    for name in checkpoint.FOLDERS & config["dataset"].keys():  # so that it is found from any folder
+        if isinstance(place := config["dataset"][name], str):
+            config["dataset"][name] = os.path.abspath(os.path.expanduser(place))
     return config
 
 

@@ -151,6 +151,9 @@ def test_predict_says_of_files_what_evaluation_says_of_the_same_tasks(metacv, al
         accuracies.append(sum(Path(one["file"]).parent.name == one["label"] for one in whole) / 15)
         assert metacv("predict", "adapted=kept.pt", *words)[0] == 0
         assert json.loads(Path("labels/predictions.json").read_text())["predictions"] == whole
+    assert str(Path.cwd()).encode() not in Path("kept.pt").read_bytes()
+    code, _, err = metacv("evaluate", "checkpoint=kept.pt")
+    assert (code, err) == (1, "metacv: dataset.root=null: it must name a folder of images\n")
     assert sum(accuracies) / 2 == pytest.approx(evaluated["accuracy"])
     assert evaluated["norm"] == norm
 

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from metacv import MetacvError
 
+DECODING = 1  # to be raised when a file becomes another tensor: older caches are made again
 Fit = Literal["crop", "stretch"]
 # Of large files and damaged EXIF: what cannot be read is told in lines of our own.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -112,6 +113,10 @@ def read_or_tell(label: str, files: list[Path], read: Callable[[Path], Tensor]) 
 def folders_in(folder: Path) -> list[Path]:
     """By name, without hidden ones."""
     return sorted(p for p in folder.glob("*") if p.is_dir() and not p.name.startswith(HIDDEN))
+
+
+def holds_folders_alone(folder: Path) -> bool:
+    return bool(folders_in(folder)) and not any(p.is_file() and not p.name.startswith(HIDDEN) for p in folder.glob("*"))
 
 
 def files_below(folder: Path) -> list[Path]:
