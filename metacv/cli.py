@@ -29,6 +29,8 @@ metacv: meta-learning for few-shot image classification
 HYDRA_FULL_ERROR=1 shows the traceback of an error.
 """
 COMMANDS = ("train", "evaluate", "predict", "compare", "report")
+PATHS = {"checkpoint", "support", "adapted", "query", "save", "resume", "data_dir"}
+PATHS |= {"dataset.root", "dataset.split_file", "hydra.run.dir", "hydra.sweep.dir"}
 
 
 def main() -> None:
@@ -85,20 +87,17 @@ def _processes() -> int:
 
 def _adjusted(command: str, words: list[str]) -> list[str]:
     """The command line as Hydra is to see it."""
-    named = [word.partition("=")[2].strip("'\"") for word in words if word.startswith("hydra.run.dir=")]
-    if command == "predict" and not {"-m", "--multirun"} & {*words}:
-        paths = ("checkpoint", "support", "adapted", "query", "save")  # with any characters, as the shell hands them on
-        words = [
-            f"{name}={quoted(value)}" if name in paths and value not in ("", "null") and value[0] not in "'\"" else word
-            for word in words
-            for name, _, value in (word.partition("="),)
-        ]
+    sweeps = not {"-m", "--multirun"}.isdisjoint(words)
+    named = [os.path.expanduser(_unquoted(word[14:])) for word in words if word.startswith("hydra.run.dir=")]
+    resumed = [folder for word in words if (folder := _resumed_folder(word))]
     if command in ("compare", "report"):
         flags = [i for i, word in enumerate(words) if word.startswith("-")]
         values = {i + 1 for i in flags if words[i] in ("-c", "--cfg", "-p", "--package")}
-        runs = [i for i, word in enumerate(words) if "=" not in word and i not in {*flags, *values}]
+        places = [i for i, word in enumerate(words) if "=" not in word or os.path.exists(word)]
+        runs = [i for i in places if i not in {*flags, *values}]
         named_runs = f"runs=[{','.join(quoted(words[i]) for i in runs)}]"
         words = [word for i, word in enumerate(words) if i not in runs] + [named_runs] * bool(runs)
+    words = [_with_its_path_quoted(word, sweeps) for word in words]
     if command != "train" and named and any(Path(named[-1]).glob("*.pt")):  # before Hydra writes its config there
         print(f"metacv: hydra.run.dir={named[-1]} holds a training run: {command} elsewhere", file=sys.stderr)
         sys.exit(1)
@@ -106,7 +105,7 @@ def _adjusted(command: str, words: list[str]) -> list[str]:
         # laid over what was trained: Hydra does not know its keys
         words = [f"++{word}" if word.startswith(("algo.", "dataset.")) else word for word in words]
     if command == "train" and not named:
-        words = words + [f"hydra.run.dir={folder}" for word in words if (folder := _resumed_folder(word))]
+        words = words + [f"hydra.run.dir={quoted(folder)}" for folder in resumed]
     return words
 
 
@@ -131,22 +130,37 @@ def _help(command: str, given: list[str]) -> list[str]:
     return [f"hydra.help.template={quoted(template)}"]
 
 
-def _resumed_folder(word: str) -> str | None:
-    """resume=RUN goes on in RUN: its folder as Hydra takes it, or None for any other setting."""
+def _with_its_path_quoted(word: str, sweeps: bool) -> str:
+    """A setting that names a file or folder, of any characters, as Hydra takes it."""
     name, _, value = word.partition("=")
-    value = value.strip("'\"").replace("\\'", "'")
+    if name.lstrip("+") not in PATHS or value in ("", "null") or _unquoted(value) != value:
+        return word
+    if name == "resume" and value.lower() in ("true", "false"):
+        return word
+    if re.search(r"\$\{|[,(]" if sweeps else r"\$\{", value) and not os.path.exists(os.path.expanduser(value)):
+        return word  # an interpolation, or several values of a sweep
+    return f"{name}={quoted(os.path.expanduser(value))}"
+
+
+def _resumed_folder(word: str) -> str | None:
+    """resume=RUN goes on in RUN: its folder, or None for any other setting."""
+    name, _, value = word.partition("=")
     if name != "resume" or value.lower() in ("true", "false", ""):
         return None
-    path = Path(value).expanduser()
+    path = Path(_unquoted(value)).expanduser()
     folder = path if path.is_dir() else path.parent
-    return quoted(str(folder)) if (folder / "last.pt").is_file() else None
+    return str(folder) if (folder / "last.pt").is_file() else None
 
 
 def setting(name: str, value: Path) -> str:
-    """`name=value` as it can be typed into a shell."""
-    if re.fullmatch(r"[\w./-]+", str(value)):
-        return f"{name}={value}"
-    return shlex.quote(f"{name}={quoted(str(value))}")
+    """`name=value` as it can be typed into a shell, where `name` is one of PATHS."""
+    return shlex.quote(f"{name}={value}")
+
+
+def _unquoted(value: str) -> str:
+    """What `quoted` was given, or a path as it was typed."""
+    inner = re.fullmatch(r"(['\"])(.*)\1", value, re.DOTALL)
+    return inner[2].replace(f"\\{inner[1]}", inner[1]) if inner else value
 
 
 def quoted(value: str) -> str:

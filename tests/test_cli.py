@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import SMALL, TRAIN
 
-from metacv import completion
+from metacv import cli, completion
 from metacv.config_dir import config_dir
 
 EVALUATE = ("evaluate", "checkpoint=run", "episodes=8", "hydra.run.dir=evaluation")
@@ -297,6 +297,35 @@ def test_help_names_the_commands_and_each_commands_help_its_choices(metacv):
     assert 'eval "$(metacv -sc install=bash)"' in train
     for command in ("predict", "compare", "report"):
         assert f"metacv {command}: " in text(command)
+
+
+@pytest.mark.parametrize(
+    ("words", "seen"),
+    [
+        (["dataset.root=my photos"], ["dataset.root='my photos'"]),
+        (["dataset.root=~/photos"], ["dataset.root='/home/me/photos'"]),
+        (["++dataset.root=it's"], ["++dataset.root='it\\'s'"]),
+        (["dataset.root='quoted, as Hydra wants it'"], ["dataset.root='quoted, as Hydra wants it'"]),
+        (["data_dir=${oc.env:DATA}/a"], ["data_dir=${oc.env:DATA}/a"]),
+        (["-m", "dataset.root=a,b"], ["-m", "dataset.root=a,b"]),
+        (["-m", "dataset.root=there,too"], ["-m", "dataset.root='there,too'"]),
+        (["-m", "dataset.root=my photos"], ["-m", "dataset.root='my photos'"]),
+        (["dataset.split_file=null"], ["dataset.split_file=null"]),
+        (["resume=true"], ["resume=true"]),
+        (["way=5", "dataset.fractions={train:1,val:1,test:1}"], ["way=5", "dataset.fractions={train:1,val:1,test:1}"]),
+    ],
+)
+def test_paths_are_quoted_for_hydra_and_nothing_else_is(monkeypatch, tmp_path, words, seen):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    Path("there,too").mkdir()
+    assert cli._adjusted("train", words) == seen
+
+
+def test_a_run_with_an_equals_sign_in_its_name_is_a_run_and_no_setting(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    Path("lr=1").mkdir()
+    assert cli._adjusted("compare", ["lr=1", "lr=2", "b"]) == ["lr=2", "runs=['lr=1','b']"]
 
 
 def quickest(*arguments: str, **environment: str) -> float:

@@ -257,6 +257,24 @@ def test_a_run_is_evaluated_and_goes_on_from_any_folder(metacv, monkeypatch, tmp
     assert "were trained or validated on" in err
 
 
+@pytest.mark.parametrize("place", ["a, b=c & d#(1) 'é", "2024", "~/fotos", "фото"])
+def test_paths_are_taken_as_the_shell_hands_them_on(metacv, monkeypatch, tmp_path, place):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for name in (f"{place}", f"{place}/run's"):
+        Path(name).expanduser().mkdir(parents=True)
+    fill(Path(place).expanduser() / "own", 20)
+    folders = (f"dataset.root={place}/own", f"data_dir={place}/cache")
+    assert metacv("train", *QUICK, *folders, f"hydra.run.dir={place}/run's")[::2] == (0, "")
+    assert metacv("train", f"resume={place}/run's", "steps=6")[::2] == (0, "")
+    assert checkpoint.load(Path(place).expanduser() / "run's/last.pt")["step"] == 6
+    words = ("way=2", "episodes=5", f"dataset.split_file={place}/run's/split.json", f"data_dir={place}/cache")
+    test = ("evaluate", f"checkpoint={place}/run's", *words, f"hydra.run.dir={place}/test")
+    assert metacv(*test)[::2] == (0, "")
+    code, out, err = metacv("report", str(Path(place).expanduser()))
+    assert (code, err) == (0, "")
+    assert "5 episodes of ImageFolder test" in out
+
+
 def test_folders_of_the_same_name_do_not_share_a_cache(tmp_path, monkeypatch):
     for i, place in enumerate((tmp_path / "a", tmp_path / "b")):
         for c in range(2):
