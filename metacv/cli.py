@@ -223,7 +223,9 @@ def _run(command: str, words: list[str]) -> None:
 
 
 def _tell(error: Exception) -> None:
-    line = f"metacv: {one_line(error)}"
+    from metacv import clean
+
+    line = f"metacv: {clean(one_line(error))}"
     if _rank() == 0:
         print(line, file=sys.stderr)
     elif line.endswith("traceback)") or isinstance(error, OSError):  # what the first process does not know

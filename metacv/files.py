@@ -1,6 +1,7 @@
-"""Files of tensors that are whole at every instant, whenever the program is killed, and checked when they are read."""
+"""Files that are whole at every instant, whenever the program is killed, and safe to read, here and elsewhere."""
 
 import os
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +37,12 @@ def write_atomically(path: Path, content: Any) -> None:
 
 def write_bytes_atomically(path: Path, content: bytes) -> None:
     _atomically(path, lambda file: file.write(content))
+
+
+def csv_safe(text: str) -> str:
+    """What a spreadsheet would compute gets a ' before it; numbers stay numbers."""
+    computed = re.match(r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]|[\t\r\n]", text)
+    return f"'{text}" if computed and not re.fullmatch(r"[+-]?[\d.]+(e[+-]?\d+)?", text, re.IGNORECASE) else text
 
 
 def _atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:

@@ -295,7 +295,7 @@ def test_layouts_that_are_easily_mistaken_get_a_hint(tmp_path, capsys):
         fill(tmp_path / "alphabets" / alphabet, 3, images=1)
     bank = dataset(tmp_path / "alphabets", tmp_path, fractions={"train": 1, "val": 0, "test": 0}).load("train")
     assert bank.sizes.tolist() == [3, 3]
-    said = "2 of its 2 classes hold folders and no image of their own (Greek, ...); all that lies below is one class"
+    said = "2 of its 2 classes hold folders and no image of their own (Greek, ...); all below is one class"
     assert capsys.readouterr().err == f"metacv: alphabets train: {said}\n"
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from metacv import MetacvError
+from metacv import MetacvError, clean
 from metacv.data.bank import SPLITS, Dataset, ImageBank, Rotation, cached_bank, check_split
 from metacv.data.pictures import (
     DECODING,
@@ -24,6 +24,7 @@ from metacv.data.pictures import (
     open_picture,
     read_or_tell,
     squared,
+    tell_left_out,
 )
 
 ALIASES = {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
@@ -74,8 +75,7 @@ class ImageFolder(Dataset):
         settings |= {"decoding": DECODING}
         name = f"{self.root.resolve().name} {split}"
         bank = cached_bank(self.data_dir, f"image_folder-{split}", settings, lambda: self._decode(name, files))
-        if skipped := len(seen) - len(bank.images):
-            print(f"metacv: {name}: {skipped} of {len(seen)} files left out, as no readable images", file=sys.stderr)
+        tell_left_out(name, len(bank.images), len(seen))
         return replace(bank, name=name)
 
     def read(self, path: Path) -> Tensor:
@@ -145,8 +145,8 @@ class ImageFolder(Dataset):
 
     def _decode(self, label: str, files: dict[Path, list[Path]]) -> ImageBank:
         if nested := [folder.name for folder in files if holds_folders_alone(folder)]:
-            print(f"metacv: {label}: {len(nested)} of its {len(files)} classes hold folders and no image of their own "
-                  f"({nested[0]}, ...); all that lies below is one class", file=sys.stderr)  # fmt: skip
+            said = f"{len(nested)} of its {len(files)} classes hold folders and no image of their own"
+            print(clean(f"metacv: {label}: {said} ({nested[0]}, ...); all below is one class"), file=sys.stderr)
         kept, images = read_or_tell(label, list(chain(*files.values())), self.read)
         readable = {*kept}
         sizes = [len(readable.intersection(own)) for own in files.values()]

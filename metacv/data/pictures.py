@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from metacv import MetacvError
+from metacv import MetacvError, clean
 
 DECODING = 1  # to be raised when a file becomes another tensor: older caches are made again
 Fit = Literal["crop", "stretch"]
@@ -103,11 +103,17 @@ def read_or_tell(label: str, files: list[Path], read: Callable[[Path], Tensor]) 
         results = tqdm(pool.map(attempt, files), label, len(files), unit="image", leave=False, disable=None)
         for path, one in zip(files, results, strict=True):
             if isinstance(one, MetacvError):
-                tqdm.write(f"metacv: {one}", file=sys.stderr)
+                tqdm.write(clean(f"metacv: {one}"), file=sys.stderr)
             else:
                 kept.append(path)
                 found.append(one)
     return kept, found
+
+
+def tell_left_out(label: str, kept: int, files: int) -> None:
+    if kept < files:
+        said = f"{files - kept} of {files} files left out, as no readable images"
+        print(clean(f"metacv: {label}: {said}"), file=sys.stderr)
 
 
 def folders_in(folder: Path) -> list[Path]:
