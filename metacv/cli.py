@@ -109,25 +109,45 @@ def _adjusted(command: str, words: list[str]) -> list[str]:
     return words
 
 
-def _help(command: str, given: list[str]) -> list[str]:
-    """Hydra's help, with a line on every choice in place of bare names."""
-    if {"--help", "-h"}.isdisjoint(given):
-        return []
+def _help(command: str, words: list[str]) -> str:
+    """What the command does, a line on every choice, and the settings with the comments that the YAML files have."""
     import yaml
 
+    from metacv.completion import overridden
     from metacv.config_dir import config_dir
 
-    content = yaml.safe_load((config_dir() / f"{command}.yaml").read_text())
-    lines = []
-    for group in [next(iter(default)) for default in content["defaults"] if isinstance(default, dict)]:
-        files = sorted((config_dir() / group).rglob("*.yaml")) if "/" not in group else []
+    text = (config_dir() / f"{command}.yaml").read_text()
+    content = yaml.safe_load(text)
+    choices, settings = [], [_readable(text.partition("\n\n")[2].partition("\nhydra:")[0])]
+    groups = {group: name for default in content["defaults"] if isinstance(default, dict)
+              for group, name in default.items() if "/" not in group}  # fmt: skip
+    given = {name: value for name, _, value in (word.partition("=") for word in words)}
+    chosen = groups | given
+    for group in ("algo", "experiment"):
+        chosen |= overridden(config_dir() / group / f"{chosen.get(group)}.yaml")
+    chosen |= given
+    for group in groups:
+        files = sorted((config_dir() / group).rglob("*.yaml"))
         names = [file.relative_to(config_dir() / group).with_suffix("").as_posix() for file in files]
         for name, file in zip(names, files, strict=True):
             about = next((line for line in file.read_text().splitlines() if not line.startswith("# @package")), "")
-            lines.append(f"  {f'{group}={name}':<{len(group) + 2 + max(map(len, names))}} {about.lstrip('# ')}")
-        lines += [""] * bool(files)
-    template = content["hydra"]["help"]["template"].replace("$CHOICES", "\n".join(lines[:-1]).replace("$", "$$"))
-    return [f"hydra.help.template={quoted(template)}"]
+            choices.append(f"  {f'{group}={name}':<{len(group) + 2 + max(map(len, names))}} {about.lstrip('# ')}")
+            if name == chosen[group]:
+                own = _readable(file.read_text())
+                if file.read_text().startswith("# @package"):
+                    settings.append(f"# {group}={name}, which goes before what is above\n{own}")
+                else:
+                    settings.append("\n  ".join([f"# {group}={name}\n{group}:", *own.splitlines()]))
+        choices.append("")
+    template = content["hydra"]["help"]["template"]
+    return template.replace("$CHOICES", "\n".join(choices).rstrip()).replace("$CONFIG", "\n\n".join(settings).rstrip())
+
+
+def _readable(text: str) -> str:
+    """The settings of a YAML file without what only the program needs."""
+    text = re.sub(r"^defaults: \[(.*)\]", r"# as \1, but for:", text, flags=re.MULTILINE)
+    text = re.sub(r"^defaults:\n( .*\n)+\n?", "", text, flags=re.MULTILINE)
+    return re.sub(r"^(# @package| *_target_:).*\n", "", text, flags=re.MULTILINE).strip()
 
 
 def _with_its_path_quoted(word: str, sweeps: bool) -> str:
@@ -170,7 +190,10 @@ def quoted(value: str) -> str:
 
 
 def _run(command: str, words: list[str]) -> None:
-    sys.argv = [f"metacv {command}", *_adjusted(command, words), *_help(command, words)]
+    if {"--help", "-h"} & {*words}:
+        print(_help(command, words))
+        return
+    sys.argv = [f"metacv {command}", *_adjusted(command, words)]
     import hydra
     from hydra.core.config_store import ConfigStore
     from hydra.core.hydra_config import HydraConfig

@@ -292,8 +292,13 @@ def test_help_names_the_commands_and_each_commands_help_its_choices(metacv):
         (line,) = re.findall(rf"^  {group}={name} +(\S.+)$", train, re.MULTILINE)
         assert len(line) > 20
         assert (f"  {group}={name} " in evaluate) == (group == "dataset")
-    assert "meta_batch: 4" in train
+    assert "meta_batch: 4 # tasks a step" in train
     assert "episodes: null" in evaluate
+    assert "\n  images: 20 # a class\n" in train
+    assert "adapted: null # what an earlier `save` kept, in place of checkpoint and support" in text("predict")
+    reptile = metacv("train", "algo=reptile", "--help")[1]
+    assert "  inner_batch: 10 # images an inner step" in reptile
+    assert "# schedule=linear" in reptile
     assert 'eval "$(metacv -sc install=bash)"' in train
     for command in ("predict", "compare", "report"):
         assert f"metacv {command}: " in text(command)
@@ -340,6 +345,7 @@ def quickest(*arguments: str, **environment: str) -> float:
 
 def test_help_and_completion_answer_at_once():
     assert quickest("--help") < 0.3
+    assert quickest("train", "--help") < 0.4
     assert quickest("-sc", "query=bash", COMP_LINE="metacv train algo=maml algo.") < 0.2
 
 
