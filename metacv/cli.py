@@ -257,10 +257,12 @@ def _tell(error: Exception) -> None:
 
 def one_line(error: Exception) -> str:
     from hydra.errors import HydraException, OverrideParseException
-    from omegaconf.errors import OmegaConfBaseException
+    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
     from metacv import MetacvError
 
+    if isinstance(error, MissingMandatoryValue):
+        return f"Missing mandatory value: {error.full_key or error.key}"
     if isinstance(error, HydraException | OmegaConfBaseException):
         lines = str(error).splitlines()
         if isinstance(error.__cause__, OmegaConfBaseException):

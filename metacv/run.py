@@ -4,6 +4,7 @@ import contextlib
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -51,6 +52,15 @@ class Run:
     since_best: int = 0  # validations
     window: list[Tensor] = field(default_factory=list)  # loss and accuracy of the steps not logged yet
     began: float = field(default_factory=time.perf_counter)
+
+    def __post_init__(self) -> None:
+        if self.splits is None:
+            return
+        turns = 4 if self.config["dataset"]["test_rotation"] == "as_classes" else 1
+        way, classes = self.config["way"], turns * len(self.splits["test"])
+        if classes < way:  # which evaluation will refuse
+            said = f"way={way} but the test split has only {classes} classes"
+            print(f"metacv: {said}: dataset.fractions may give it more", file=sys.stderr)
 
     @property
     def seconds(self) -> float:

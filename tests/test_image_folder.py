@@ -127,20 +127,35 @@ def test_a_large_photograph_keeps_its_middle_or_is_stretched(tmp_path):
     assert abs(int(grey[0, 14, 14]) - (255 - 76)) <= 2
 
 
+@pytest.mark.parametrize("kind", ["jpg", "png"])
+def test_a_large_photograph_that_is_read_smaller_is_upright_too(tmp_path, kind):
+    wide = np.zeros((400, 1200, 3), np.uint8)
+    wide[:, :600], wide[:, 600:] = (255, 0, 0), (0, 0, 255)
+    turned = Image.Exif()
+    turned[0x0112] = 6  # its left is the top
+    Image.fromarray(wide).save(tmp_path / f"a.{kind}", exif=turned)
+    image = dataset(tmp_path, tmp_path, fit="stretch").read(tmp_path / f"a.{kind}")
+    red, _, blue = image.float()
+    assert min(red[:13].min(), blue[15:].min()) > 240
+    assert max(red[15:].max(), blue[:13].max()) < 15
+
+
 def test_each_unreadable_file_has_a_line_and_all_are_counted(tmp_path, capsys):
     root = fill(tmp_path / "own", 5)
     (root / "class 0/notes.txt").write_text("not an image")
     (root / "class 1/cut.png").write_bytes((root / "class 1/0.png").read_bytes()[:60])
     (root / "class 1/empty.jpg").touch()
     (root / "class 2/.hidden").write_text("not looked at")
+    (root / "class 3/phone.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
     (root / "class 2/script.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n")
     everything = {"fractions": {"train": 1, "val": 0, "test": 0}}
     bank = dataset(root, tmp_path, **everything).load("train")
     lines = capsys.readouterr().err.splitlines()
-    for name in ("class 0/notes.txt", "class 1/cut.png", "class 1/empty.jpg", "class 2/script.jpg"):
-        assert sum(line.startswith(f"metacv: {root / name} cannot be read") for line in lines) == 1
-    assert lines[-1] == "metacv: own train: 4 of 29 files left out, as no readable images"
-    assert len(lines) == 5
+    for name in ("0/notes.txt", "1/cut.png", "1/empty.jpg", "2/script.jpg", "3/phone.HEIC"):
+        assert sum(line.startswith(f"metacv: {root}/class {name} cannot be read") for line in lines) == 1
+    assert any("phone.HEIC cannot be read (Pillow does not read HEIC: convert it to JPEG or PNG)" in s for s in lines)
+    assert lines[-1] == "metacv: own train: 5 of 30 files left out, as no readable images"
+    assert len(lines) == 6
     assert bank.sizes.tolist() == [5] * 5
     again = dataset(root, tmp_path, **everything).load("train")
     assert capsys.readouterr().err.splitlines() == lines[-1:]
@@ -297,6 +312,19 @@ def test_layouts_that_are_easily_mistaken_get_a_hint(tmp_path, capsys):
     assert bank.sizes.tolist() == [3, 3]
     said = "2 of its 2 classes hold folders and no image of their own (Greek, ...); all below is one class"
     assert capsys.readouterr().err == f"metacv: alphabets train: {said}\n"
+
+
+def test_too_few_test_classes_are_told_before_the_training(metacv):
+    fill(Path("own"), 20)
+    words = ("dataset.root=own", "hydra.run.dir=run", "dataset.fractions={train:13,val:5,test:2}")
+    code, _, err = metacv("train", *QUICK, *words)
+    assert code == 0
+    assert err == "metacv: way=3 but the test split has only 2 classes: dataset.fractions may give it more\n"
+
+
+def test_root_missing_is_said(metacv):
+    code, _, err = metacv("train", *QUICK)
+    assert (code, err) == (1, "metacv: Missing mandatory value: dataset.root\n")
 
 
 def test_a_class_too_small_for_the_task_is_named(metacv):

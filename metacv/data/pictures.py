@@ -36,7 +36,9 @@ def open_picture(path: Path, side: int | None = None) -> Image.Image:
                 image = _reduced(image, side)
             return _plain(_upright(image))
     except OSError as error:
-        raise MetacvError(f"{path} cannot be read ({error.strerror or 'not a picture, or damaged'})") from None
+        heic = path.suffix.lower() in (".heic", ".heif")
+        said = "Pillow does not read HEIC: convert it to JPEG or PNG" if heic else "not a picture, or damaged"
+        raise MetacvError(f"{path} cannot be read ({error.strerror or said})") from None
     except Exception as error:  # Pillow has many words for a damaged or oversized file
         raise MetacvError(f"{path} cannot be read ({str(error) or type(error).__name__})") from None
 
