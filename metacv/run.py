@@ -56,7 +56,7 @@ class Run:
     def __post_init__(self) -> None:
         if self.splits is None:
             return
-        turns = 4 if self.config["dataset"]["test_rotation"] == "as_classes" else 1
+        turns = 4 if self.config["dataset"].get("test_rotation") == "as_classes" else 1
         way, classes = self.config["way"], turns * len(self.splits["test"])
         if classes < way:  # which evaluation will refuse
             said = f"way={way} but the test split has only {classes} classes"
