@@ -18,6 +18,7 @@ from metacv.files import read_checked, write_atomically
 
 FORMAT = 1
 WEIGHTS = {"format", "config", "image_shape", "step", "algorithm"}
+FOLDERS = {"root", "split_file"}  # settings of a data set that name files of this machine
 STATE = WEIGHTS | {
     "overrides",
     "optimizer",
@@ -92,6 +93,12 @@ def load_weights(algorithm: Algorithm, content: dict[str, Any], path: Path) -> N
 def without_places(config: dict[str, Any]) -> dict[str, Any]:
     """What it takes to evaluate, here or elsewhere: so not where this machine keeps its data."""
     return {name: value for name, value in config.items() if name not in ("data_dir", "resume")}
+
+
+def without_folders(config: dict[str, Any]) -> dict[str, Any]:
+    """What it takes to label images, which needs nothing of the trained data set but how its pictures are prepared."""
+    dataset = config["dataset"]
+    return config | {"dataset": dataset | dict.fromkeys(FOLDERS & dataset.keys())}
 
 
 def find(place: str, name: str) -> Path:

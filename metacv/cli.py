@@ -29,6 +29,8 @@ metacv: meta-learning for few-shot image classification
 HYDRA_FULL_ERROR=1 shows the traceback of an error.
 """
 COMMANDS = ("train", "evaluate", "predict", "compare", "report")
+PATHS = {"checkpoint", "support", "adapted", "query", "save", "resume", "data_dir"}
+PATHS |= {"dataset.root", "dataset.split_file", "hydra.run.dir", "hydra.sweep.dir"}
 
 
 def main() -> None:
@@ -85,20 +87,17 @@ def _processes() -> int:
 
 def _adjusted(command: str, words: list[str]) -> list[str]:
     """The command line as Hydra is to see it."""
-    named = [word.partition("=")[2].strip("'\"") for word in words if word.startswith("hydra.run.dir=")]
-    if command == "predict" and not {"-m", "--multirun"} & {*words}:
-        paths = ("checkpoint", "support", "adapted", "query", "save")  # with any characters, as the shell hands them on
-        words = [
-            f"{name}={quoted(value)}" if name in paths and value not in ("", "null") and value[0] not in "'\"" else word
-            for word in words
-            for name, _, value in (word.partition("="),)
-        ]
+    sweeps = not {"-m", "--multirun"}.isdisjoint(words)
+    named = [os.path.expanduser(_unquoted(word[14:])) for word in words if word.startswith("hydra.run.dir=")]
+    resumed = [folder for word in words if (folder := _resumed_folder(word))]
     if command in ("compare", "report"):
         flags = [i for i, word in enumerate(words) if word.startswith("-")]
         values = {i + 1 for i in flags if words[i] in ("-c", "--cfg", "-p", "--package")}
-        runs = [i for i, word in enumerate(words) if "=" not in word and i not in {*flags, *values}]
+        places = [i for i, word in enumerate(words) if "=" not in word or os.path.exists(word)]
+        runs = [i for i in places if i not in {*flags, *values}]
         named_runs = f"runs=[{','.join(quoted(words[i]) for i in runs)}]"
         words = [word for i, word in enumerate(words) if i not in runs] + [named_runs] * bool(runs)
+    words = [_with_its_path_quoted(word, sweeps) for word in words]
     if command != "train" and named and any(Path(named[-1]).glob("*.pt")):  # before Hydra writes its config there
         print(f"metacv: hydra.run.dir={named[-1]} holds a training run: {command} elsewhere", file=sys.stderr)
         sys.exit(1)
@@ -106,47 +105,82 @@ def _adjusted(command: str, words: list[str]) -> list[str]:
         # laid over what was trained: Hydra does not know its keys
         words = [f"++{word}" if word.startswith(("algo.", "dataset.")) else word for word in words]
     if command == "train" and not named:
-        words = words + [f"hydra.run.dir={folder}" for word in words if (folder := _resumed_folder(word))]
+        words = words + [f"hydra.run.dir={quoted(folder)}" for folder in resumed]
     return words
 
 
-def _help(command: str, given: list[str]) -> list[str]:
-    """Hydra's help, with a line on every choice in place of bare names."""
-    if {"--help", "-h"}.isdisjoint(given):
-        return []
+def _help(command: str, words: list[str]) -> str:
+    """What the command does, a line on every choice, and the settings with the comments that the YAML files have."""
     import yaml
 
+    from metacv.completion import overridden
     from metacv.config_dir import config_dir
 
-    content = yaml.safe_load((config_dir() / f"{command}.yaml").read_text())
-    lines = []
-    for group in [next(iter(default)) for default in content["defaults"] if isinstance(default, dict)]:
-        files = sorted((config_dir() / group).rglob("*.yaml")) if "/" not in group else []
+    text = (config_dir() / f"{command}.yaml").read_text()
+    content = yaml.safe_load(text)
+    choices, settings = [], [_readable(text.partition("\n\n")[2].partition("\nhydra:")[0])]
+    groups = {group: name for default in content["defaults"] if isinstance(default, dict)
+              for group, name in default.items() if "/" not in group}  # fmt: skip
+    given = {name: value for name, _, value in (word.partition("=") for word in words)}
+    chosen = groups | given
+    for group in ("algo", "experiment"):
+        chosen |= overridden(config_dir() / group / f"{chosen.get(group)}.yaml")
+    chosen |= given
+    for group in groups:
+        files = sorted((config_dir() / group).rglob("*.yaml"))
         names = [file.relative_to(config_dir() / group).with_suffix("").as_posix() for file in files]
         for name, file in zip(names, files, strict=True):
             about = next((line for line in file.read_text().splitlines() if not line.startswith("# @package")), "")
-            lines.append(f"  {f'{group}={name}':<{len(group) + 2 + max(map(len, names))}} {about.lstrip('# ')}")
-        lines += [""] * bool(files)
-    template = content["hydra"]["help"]["template"].replace("$CHOICES", "\n".join(lines[:-1]).replace("$", "$$"))
-    return [f"hydra.help.template={quoted(template)}"]
+            choices.append(f"  {f'{group}={name}':<{len(group) + 2 + max(map(len, names))}} {about.lstrip('# ')}")
+            if name == chosen[group]:
+                own = _readable(file.read_text())
+                if file.read_text().startswith("# @package"):
+                    settings.append(f"# {group}={name}, which goes before what is above\n{own}")
+                else:
+                    settings.append("\n  ".join([f"# {group}={name}\n{group}:", *own.splitlines()]))
+        choices.append("")
+    template = content["hydra"]["help"]["template"]
+    return template.replace("$CHOICES", "\n".join(choices).rstrip()).replace("$CONFIG", "\n\n".join(settings).rstrip())
+
+
+def _readable(text: str) -> str:
+    """The settings of a YAML file without what only the program needs."""
+    text = re.sub(r"^defaults: \[(.*)\]", r"# as \1, but for:", text, flags=re.MULTILINE)
+    text = re.sub(r"^defaults:\n( .*\n)+\n?", "", text, flags=re.MULTILINE)
+    return re.sub(r"^(# @package| *_target_:).*\n", "", text, flags=re.MULTILINE).strip()
+
+
+def _with_its_path_quoted(word: str, sweeps: bool) -> str:
+    """A setting that names a file or folder, of any characters, as Hydra takes it."""
+    name, _, value = word.partition("=")
+    if name.lstrip("+") not in PATHS or value in ("", "null") or _unquoted(value) != value:
+        return word
+    if name == "resume" and value.lower() in ("true", "false"):
+        return word
+    if re.search(r"\$\{|[,(]" if sweeps else r"\$\{", value) and not os.path.exists(os.path.expanduser(value)):
+        return word  # an interpolation, or several values of a sweep
+    return f"{name}={quoted(os.path.expanduser(value))}"
 
 
 def _resumed_folder(word: str) -> str | None:
-    """resume=RUN goes on in RUN: its folder as Hydra takes it, or None for any other setting."""
+    """resume=RUN goes on in RUN: its folder, or None for any other setting."""
     name, _, value = word.partition("=")
-    value = value.strip("'\"").replace("\\'", "'")
     if name != "resume" or value.lower() in ("true", "false", ""):
         return None
-    path = Path(value).expanduser()
+    path = Path(_unquoted(value)).expanduser()
     folder = path if path.is_dir() else path.parent
-    return quoted(str(folder)) if (folder / "last.pt").is_file() else None
+    return str(folder) if (folder / "last.pt").is_file() else None
 
 
 def setting(name: str, value: Path) -> str:
-    """`name=value` as it can be typed into a shell."""
-    if re.fullmatch(r"[\w./-]+", str(value)):
-        return f"{name}={value}"
-    return shlex.quote(f"{name}={quoted(str(value))}")
+    """`name=value` as it can be typed into a shell, where `name` is one of PATHS."""
+    return shlex.quote(f"{name}={value}")
+
+
+def _unquoted(value: str) -> str:
+    """What `quoted` was given, or a path as it was typed."""
+    inner = re.fullmatch(r"(['\"])(.*)\1", value, re.DOTALL)
+    return inner[2].replace(f"\\{inner[1]}", inner[1]) if inner else value
 
 
 def quoted(value: str) -> str:
@@ -156,7 +190,10 @@ def quoted(value: str) -> str:
 
 
 def _run(command: str, words: list[str]) -> None:
-    sys.argv = [f"metacv {command}", *_adjusted(command, words), *_help(command, words)]
+    if {"--help", "-h"} & {*words}:
+        print(_help(command, words))
+        return
+    sys.argv = [f"metacv {command}", *_adjusted(command, words)]
     import hydra
     from hydra.core.config_store import ConfigStore
     from hydra.core.hydra_config import HydraConfig
@@ -209,7 +246,9 @@ def _run(command: str, words: list[str]) -> None:
 
 
 def _tell(error: Exception) -> None:
-    line = f"metacv: {one_line(error)}"
+    from metacv import clean
+
+    line = f"metacv: {clean(one_line(error))}"
     if _rank() == 0:
         print(line, file=sys.stderr)
     elif line.endswith("traceback)") or isinstance(error, OSError):  # what the first process does not know
@@ -218,10 +257,12 @@ def _tell(error: Exception) -> None:
 
 def one_line(error: Exception) -> str:
     from hydra.errors import HydraException, OverrideParseException
-    from omegaconf.errors import OmegaConfBaseException
+    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
     from metacv import MetacvError
 
+    if isinstance(error, MissingMandatoryValue):
+        return f"Missing mandatory value: {error.full_key or error.key}"
     if isinstance(error, HydraException | OmegaConfBaseException):
         lines = str(error).splitlines()
         if isinstance(error.__cause__, OmegaConfBaseException):

@@ -63,7 +63,7 @@ def candidates(line: str) -> list[str]:
         return [word for c in choices.get(key, []) if (word := f"{key}={before}{c}").startswith(last)]
     given = dict(word.split("=", 1) for word in words[1:-1] if "=" in word)
     config = _read(path)
-    chosen = _overridden(root / "experiment" / f"{given.get('experiment')}.yaml") | given
+    chosen = overridden(root / "experiment" / f"{given.get('experiment')}.yaml") | given
     for default in defaults:
         group, name = next(iter(default.items())) if isinstance(default, dict) else ("", None)
         name = chosen.get(group, name)
@@ -84,11 +84,11 @@ def _read(path: Path) -> dict[str, Any]:
     return result
 
 
-def _overridden(path: Path) -> dict[str, str]:
+def overridden(path: Path) -> dict[str, str]:
     """The choices that an experiment, or one that it builds on, makes in other groups."""
     found: dict[str, str] = {}
     for base in _bases(path):
-        found |= _overridden(base)
+        found |= overridden(base)
     for default in _defaults(path):
         if isinstance(default, dict):
             found |= {key.removeprefix("override /"): name for key, name in default.items()}

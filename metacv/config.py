@@ -100,7 +100,7 @@ class PredictConfig:
     adapted: str | None = None
     query: str = MISSING
     save: str | None = None
-    norm: str = MISSING
+    norm: str | None = None
     algo: dict[str, Any] = MISSING
     dataset: dict[str, Any] = MISSING
     device: str = MISSING

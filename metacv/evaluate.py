@@ -136,16 +136,15 @@ def write_result(folder: Path, result: dict[str, Any]) -> None:
 
 
 def check_unseen(bank: ImageBank, config: dict[str, Any], saved: dict[str, Any], path: Path) -> None:
-    """Refuses test classes of a folder that has changed since, where they were among those of training."""
+    """Refuses test classes of a user's folder that were among those of training, before it changed or was moved."""
     trained = saved.get("splits")
-    here, then = (Path(str(c["dataset"].get("root"))).expanduser().resolve() for c in (config, saved["config"]))
-    if not trained or here != then:
+    if not trained or config["dataset"]["_target_"] != saved["config"]["dataset"]["_target_"]:
         return
     if seen := sorted({*trained["train"], *trained["val"]} & {*bank.class_names}):
         split_file = setting("dataset.split_file", path.with_name("split.json"))
         raise MetacvError(
-            f"{bank.name}: {len(seen)} of its classes ({seen[0]}, ...) were trained or validated on, as its folder has "
-            f"changed since; {split_file} keeps to the split of then"
+            f"{bank.name}: {len(seen)} of its classes ({seen[0]}, ...) bear names that were trained or validated on; "
+            f"{split_file} keeps to the split of then, and what are other classes must be renamed"
         )
 
 

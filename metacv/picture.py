@@ -1,5 +1,8 @@
 """An episode as one picture: what the model was shown and what it said."""
 
+import unicodedata
+
+import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
@@ -43,23 +46,38 @@ def episode_picture(tasks: TaskBatch, logits: Tensor, columns: int = 8, rows: in
     return as_tensor(picture)
 
 
-def prediction_picture(images: Tensor, labels: list[str], columns: int = 8, most: int = 200) -> Image.Image:
-    """Images [B, C, H, W] (uint8) as the network saw them, the first of them, each with its label beneath."""
-    shown = _thumbnails(images[:most] / 255)
-    height, width = shown.shape[1:3]
+def captioned_picture(
+    parts: list[tuple[str, list[tuple[Tensor, str, tuple[int, int, int]]]]], columns: int = 8
+) -> Image.Image:
+    """Parts, one under the other, each with a heading: images [C, H, W] (uint8) as the network saw them, with a caption
+    and the colour of both."""
+    shown = [(heading, _thumbnails(torch.stack([c[0] for c in cells]) / 255), cells) for heading, cells in parts]
+    height, width = shown[0][1].shape[1:3]
     pitch_x, pitch_y = max(width, 96) + GAP, height + GAP + CAPTION
-    columns = min(columns, len(shown))
-    picture = Image.new("RGB", (columns * pitch_x + GAP, -(-len(shown) // columns) * pitch_y + GAP), PAPER)
+    rows = [-(-len(cells) // columns) for _, cells in parts]
+    columns = min(columns, max(len(cells) for _, cells in parts))
+    size = (max(columns, 2) * pitch_x + GAP, sum(rows) * pitch_y + len(parts) * (CAPTION + GAP) + GAP)
+    picture = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(picture)
-    for i, (image, label) in enumerate(zip(shown, labels, strict=False)):
-        x, y = GAP + i % columns * pitch_x, GAP + i // columns * pitch_y
-        picture.paste(Image.fromarray(image.numpy()), (x, y))
-        draw.rectangle([(x - 1, y - 1), (x + width, y + height)], outline=LINE)
-        label = label.encode("latin1", "replace").decode("latin1")
-        while draw.textlength(label) > pitch_x - GAP:
-            label = label[1:]
-        draw.text((x, y + height + 1), label, INK)
+    top = GAP
+    for (heading, thumbnails, cells), lines in zip(shown, rows, strict=True):
+        draw.text((GAP, top), heading, INK)
+        top += CAPTION + GAP
+        for i, (image, (_, caption, colour)) in enumerate(zip(thumbnails, cells, strict=True)):
+            x, y = GAP + i % columns * pitch_x, top + i // columns * pitch_y
+            picture.paste(Image.fromarray(image.numpy()), (x, y))
+            draw.rectangle([(x - 2, y - 2), (x + width + 1, y + height + 1)], outline=colour, width=2)
+            while draw.textlength(caption) > pitch_x - GAP:
+                caption = caption[1:]
+            draw.text((x, y + height + 2), caption, INK if colour == LINE else colour)
+        top += lines * pitch_y
     return picture
+
+
+def legible(name: str, otherwise: str) -> str:
+    """The name without accents, if the picture's font, which has the letters of ASCII alone, can then show it."""
+    plain = "".join(c for c in unicodedata.normalize("NFKD", name) if not unicodedata.combining(c))
+    return plain if plain.isascii() else otherwise
 
 
 def _thumbnails(images: Tensor) -> Tensor:

@@ -3,8 +3,6 @@
 import csv
 import io
 import json
-import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,18 +11,20 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from metacv import MetacvError, checkpoint
+from metacv import MetacvError, checkpoint, clean
+from metacv.algorithms.base import Algorithm, Norm
 from metacv.build import build_algorithm, build_dataset, check_settings, pick_device
 from metacv.cli import setting
 from metacv.config import PredictConfig
-from metacv.data.bank import Dataset
+from metacv.data.bank import SPLITS, Dataset
 from metacv.data.episodes import TaskBatch
-from metacv.data.pictures import files_below, folders_in, read_or_tell
+from metacv.data.pictures import files_below, folders_in, holds_folders_alone, read_or_tell, tell_left_out
 from metacv.evaluate import check_norm, with_changes
-from metacv.files import write_bytes_atomically
-from metacv.picture import prediction_picture
+from metacv.files import csv_safe, write_bytes_atomically
+from metacv.picture import LINE, RIGHT, WRONG, captioned_picture, legible
 
 SHOWN = 40  # lines of the table on the terminal
+PICTURED = 200  # support images at most, and queries
 QUERIES_AT_ONCE = 100
 
 
@@ -53,10 +53,13 @@ class Support:
 def predict(cfg: DictConfig, folder: Path) -> list[dict[str, Any]]:
     """Labels `cfg.query` and writes predictions.csv, .json and .png into `folder`."""
     check_settings(cfg, PredictConfig)
-    check_norm(cfg.norm)
+    if cfg.save:
+        check_place_to_save(Path(cfg.save).expanduser())
     path, saved = _model(cfg)
-    changes: dict[str, Any] = {group: OmegaConf.to_container(cfg[group]) for group in ("algo", "dataset")}
+    given: dict[str, Any] = OmegaConf.to_container(cfg)  # type: ignore[assignment]
+    changes = {name: given[name] for name in ("norm", "algo", "dataset")}
     config = checkpoint.without_places(with_changes(saved["config"], changes, path))
+    check_norm(config["norm"])
     device = pick_device(cfg.device)
     dataset = build_dataset(config, ".")
     support = _kept_support(saved, path) if cfg.adapted else read_support(Path(cfg.support).expanduser(), dataset)
@@ -68,8 +71,7 @@ def predict(cfg: DictConfig, folder: Path) -> list[dict[str, Any]]:
     algorithm = build_algorithm(config, tuple(saved["image_shape"]))
     checkpoint.load_weights(algorithm, saved, path)
     algorithm.to(device)
-    parts = images.split(QUERIES_AT_ONCE) if cfg.norm == "inductive" else [images]
-    logits = torch.cat([algorithm.predict(support.task(part, device), cfg.norm)[0] for part in parts])
+    logits = label(algorithm, support, images, config["norm"], device)
     probabilities = algorithm.probabilities(logits).cpu()
     if not probabilities.isfinite().all():
         raise MetacvError(f"{path}: the probabilities are not finite; the weights are not, or adaptation diverges")
@@ -80,14 +82,29 @@ def predict(cfg: DictConfig, folder: Path) -> list[dict[str, Any]]:
         for query, row in zip(queries, probabilities, strict=True)
     ]
     _write(folder, predictions, support, path)
-    labels = [f"{one['label']} {one['probability']:.0%}" for one in predictions]
-    prediction_picture(images, labels).save(folder / "predictions.png")
+    truth = _folders_of(queries, Path(cfg.query).expanduser(), support.classes)
+    write_bytes_atomically(folder / "predictions.png", _picture(images, predictions, support, truth))
     if cfg.save:
         keep = {"images": support.images, "shots": list(support.shots), "classes": list(support.classes)}
-        content = {name: saved[name] for name in checkpoint.WEIGHTS} | {"config": config, "support": keep}
+        content = {name: saved[name] for name in checkpoint.WEIGHTS} | {
+            "config": checkpoint.without_folders(config),
+            "support": keep,
+        }
         checkpoint.save(Path(cfg.save).expanduser(), content)
-    _show(folder, predictions, cfg)
+    _show(folder, predictions, truth, cfg, config["norm"])
     return predictions
+
+
+def label(algorithm: Algorithm, support: Support, images: Tensor, norm: Norm, device: torch.device) -> Tensor:
+    """Logits [B, N] of query images [B, C, H, W] (uint8); transductive ones are of one task, as in evaluation."""
+    parts = images.split(QUERIES_AT_ONCE if norm == "inductive" else len(images))
+    try:
+        return torch.cat([algorithm.predict(support.task(part, device), norm)[0] for part in parts])
+    except (RuntimeError, ValueError) as error:  # no memory for so many, or a single one has no statistics
+        if norm == "inductive":
+            raise
+        said = str(error).splitlines()[0]
+        raise MetacvError(f"norm=transductive with {len(images)} query images: {said}; try norm=inductive") from error
 
 
 def _model(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
@@ -118,12 +135,17 @@ def _kept_support(saved: dict[str, Any], path: Path) -> Support:
 def read_support(folder: Path, dataset: Dataset) -> Support:
     if not folder.is_dir():
         raise MetacvError(f"support={folder}: there is no such folder")
-    names = [path.name for path in folders_in(folder)]
-    if len(names) < 2:
-        raise MetacvError(f"support={folder} holds {len(names)} folders: it wants one for each class, and at least 2")
+    folders = folders_in(folder)
+    if len(folders) < 2:
+        raise MetacvError(f"support={folder} holds {len(folders)} folders: it wants one for each class, and at least 2")
+    names = [clean(path.name) for path in folders]
+    if {*names} <= {*SPLITS} and all(map(holds_folders_alone, folders)):
+        raise MetacvError(f"support={folder} holds {' and '.join(names)}: give one of them")
+    if len({*names}) < len(names):
+        raise MetacvError(f"support={folder}: two classes whose names cannot be printed look the same; rename one")
     images, shots = [], []
-    for name in names:
-        _, own = _read(files_below(folder / name), dataset)
+    for name, path in zip(names, folders, strict=True):
+        _, own = _read(files_below(path), dataset, str(path))
         if not own:
             raise MetacvError(f"support={folder}: the class {name} has no readable image")
         images += own
@@ -134,27 +156,67 @@ def read_support(folder: Path, dataset: Dataset) -> Support:
 def read_queries(place: Path, dataset: Dataset) -> tuple[list[Path], Tensor]:
     if not place.exists():
         raise MetacvError(f"query={place}: there is no such file or folder")
-    files, images = _read(files_below(place) if place.is_dir() else [place], dataset)
+    files, images = _read(files_below(place) if place.is_dir() else [place], dataset, str(place))
     if not files:
         raise MetacvError(f"query={place}: no readable image")
     return files, torch.stack(images)
 
 
-def _read(files: list[Path], dataset: Dataset) -> tuple[list[Path], list[Tensor]]:
-    kept, images = read_or_tell("reading", files, dataset.read)
-    if len(kept) < len(files):
-        print(
-            f"metacv: {len(files) - len(kept)} of {len(files)} files left out, as no readable images", file=sys.stderr
-        )
+def _read(files: list[Path], dataset: Dataset, label: str) -> tuple[list[Path], list[Tensor]]:
+    kept, images = read_or_tell(label, files, dataset.read)
+    tell_left_out(label, len(kept), len(files))
     return kept, images
+
+
+def _folders_of(queries: list[Path], place: Path, classes: tuple[str, ...]) -> list[str] | None:
+    """The class of each query by the folder of `place` that it lies in, if all of them lie so."""
+    if not place.is_dir():
+        return None
+    inside = [query.relative_to(place).parts for query in queries]
+    found = [clean(parts[0]) if len(parts) > 1 else "" for parts in inside]
+    return found if {*found} <= {*classes} else None
+
+
+def _picture(images: Tensor, found: list[dict[str, Any]], support: Support, truth: list[str] | None) -> bytes:
+    """As PNG: examples of each class, and the queries, in green or red where their class is known."""
+    captions = {name: legible(name, f"class {i}") for i, name in enumerate(support.classes, start=1)}
+    each = max(1, min(8, PICTURED // len(support.classes)))
+    rows = [(sum(support.shots[:c]) + i, name) for c, name in enumerate(support.classes)
+            for i in range(min(each, support.shots[c]))][:PICTURED]  # fmt: skip
+    examples = [(support.images[row], captions[name], LINE) for row, name in rows]
+    colours = [RIGHT if own == one["label"] else WRONG for own, one in zip(truth, found, strict=True)] if truth else []
+    labelled = [
+        (image, f"{captions[one['label']]} {one['probability']:.0%}", colour)
+        for image, one, colour in zip(images[:PICTURED], found, colours or [LINE] * len(found), strict=False)
+    ]
+    picture = captioned_picture(
+        [
+            (f"support: {len(examples)} of {len(support.images)} images", examples),
+            (f"query: {len(labelled)} of {len(found)} images", labelled),
+        ]
+    )
+    content = io.BytesIO()
+    picture.save(content, "png")
+    return content.getvalue()
+
+
+def check_place_to_save(path: Path) -> None:
+    """Refuses to write over anything but an earlier kept model."""
+    try:
+        if not path.exists() or "support" in checkpoint.load(path):
+            return
+    except MetacvError:
+        pass
+    raise MetacvError(f"save={path}: is there already, and is not a model that `save` kept")
 
 
 def _write(folder: Path, found: list[dict[str, Any]], support: Support, path: Path) -> None:
     table = io.StringIO(newline="")
     writer = csv.writer(table)
-    writer.writerow(["file", "label", "probability", *support.classes])
+    writer.writerow(["file", "label", "probability", *(f"P({name})" for name in support.classes)])
     for one in found:
-        writer.writerow([one["file"], one["label"], one["probability"], *one["probabilities"].values()])
+        names = map(csv_safe, (one["file"], one["label"]))
+        writer.writerow([*names, one["probability"], *one["probabilities"].values()])
     content = {
         "checkpoint": str(path),
         "checkpoint_sha256": checkpoint.file_hash(path),
@@ -165,18 +227,19 @@ def _write(folder: Path, found: list[dict[str, Any]], support: Support, path: Pa
     write_bytes_atomically(folder / "predictions.json", (json.dumps(content, indent=1) + "\n").encode())
 
 
-def _show(folder: Path, found: list[dict[str, Any]], cfg: DictConfig) -> None:
+def _show(folder: Path, found: list[dict[str, Any]], truth: list[str] | None, cfg: DictConfig, norm: Norm) -> None:
     base = Path(cfg.query).expanduser()
-    names = [str(Path(one["file"]).relative_to(base)) if base.is_dir() else one["file"] for one in found]
+    names = [clean(str(Path(one["file"]).relative_to(base)) if base.is_dir() else one["file"]) for one in found]
     wide, label = (max(map(len, words)) for words in (names[:SHOWN], [one["label"] for one in found]))
     for name, one in zip(names[:SHOWN], found, strict=False):
         print(f"{name:<{wide}}  {one['label']:<{label}}  {100 * one['probability']:5.1f} %")
     if len(found) > SHOWN:
         print(f"... and {len(found) - SHOWN} more")
-    folders = [name.split(os.sep)[0] if os.sep in name else None for name in names]
-    if base.is_dir() and {*folders} <= found[0]["probabilities"].keys():
-        right = sum(one["label"] == folder for one, folder in zip(found, folders, strict=True))
+    if truth:
+        right = sum(one["label"] == own for one, own in zip(found, truth, strict=True))
         print(f"accuracy {100 * right / len(found):.2f} %: {right} of {len(found)}, by the folders that they lie in")
+    if norm == "transductive":
+        print("norm=transductive: each label depends on the other query images; norm=inductive labels each for itself")
     for kind in ("csv", "json", "png"):
         print(f"{'written:' if kind == 'csv' else '':<8} {folder / f'predictions.{kind}'}")
     if cfg.save:

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig
 
-from metacv import MetacvError, checkpoint
+from metacv import MetacvError, checkpoint, clean
 from metacv.build import check_settings
 from metacv.compare import shortened
 from metacv.config import ReportConfig
@@ -309,11 +309,6 @@ def is_number(*values: Any) -> bool:
 
 def class_name(node: dict[str, Any]) -> str:
     return clean(str(node.get("_target_")).rpartition(".")[2])
-
-
-def clean(text: str) -> str:
-    """Text of strangers, for a terminal and a file: one line that can be encoded."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def percent(found: dict[str, Any] | None) -> str:

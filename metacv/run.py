@@ -1,8 +1,10 @@
 """A training run: its state, its folder, how it is stopped and how it goes on."""
 
 import contextlib
+import os
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -51,6 +53,15 @@ class Run:
     since_best: int = 0  # validations
     window: list[Tensor] = field(default_factory=list)  # loss and accuracy of the steps not logged yet
     began: float = field(default_factory=time.perf_counter)
+
+    def __post_init__(self) -> None:
+        if self.splits is None:
+            return
+        turns = 4 if self.config["dataset"].get("test_rotation") == "as_classes" else 1
+        way, classes = self.config["way"], turns * len(self.splits["test"])
+        if classes < way:  # which evaluation will refuse
+            said = f"way={way} but the test split has only {classes} classes"
+            print(f"metacv: {said}: dataset.fractions may give it more", file=sys.stderr)
 
     @property
     def seconds(self) -> float:
@@ -212,6 +223,9 @@ def begin_or_resume(
     given = {word.split("=")[0]: word for word in overrides if {word, word.split("=")[0]}.isdisjoint(again)}
     overrides = [word for word in own if word.split("=")[0] not in given] + list(given.values())
     config = plain(compose("train", overrides))
+    asked = {name.lstrip("+") for name in given}
+    trained_on = state["config"]["dataset"].items()
+    config["dataset"] |= {k: v for k, v in trained_on if k in checkpoint.FOLDERS and f"dataset.{k}" not in asked}
     for name, given, trained in differences(config, as_now(state["config"])):
         if RESUMABLE.isdisjoint({name, name.split(".")[0]}):
             raise MetacvError(f"resume: {name} is {given} but {path} was trained with {trained}")
@@ -225,6 +239,9 @@ def begin_or_resume(
 def plain(cfg: DictConfig) -> dict[str, Any]:
     check_settings(cfg, TrainConfig)
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
+    for name in checkpoint.FOLDERS & config["dataset"].keys():  # so that it is found from any folder
+        if isinstance(place := config["dataset"][name], str):
+            config["dataset"][name] = os.path.abspath(os.path.expanduser(place))
     return config
 
 

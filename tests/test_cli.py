@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import SMALL, TRAIN
 
-from metacv import completion
+from metacv import cli, completion
 from metacv.config_dir import config_dir
 
 EVALUATE = ("evaluate", "checkpoint=run", "episodes=8", "hydra.run.dir=evaluation")
@@ -292,11 +292,45 @@ def test_help_names_the_commands_and_each_commands_help_its_choices(metacv):
         (line,) = re.findall(rf"^  {group}={name} +(\S.+)$", train, re.MULTILINE)
         assert len(line) > 20
         assert (f"  {group}={name} " in evaluate) == (group == "dataset")
-    assert "meta_batch: 4" in train
+    assert "meta_batch: 4 # tasks a step" in train
     assert "episodes: null" in evaluate
+    assert "\n  images: 20 # a class\n" in train
+    assert "adapted: null # what an earlier `save` kept, in place of checkpoint and support" in text("predict")
+    reptile = metacv("train", "algo=reptile", "--help")[1]
+    assert "  inner_batch: 10 # images an inner step" in reptile
+    assert "# schedule=linear" in reptile
     assert 'eval "$(metacv -sc install=bash)"' in train
     for command in ("predict", "compare", "report"):
         assert f"metacv {command}: " in text(command)
+
+
+@pytest.mark.parametrize(
+    ("words", "seen"),
+    [
+        (["dataset.root=my photos"], ["dataset.root='my photos'"]),
+        (["dataset.root=~/photos"], ["dataset.root='/home/me/photos'"]),
+        (["++dataset.root=it's"], ["++dataset.root='it\\'s'"]),
+        (["dataset.root='quoted, as Hydra wants it'"], ["dataset.root='quoted, as Hydra wants it'"]),
+        (["data_dir=${oc.env:DATA}/a"], ["data_dir=${oc.env:DATA}/a"]),
+        (["-m", "dataset.root=a,b"], ["-m", "dataset.root=a,b"]),
+        (["-m", "dataset.root=there,too"], ["-m", "dataset.root='there,too'"]),
+        (["-m", "dataset.root=my photos"], ["-m", "dataset.root='my photos'"]),
+        (["dataset.split_file=null"], ["dataset.split_file=null"]),
+        (["resume=true"], ["resume=true"]),
+        (["way=5", "dataset.fractions={train:1,val:1,test:1}"], ["way=5", "dataset.fractions={train:1,val:1,test:1}"]),
+    ],
+)
+def test_paths_are_quoted_for_hydra_and_nothing_else_is(monkeypatch, tmp_path, words, seen):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    Path("there,too").mkdir()
+    assert cli._adjusted("train", words) == seen
+
+
+def test_a_run_with_an_equals_sign_in_its_name_is_a_run_and_no_setting(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    Path("lr=1").mkdir()
+    assert cli._adjusted("compare", ["lr=1", "lr=2", "b"]) == ["lr=2", "runs=['lr=1','b']"]
 
 
 def quickest(*arguments: str, **environment: str) -> float:
@@ -311,6 +345,7 @@ def quickest(*arguments: str, **environment: str) -> float:
 
 def test_help_and_completion_answer_at_once():
     assert quickest("--help") < 0.3
+    assert quickest("train", "--help") < 0.4
     assert quickest("-sc", "query=bash", COMP_LINE="metacv train algo=maml algo.") < 0.2
 
 

@@ -1,6 +1,8 @@
 """People's own images: any format, size and mode; splits that are made, kept and guarded."""
 
 import json
+import os
+import re
 import shutil
 from itertools import chain
 from pathlib import Path
@@ -11,7 +13,7 @@ import torch
 from conftest import TRAIN
 from PIL import Image
 
-from metacv import MetacvError
+from metacv import MetacvError, checkpoint
 from metacv.data.image_folder import ImageFolder
 from metacv.data.pictures import open_picture
 
@@ -125,20 +127,35 @@ def test_a_large_photograph_keeps_its_middle_or_is_stretched(tmp_path):
     assert abs(int(grey[0, 14, 14]) - (255 - 76)) <= 2
 
 
+@pytest.mark.parametrize("kind", ["jpg", "png"])
+def test_a_large_photograph_that_is_read_smaller_is_upright_too(tmp_path, kind):
+    wide = np.zeros((400, 1200, 3), np.uint8)
+    wide[:, :600], wide[:, 600:] = (255, 0, 0), (0, 0, 255)
+    turned = Image.Exif()
+    turned[0x0112] = 6  # its left is the top
+    Image.fromarray(wide).save(tmp_path / f"a.{kind}", exif=turned)
+    image = dataset(tmp_path, tmp_path, fit="stretch").read(tmp_path / f"a.{kind}")
+    red, _, blue = image.float()
+    assert min(red[:13].min(), blue[15:].min()) > 240
+    assert max(red[15:].max(), blue[:13].max()) < 15
+
+
 def test_each_unreadable_file_has_a_line_and_all_are_counted(tmp_path, capsys):
     root = fill(tmp_path / "own", 5)
     (root / "class 0/notes.txt").write_text("not an image")
     (root / "class 1/cut.png").write_bytes((root / "class 1/0.png").read_bytes()[:60])
     (root / "class 1/empty.jpg").touch()
     (root / "class 2/.hidden").write_text("not looked at")
+    (root / "class 3/phone.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
     (root / "class 2/script.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n")
     everything = {"fractions": {"train": 1, "val": 0, "test": 0}}
     bank = dataset(root, tmp_path, **everything).load("train")
     lines = capsys.readouterr().err.splitlines()
-    for name in ("class 0/notes.txt", "class 1/cut.png", "class 1/empty.jpg", "class 2/script.jpg"):
-        assert sum(line.startswith(f"metacv: {root / name} cannot be read") for line in lines) == 1
-    assert lines[-1] == "metacv: own train: 4 of 29 files left out, as no readable images"
-    assert len(lines) == 5
+    for name in ("0/notes.txt", "1/cut.png", "1/empty.jpg", "2/script.jpg", "3/phone.HEIC"):
+        assert sum(line.startswith(f"metacv: {root}/class {name} cannot be read") for line in lines) == 1
+    assert any("phone.HEIC cannot be read (Pillow does not read HEIC: convert it to JPEG or PNG)" in s for s in lines)
+    assert lines[-1] == "metacv: own train: 5 of 30 files left out, as no readable images"
+    assert len(lines) == 6
     assert bank.sizes.tolist() == [5] * 5
     again = dataset(root, tmp_path, **everything).load("train")
     assert capsys.readouterr().err.splitlines() == lines[-1:]
@@ -157,7 +174,8 @@ def test_what_is_too_little_is_named(tmp_path):
     with pytest.raises(MetacvError, match=r"dataset.root=.*nowhere: there is no such folder"):
         dataset(tmp_path / "nowhere", tmp_path).load("train")
     root = fill(tmp_path / "own", 4)
-    with pytest.raises(MetacvError, match=r"holds 4 folders of images, of which 1 are for val: a task needs 2 classes"):
+    few = "holds 4 folders of images, of which 1 are for val: a task needs 2 classes; dataset.fractions says how many"
+    with pytest.raises(MetacvError, match=few):
         dataset(root, tmp_path).load("val")
     (root / "train").mkdir()
     (root / "test").mkdir()
@@ -216,6 +234,104 @@ def test_a_run_keeps_its_split_and_evaluation_sticks_to_it(metacv):
     assert "the classes are dealt out otherwise now; dataset.split_file=run/split.json keeps to its split" in err
     code, _, err = metacv("train", "resume=run", "steps=6", "dataset.split_file=run/split.json")
     assert (code, err) == (0, "")
+
+
+def test_a_split_file_goes_before_the_folders_that_classes_lie_in(tmp_path):
+    for split in ("train", "val", "test"):
+        fill(tmp_path / split, 3, images=2)
+        for c in range(3):
+            (tmp_path / split / f"class {c}").rename(tmp_path / split / f"{split}{c}")
+    made = {"train": ["test0", "val0"], "val": ["train1", "train0"], "test": ["val2", "test2"]}
+    (tmp_path / "split.json").write_text(json.dumps(made))
+    images = dataset(tmp_path, tmp_path, split_file=str(tmp_path / "split.json"))
+    assert images.splits() == made
+    assert images.load("train").class_names == ("test0", "val0")
+    (tmp_path / "split.json").write_text(json.dumps(made | {"test": ["val2", "gone"]}))
+    with pytest.raises(MetacvError, match=r"dataset.split_file=.*split.json: .* has no class gone"):
+        images.load("train")
+    (tmp_path / "split.json").write_text(json.dumps(made | {"test": ["val2"]}))
+    with pytest.raises(MetacvError, match=r"holds 9 folders .* of which 1 are for test: a task needs 2 classes$"):
+        images.load("test")
+    (tmp_path / "split.json").unlink()
+    with pytest.raises(MetacvError, match=r"dataset.split_file=.*split.json is not a split \(FileNotFoundError"):
+        images.load("train")
+
+
+def test_a_run_is_evaluated_and_goes_on_from_any_folder(metacv, monkeypatch, tmp_path):
+    for place in ("own", "elsewhere/own"):
+        fill(Path(place), 20)
+    shutil.rmtree("elsewhere/own/class 0")
+    assert metacv("train", *QUICK, "dataset.root=own", "hydra.run.dir=run")[0] == 0
+    monkeypatch.chdir("elsewhere")
+    words = ("way=2", "episodes=5", "hydra.run.dir=evaluation")
+    assert metacv("evaluate", "checkpoint=../run", *words)[::2] == (0, "")
+    assert metacv("train", "resume=../run", "steps=6")[::2] == (0, "")
+    assert checkpoint.load(tmp_path / "run/last.pt")["config"]["dataset"]["root"] == str(tmp_path / "own")
+    code, _, err = metacv("evaluate", "checkpoint=../run", *words, "dataset.root=own", "dataset.split_seed=1")
+    assert code == 1  # by their names they are the same classes, in another place
+    assert "were trained or validated on" in err
+
+
+@pytest.mark.parametrize("place", ["a, b=c & d#(1) 'é", "2024", "~/fotos", "фото"])
+def test_paths_are_taken_as_the_shell_hands_them_on(metacv, monkeypatch, tmp_path, place):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for name in (f"{place}", f"{place}/run's"):
+        Path(name).expanduser().mkdir(parents=True)
+    fill(Path(place).expanduser() / "own", 20)
+    folders = (f"dataset.root={place}/own", f"data_dir={place}/cache")
+    assert metacv("train", *QUICK, *folders, f"hydra.run.dir={place}/run's")[::2] == (0, "")
+    assert metacv("train", f"resume={place}/run's", "steps=6")[::2] == (0, "")
+    assert checkpoint.load(Path(place).expanduser() / "run's/last.pt")["step"] == 6
+    words = ("way=2", "episodes=5", f"dataset.split_file={place}/run's/split.json", f"data_dir={place}/cache")
+    test = ("evaluate", f"checkpoint={place}/run's", *words, f"hydra.run.dir={place}/test")
+    assert metacv(*test)[::2] == (0, "")
+    code, out, err = metacv("report", str(Path(place).expanduser()))
+    assert (code, err) == (0, "")
+    assert "5 episodes of ImageFolder test" in out
+
+
+def test_folders_of_the_same_name_do_not_share_a_cache(tmp_path, monkeypatch):
+    for i, place in enumerate((tmp_path / "a", tmp_path / "b")):
+        for c in range(2):
+            (place / f"own/{c}").mkdir(parents=True)
+            Image.new("L", (28, 28), i).save(place / f"own/{c}/0.bmp")
+            os.utime(place / f"own/{c}/0.bmp", (0, 0))
+        monkeypatch.chdir(place)
+        images = dataset(Path("own"), tmp_path, fractions={"train": 1, "val": 0, "test": 0}).load("train").images
+        assert images.unique().tolist() == [i]
+
+
+def test_layouts_that_are_easily_mistaken_get_a_hint(tmp_path, capsys):
+    for split in ("train", "valid", "test"):
+        fill(tmp_path / "own" / split, 2, images=1)
+    with pytest.raises(MetacvError, match=r"dataset.root=.*own: rename its folder valid to val"):
+        dataset(tmp_path / "own", tmp_path).load("train")
+    for alphabet in ("Greek", "Latin"):
+        fill(tmp_path / "alphabets" / alphabet, 3, images=1)
+    bank = dataset(tmp_path / "alphabets", tmp_path, fractions={"train": 1, "val": 0, "test": 0}).load("train")
+    assert bank.sizes.tolist() == [3, 3]
+    said = "2 of its 2 classes hold folders and no image of their own (Greek, ...); all below is one class"
+    assert capsys.readouterr().err == f"metacv: alphabets train: {said}\n"
+
+
+def test_too_few_test_classes_are_told_before_the_training(metacv):
+    fill(Path("own"), 20)
+    words = ("dataset.root=own", "hydra.run.dir=run", "dataset.fractions={train:13,val:5,test:2}")
+    code, _, err = metacv("train", *QUICK, *words)
+    assert code == 0
+    assert err == "metacv: way=3 but the test split has only 2 classes: dataset.fractions may give it more\n"
+
+
+def test_root_missing_is_said(metacv):
+    code, _, err = metacv("train", *QUICK)
+    assert (code, err) == (1, "metacv: Missing mandatory value: dataset.root\n")
+
+
+def test_a_class_too_small_for_the_task_is_named(metacv):
+    fill(Path("own"), 20, images=2)
+    code, _, err = metacv("train", *QUICK, "dataset.root=own", "hydra.run.dir=run")
+    assert code == 1
+    assert re.search(r"train_shot=1 \+ train_query=2 needs 3 images a class but class \d+ of own train has 2\n", err)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,8 @@
 import torch
 from conftest import random_tasks
 
-from metacv.picture import RIGHT, WRONG, episode_picture
+from metacv.data.pictures import as_tensor
+from metacv.picture import LINE, RIGHT, WRONG, captioned_picture, episode_picture, legible
 
 
 def test_queries_are_framed_in_green_where_the_model_is_right_and_in_red_where_it_is_wrong():
@@ -28,3 +29,29 @@ def test_colour_images_and_large_tasks_fit():
     picture = episode_picture(tasks, torch.zeros(1, 450, 30))
     assert picture.shape[1] < 20 * 110
     assert picture.shape[2] < 14 * 95
+
+
+def test_a_picture_of_labels_has_a_cell_for_each_image_in_as_many_rows_as_it_takes():
+    image = torch.zeros(1, 28, 28, dtype=torch.uint8)
+    cells = [(image, "alpha 98%", RIGHT)] * 9 + [(image, "a name much too long for its place", WRONG)]
+    picture = captioned_picture([("support", [(image, "alpha", LINE)] * 3), ("query", cells)])
+    pixels = as_tensor(picture)
+
+    def coloured(colour, top: int) -> int:
+        """Pixels from so many cells down."""
+        here = (pixels == torch.tensor(colour).view(3, 1, 1)).all(dim=0)
+        return int(here[top : top + 76].sum())
+
+    assert picture.width == 8 * 102 + 6  # columns of 96 pixels and a gap
+    assert picture.height == 3 * (56 + 6 + 14) + 2 * (14 + 6) + 6
+    frame = 2 * 4 * 58  # 56 pixels a side and the corners, two wide
+    support, query = 24, 24 + 76 + 20  # frames begin two pixels above their image
+    assert coloured(RIGHT, support) == coloured(WRONG, support) == coloured(WRONG, query) == 0
+    assert coloured(RIGHT, query) >= 8 * frame
+    assert min(coloured(RIGHT, query + 76), coloured(WRONG, query + 76)) >= frame
+
+
+def test_names_that_the_font_lacks_become_numbers():
+    assert legible("cat 2", "class 1") == "cat 2"
+    assert legible("épsilon", "class 1") == "epsilon"
+    assert legible("猫", "class 1") == "class 1"

@@ -13,7 +13,8 @@ from conftest import ALGORITHMS, bank_of, quick
 from PIL import Image
 
 from metacv import checkpoint
-from metacv.build import build_algorithm
+from metacv.build import build_algorithm, build_dataset
+from metacv.checkpoint import file_hash
 from metacv.cli import quoted
 from metacv.config import PredictConfig
 from metacv.config_dir import config_dir
@@ -69,7 +70,7 @@ def test_predict_labels_every_image_and_keeps_what_it_needs(metacv, trained, alg
     for one, row in zip(found["predictions"], table("one"), strict=True):
         assert sum(one["probabilities"].values()) == pytest.approx(1)
         assert one["label"] == max(one["probabilities"], key=one["probabilities"].get) == row["label"]
-        assert float(row["probability"]) == one["probability"] == float(row[one["label"]])
+        assert float(row["probability"]) == one["probability"] == float(row[f"P({one['label']})"])
         assert Path(one["file"]).is_file()
     right = sum(Path(one["file"]).parent.name == one["label"] for one in found["predictions"])
     assert f"accuracy {100 * right / 3 / len(sizes):.2f} %: {right} of {3 * len(sizes)}" in out
@@ -84,7 +85,7 @@ def test_predict_labels_every_image_and_keeps_what_it_needs(metacv, trained, alg
 @pytest.mark.parametrize("algo", ALGORITHMS)
 def test_a_label_does_not_depend_on_the_other_queries(metacv, trained, algo):
     lay_out(Path("own"), [2] * 5, query=2)
-    words = (f"checkpoint={trained(algo)}", "support=own/support")
+    words = (f"checkpoint={trained(algo)}", "support=own/support", "norm=inductive")
     metacv("predict", *words, "query=own/query", "hydra.run.dir=all")
     for row in table("all")[::4]:
         metacv("predict", *words, f"query={row['file']}", "hydra.run.dir=one")
@@ -105,6 +106,70 @@ def test_predict_agrees_with_evaluation_task_by_task(data_dir):
     assert torch.equal(own.support_x, tasks.support_x)
     assert torch.equal(own.support_y, tasks.support_y)
     assert torch.equal(algorithm.predict(own, "inductive"), algorithm.predict(tasks, "inductive"))
+
+
+def as_files(folder: str, images: torch.Tensor) -> None:
+    """A folder for each class of images [N, B, 1, H, W]."""
+    for c, own in enumerate(images):
+        (Path(folder) / str(c)).mkdir(parents=True)
+        for i, image in enumerate(own):
+            Image.fromarray(image[0].numpy()).save(f"{folder}/{c}/{i}.png")
+
+
+@pytest.mark.parametrize("norm", ["inductive", "transductive"])
+@pytest.mark.parametrize("algo", ["maml", "protonet", "reptile"])
+def test_predict_says_of_files_what_evaluation_says_of_the_same_tasks(metacv, algo, norm):
+    """By the norm that the model was trained to be tested with, and from what `save` keeps too."""
+    for i, split in enumerate(("train", "val", "test")):
+        as_files(f"own/{split}", draw_glyphs(4, 7, seed=i))
+        for c in range(4):
+            Path(f"own/{split}/{c}").rename(f"own/{split}/{split}{c}")
+    words = ("dataset=image_folder", "dataset.root=own", "dataset.size=28", "dataset.color=false", f"norm={norm}")
+    small = ("way=3", "shot=2", "query=5", "train_shot=2", "train_query=5", "hydra.run.dir=run")
+    assert metacv("train", f"algo={algo}", *words, *quick(algo)[2:], *small)[0] == 0
+    assert metacv("evaluate", "checkpoint=run", "episodes=2", "hydra.run.dir=evaluation")[0] == 0
+    evaluated = json.loads(Path("evaluation/result.json").read_text())
+
+    saved = checkpoint.load(Path("run/best.pt"))
+    bank = build_dataset(saved["config"], "cache").load("test")
+    sampler = EpisodeSampler(bank, 3, 2, 5)
+    algorithm = build_algorithm(saved["config"], bank.image_shape)
+    algorithm.load_state_dict(saved["algorithm"])
+    rows = sampler.draw(2)
+    probabilities = algorithm.probabilities(algorithm.predict(sampler.gather(rows), norm))
+    accuracies = []
+    for task in range(2):
+        images = sampler.images[rows[task]]
+        as_files(f"{task}/support", images[:, :2])
+        as_files(f"{task}/query", images[:, 2:])
+        words = (f"query={task}/query", "hydra.run.dir=labels")
+        code, out, _ = metacv("predict", "checkpoint=run", f"support={task}/support", "save=kept.pt", *words)
+        assert code == 0
+        assert ("norm=transductive: each label depends on" in out) == (norm == "transductive")
+        whole = json.loads(Path("labels/predictions.json").read_text())["predictions"]
+        found = torch.tensor([[*one["probabilities"].values()] for one in whole])
+        torch.testing.assert_close(found, probabilities[task], rtol=1e-3, atol=1e-4)
+        accuracies.append(sum(Path(one["file"]).parent.name == one["label"] for one in whole) / 15)
+        assert metacv("predict", "adapted=kept.pt", *words)[0] == 0
+        assert json.loads(Path("labels/predictions.json").read_text())["predictions"] == whole
+    assert str(Path.cwd()).encode() not in Path("kept.pt").read_bytes()
+    code, _, err = metacv("evaluate", "checkpoint=kept.pt")
+    assert (code, err) == (1, "metacv: dataset.root=null: it must name a folder of images\n")
+    assert sum(accuracies) / 2 == pytest.approx(evaluated["accuracy"])
+    assert evaluated["norm"] == norm
+
+
+def test_more_transductive_queries_than_memory_holds_are_told(metacv, trained, monkeypatch):
+    lay_out(Path("own"), [1, 1], query=1)
+    run = trained("protonet")
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 TiB\nmore")
+
+    monkeypatch.setattr("metacv.algorithms.base.Algorithm.predict", full)
+    words = (f"checkpoint={run}", "support=own/support", "query=own/query", "norm=transductive")
+    said = "norm=transductive with 2 query images: CUDA out of memory. Tried to allocate 1 TiB; try norm=inductive"
+    assert metacv("predict", *words) == (1, "", f"metacv: {said}\n")
 
 
 def algorithm_of(target: str, **settings):
@@ -186,6 +251,15 @@ def test_paths_of_any_characters_come_through_hydra(value):
         (["checkpoint=RUN", "support=own/support", "query=text.png"], "query=text.png: no readable image"),
         (["checkpoint=RUN", "support=own/support", "norm=both"], "norm=both: one of inductive, transductive"),
         (["checkpoint=RUN", "support=own/support", "save=none/a.pt"], "none/a.pt cannot be written"),
+        (["checkpoint=RUN", "support=own/support", "save=own"], "save=own: is there already, and is not a model that"),
+        (["checkpoint=RUN", "support=own/support", "save=text.png"], "save=text.png: is there already"),
+        (["checkpoint=RUN", "support=own/support", "save=RUN/best.pt"], "save=.*/best.pt: is there already"),
+        (["checkpoint=nowhere", "support=own/support"], "nowhere: there is no such file"),
+        (["checkpoint=own", "support=own/support"], "own holds no best.pt"),
+        (["checkpoint=text.png", "support=own/support"], "text.png is not a checkpoint of metacv, or is damaged"),
+        (["checkpoint=RUN", "support=splits"], "support=splits holds test and train: give one of them"),
+        (["checkpoint=RUN", "support=alike"], "two classes whose names cannot be printed look the same; rename one"),
+        (["checkpoint=odd.pt", "support=own/support"], r"support: .* \(1, 28, 28\), and odd.pt was .* \(1, 32, 32\)"),
         (["checkpoint=RUN", "support=own/support", "dataset.size=3"], "dataset.size: .* has no such setting"),
         (["checkpoint=RUN", "support=own/support", "algo.metric=near"], "algo.metric=near: not one of sqeuclidean"),
     ],
@@ -194,14 +268,46 @@ def test_what_cannot_be_is_said_in_one_line(metacv, trained, words, said):
     lay_out(Path("own"), [1, 1], query=1)
     for name in "ab":
         (Path("empty") / name).mkdir(parents=True)
+    for place in ("splits/train/a", "splits/test/b", "alike/a\n", "alike/a\t"):
+        Path(place).mkdir(parents=True)
     Path("text.png").write_text("text")
     run = trained("protonet")
+    checkpoint.save(Path("odd.pt"), checkpoint.load(Path(run) / "best.pt") | {"image_shape": [1, 32, 32]})
+    before = file_hash(Path(run) / "best.pt")
     words = [word.replace("RUN", run) for word in words]
     code, out, err = metacv("predict", "query=own/query", *words)
     assert (code, out) == (1, "")
     last = err.splitlines()[-1]
     assert last.startswith("metacv: ")
     assert re.search(said, last), last
+    assert file_hash(Path(run) / "best.pt") == before
+
+
+def test_names_of_strangers_neither_reach_the_terminal_nor_are_computed_by_a_spreadsheet(metacv, trained):
+    lay_out(Path("own"), [1, 1], query=1)
+    for kind in ("support", "query"):
+        Path(f"own/{kind}/alpha").rename(f"own/{kind}/file")
+        Path(f"own/{kind}/beta 2").rename(f"own/{kind}/=2+2\n\x1b[31mred")
+    shutil.copy("own/query/file/01.png", "=own\x1b[31m.png")
+    words = (f"checkpoint={trained('protonet')}", "support=own/support", "save=kept.pt", "hydra.run.dir=out")
+    code, out, err = metacv("predict", *words, "query=own/query")
+    assert (code, err) == (0, "")
+    assert "\x1b" not in out
+    assert "by the folders that they lie in" in out
+    assert list(table("out")[0]) == ["file", "label", "probability", "P(=2+2??[31mred)", "P(file)"]
+    assert {row["label"] for row in table("out")} <= {"'=2+2??[31mred", "file"}
+    code, out, err = metacv("predict", "adapted=kept.pt", "query==own\x1b[31m.png", "hydra.run.dir=out")
+    assert (code, err) == (0, "")
+    assert out.startswith("=own?[31m.png  ")
+    assert [row["file"] for row in table("out")] == ["'=own\x1b[31m.png"]
+    code, _, err = metacv("predict", "adapted=kept.pt", "query=\x1b[31m")
+    assert err == "metacv: query=?[31m: there is no such file or folder\n"
+
+
+def test_a_kept_model_may_be_kept_anew(metacv, trained):
+    lay_out(Path("own"), [1, 1], query=1)
+    words = (f"checkpoint={trained('protonet')}", "support=own/support", "query=own/query", "save=kept.pt")
+    assert [metacv("predict", *words)[0] for _ in range(2)] == [0, 0]
 
 
 def test_unreadable_files_are_named_and_left_out(metacv, trained):

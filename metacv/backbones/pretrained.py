@@ -45,9 +45,8 @@ class Torchvision(Backbone):
                 self.out_shape = (self.eval()(torch.zeros(2, *image_shape)).shape[1], 1, 1)
         except (RuntimeError, AssertionError, ValueError, AttributeError) as error:
             said = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ValueError(
-                f"name={name} does not take images of {image_shape[1]}x{image_shape[2]} ({said})"
-            ) from None
+            size = f"{image_shape[1]}x{image_shape[2]} ({said})"
+            raise ValueError(f"name={name} does not take images of {size}; most take dataset.size=224") from None
         self.train()
 
     def _as_a_feature_extractor(self, name: str) -> None:

@@ -12,8 +12,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from metacv import MetacvError
+from metacv import MetacvError, clean
 
+DECODING = 1  # to be raised when a file becomes another tensor: older caches are made again
 Fit = Literal["crop", "stretch"]
 # Of large files and damaged EXIF: what cannot be read is told in lines of our own.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -35,7 +36,9 @@ def open_picture(path: Path, side: int | None = None) -> Image.Image:
                 image = _reduced(image, side)
             return _plain(_upright(image))
     except OSError as error:
-        raise MetacvError(f"{path} cannot be read ({error.strerror or 'not a picture, or damaged'})") from None
+        heic = path.suffix.lower() in (".heic", ".heif")
+        said = "Pillow does not read HEIC: convert it to JPEG or PNG" if heic else "not a picture, or damaged"
+        raise MetacvError(f"{path} cannot be read ({error.strerror or said})") from None
     except Exception as error:  # Pillow has many words for a damaged or oversized file
         raise MetacvError(f"{path} cannot be read ({str(error) or type(error).__name__})") from None
 
@@ -102,16 +105,26 @@ def read_or_tell(label: str, files: list[Path], read: Callable[[Path], Tensor]) 
         results = tqdm(pool.map(attempt, files), label, len(files), unit="image", leave=False, disable=None)
         for path, one in zip(files, results, strict=True):
             if isinstance(one, MetacvError):
-                tqdm.write(f"metacv: {one}", file=sys.stderr)
+                tqdm.write(clean(f"metacv: {one}"), file=sys.stderr)
             else:
                 kept.append(path)
                 found.append(one)
     return kept, found
 
 
+def tell_left_out(label: str, kept: int, files: int) -> None:
+    if kept < files:
+        said = f"{files - kept} of {files} files left out, as no readable images"
+        print(clean(f"metacv: {label}: {said}"), file=sys.stderr)
+
+
 def folders_in(folder: Path) -> list[Path]:
     """By name, without hidden ones."""
     return sorted(p for p in folder.glob("*") if p.is_dir() and not p.name.startswith(HIDDEN))
+
+
+def holds_folders_alone(folder: Path) -> bool:
+    return bool(folders_in(folder)) and not any(p.is_file() and not p.name.startswith(HIDDEN) for p in folder.glob("*"))
 
 
 def files_below(folder: Path) -> list[Path]:
