@@ -67,9 +67,11 @@ def captioned_picture(
             x, y = GAP + i % columns * pitch_x, top + i // columns * pitch_y
             picture.paste(Image.fromarray(image.numpy()), (x, y))
             draw.rectangle([(x - 2, y - 2), (x + width + 1, y + height + 1)], outline=colour, width=2)
-            while draw.textlength(caption) > pitch_x - GAP:
-                caption = caption[1:]
-            draw.text((x, y + height + 2), caption, INK if colour == LINE else colour)
+            text, kept = caption, len(caption)
+            while draw.textlength(text) > pitch_x - GAP:  # what is too long loses its middle
+                kept -= 1
+                text = f"{caption[: kept // 2]}..{caption[len(caption) - (kept - kept // 2) :]}"
+            draw.text((x, y + height + 2), text, INK if colour == LINE else colour)
         top += lines * pitch_y
     return picture
 

@@ -64,8 +64,9 @@ class RunFound:
     @property
     def validated_on(self) -> str:
         """Runs with the same were validated alike."""
-        names = ("way", "shot", "dataset", "query", "norm", "eval_episodes")
-        return json.dumps([self.config.get(name) for name in names], default=str)
+        names = ("way", "shot", "query", "norm", "eval_episodes")
+        images = {name: value for name, value in self.config["dataset"].items() if name != "train_rotation"}
+        return json.dumps([images, *(self.config.get(name) for name in names)], default=str)
 
     @property
     def validation(self) -> dict[str, Any]:
@@ -170,7 +171,7 @@ def choose(rows: list[Row]) -> None:
     """Of the rows of a task, by validation, since the highest of many accuracies on test is high by chance too."""
     as_validated = [row for row in rows if not (row.test and row.test["algo"])]
     alike = len({row.run.validated_on for row in rows}) == 1 and all(row.run.validation for row in rows)
-    if not as_validated or not alike:
+    if not as_validated or not alike or len({row.run.folder for row in rows}) == 1:
         return
     chosen = max(as_validated, key=lambda row: row.run.validation["accuracy"])
     for row in rows:

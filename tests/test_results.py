@@ -311,7 +311,7 @@ def test_models_of_one_task_were_compared_on_the_same_episodes():
     assert all(len(same) == 1 for same in hashes.values())
 
 
-@pytest.mark.parametrize("method", ["maml", "fomaml"])
+@pytest.mark.parametrize("method", results_table.LOSS_SCALE)
 def test_the_two_runs_of_the_loss_scale_differ_in_that_alone(method):
     folders = (REFERENCE / "omniglot" / folder for folder in results_table.LOSS_SCALE[method])
     one, other = (OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")) for folder in folders)
