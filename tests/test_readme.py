@@ -61,8 +61,26 @@ def test_the_table_of_choices_lists_the_files_of_configs(group):
 
 
 def test_every_file_and_folder_that_the_readme_links_is_there():
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+    for page in (ROOT / "README.md", ROOT / "docs/own-images.md"):
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), target
+
+
+def test_the_page_on_own_images_shows_the_numbers_on_file():
+    page, place = (ROOT / "docs/own-images.md").read_text(), ROOT / "outputs/reference/own_images"
+    comparison, found = (json.loads((place / f"{name}.json").read_text()) for name in ("comparison", "predictions"))
+
+    def percent(one: dict, name: str = "accuracy", sign: str = "") -> str:
+        return f"{100 * one[name]:{sign}.2f} ± {100 * one['ci95']:.2f} %"
+
+    (difference,) = comparison["differences"]
+    shown = [percent(one) for one in comparison["runs"].values()] + [percent(difference, "mean", "+")]
+    shown.append(f"best in validation: {percent(json.loads((place / 'rotated.json').read_text()))} at step 150")
+    right = [Path(one["file"]).parent.name == one["label"] for one in found["predictions"]]
+    shown.append(f"accuracy {100 * sum(right) / len(right):.2f} %: {sum(right)} of {len(right)}")
+    shown += [line.split("|")[1].strip() for line in (place / "report.md").read_text().splitlines()[2:4]]
+    for words in shown:
+        assert words in page
 
 
 def test_the_wheel_runs_both_commands_from_any_folder(tmp_path, data_dir):
