@@ -283,7 +283,7 @@ def test_a_browser_shows_the_page_without_a_network_and_within_its_width(metacv,
     assert found["rows"] == len(rows("out"))
 
 
-def tests_of(name: str, accuracies: dict[str, float], folder: str, **changes) -> None:
+def copies_of(name: str, accuracies: dict[str, float], folder: str, **changes) -> None:
     """Copies of a kept model that differ in the seed, and a result for each."""
     kept = ROOT / "outputs/reference/omniglot" / name
     saved = torch.load(kept / "best.pt", weights_only=True)
@@ -300,7 +300,7 @@ def tests_of(name: str, accuracies: dict[str, float], folder: str, **changes) ->
 
 
 def test_validation_chooses_and_what_overlaps_is_not_told_apart(metacv):
-    tests_of("protonet_5w1s", {"a": 0.80, "b": 0.801, "c": 0.99}, "own")
+    copies_of("protonet_5w1s", {"a": 0.80, "b": 0.801, "c": 0.99}, "own")
     code, out, _ = metacv("report", "own", "hydra.run.dir=out")
     assert code == 0
     chosen = {(row["run"], row["task"]): row["choice"] for row in rows("out")}
@@ -315,7 +315,7 @@ def test_validation_chooses_and_what_overlaps_is_not_told_apart(metacv):
 
 
 def test_an_evaluation_with_other_settings_stands_beside_the_default_one(metacv):
-    tests_of("protonet_5w1s", {"a": 0.80}, "own")
+    copies_of("protonet_5w1s", {"a": 0.80}, "own")
     for shot in (1, 5):
         content = json.loads(Path(f"own/a/{shot}.json").read_text())
         Path(f"own/a/{shot}_changed.json").write_text(
@@ -329,7 +329,7 @@ def test_an_evaluation_with_other_settings_stands_beside_the_default_one(metacv)
 
 
 def test_what_a_stranger_wrote_stays_small(metacv):
-    tests_of("protonet_5w1s", {"a": 0.80}, "own")
+    copies_of("protonet_5w1s", {"a": 0.80}, "own")
     Path("own/a/.hydra").mkdir()
     bombs = "".join(f"- &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 9))
     Path("own/a/.hydra/overrides.yaml").write_text(f"- &a0 [x]\n{bombs}- &m way=5\n- *m\n")
@@ -339,8 +339,8 @@ def test_what_a_stranger_wrote_stays_small(metacv):
 
 
 def test_what_is_left_out_is_counted_and_named(metacv):
-    tests_of("protonet_5w1s", {"a": 0.80}, "own")
-    tests_of("protonet_5w1s", {"b": 0.80}, "own", checkpoint_sha256="of another")
+    copies_of("protonet_5w1s", {"a": 0.80}, "own")
+    copies_of("protonet_5w1s", {"b": 0.80}, "own", checkpoint_sha256="of another")
     Path("own/failed").mkdir()
     Path("own/failed/metrics.jsonl").write_text("")
     out = metacv("report", "own", "hydra.run.dir=out")[1]
@@ -350,6 +350,6 @@ def test_what_is_left_out_is_counted_and_named(metacv):
 
 
 def test_a_folder_that_cannot_be_written_has_a_line(metacv):
-    tests_of("protonet_5w1s", {"a": 0.80}, "own")
+    copies_of("protonet_5w1s", {"a": 0.80}, "own")
     Path("out/report.html").mkdir(parents=True)
     assert metacv("report", "own", "hydra.run.dir=out")[::2] == (1, "metacv: out/report.html: Is a directory\n")
