@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, quick
+from conftest import SMALL, TRAIN, quick
+from PIL import Image
 
 from metacv.compare import difference, shortened, t_quantile
 
@@ -161,3 +162,22 @@ def test_two_episodes_are_enough_for_an_interval_which_is_wide(metacv, runs):
     assert "may be chance" in out
     assert "over the draw of episodes" in out
     assert metacv("compare", *runs[:2], *ASKED, "episodes=1")[2].startswith("metacv: episodes=1: an interval needs at")
+
+
+def test_own_images_that_were_split_otherwise_make_no_comparison(metacv):
+    for c in range(10):
+        Path(f"own/class{c}").mkdir(parents=True)
+        for i in range(5):
+            pixels = torch.randint(
+                0, 256, (28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(9 * c + i)
+            )
+            Image.fromarray(pixels.numpy()).save(f"own/class{c}/{i}.png")
+    words = ("algo=protonet", *TRAIN[1:], "dataset=image_folder", "dataset.root=own", "dataset.size=28", "way=2",
+             "query=2", "dataset.fractions={train:0.4,val:0.3,test:0.3}")  # fmt: skip
+    for seed in (0, 1):
+        assert metacv("train", *words, f"dataset.split_seed={seed}", f"hydra.run.dir=split{seed}")[0] == 0
+    code, _, err = metacv("compare", "split0", "split1", "episodes=4")
+    assert (code, err) == (1, "metacv: split1 is tested on other images than split0: say dataset=...\n")
+    code, _, err = metacv("compare", "split0", "split1", "episodes=4", "dataset.split_seed=0")
+    assert code == 1
+    assert "were trained or validated on" in err
