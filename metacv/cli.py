@@ -97,7 +97,8 @@ def _adjusted(command: str, words: list[str]) -> list[str]:
         runs = [i for i in places if i not in {*flags, *values}]
         named_runs = f"runs=[{','.join(quoted(words[i]) for i in runs)}]"
         words = [word for i, word in enumerate(words) if i not in runs] + [named_runs] * bool(runs)
-    words = [_with_its_path_quoted(word, sweeps) for word in words]
+    paths = PATHS if command == "predict" else PATHS - {"query"}  # which is a number elsewhere
+    words = [_with_its_path_quoted(word, paths, sweeps) for word in words]
     if command != "train" and named and any(Path(named[-1]).glob("*.pt")):  # before Hydra writes its config there
         print(f"metacv: hydra.run.dir={named[-1]} holds a training run: {command} elsewhere", file=sys.stderr)
         sys.exit(1)
@@ -150,10 +151,10 @@ def _readable(text: str) -> str:
     return re.sub(r"^(# @package| *_target_:).*\n", "", text, flags=re.MULTILINE).strip()
 
 
-def _with_its_path_quoted(word: str, sweeps: bool) -> str:
+def _with_its_path_quoted(word: str, paths: set[str], sweeps: bool) -> str:
     """A setting that names a file or folder, of any characters, as Hydra takes it."""
     name, _, value = word.partition("=")
-    if name.lstrip("+") not in PATHS or value in ("", "null") or _unquoted(value) != value:
+    if name.lstrip("+") not in paths or value in ("", "null") or _unquoted(value) != value:
         return word
     if name == "resume" and value.lower() in ("true", "false"):
         return word
