@@ -5,7 +5,6 @@ import json
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,9 +12,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from metacv import MetacvError
+from metacv.data.pictures import on_threads
 from metacv.files import read_checked, write_atomically
 
 Rotation = Literal["none", "per_class", "per_episode", "as_classes"]
@@ -112,18 +111,8 @@ def _read(path: Path, name: str) -> ImageBank:
 def read_images(label: str, files: list[Path], read: Callable[[Path], Tensor], shape: tuple[int, int, int]) -> Tensor:
     """uint8 [M, *shape]: what `read` makes of each file, on several threads; the first error ends it."""
     images = torch.empty(len(files), *shape, dtype=torch.uint8)
-
-    def fill(row: int) -> None:
-        images[row] = read(files[row])
-
-    with ThreadPoolExecutor() as pool:
-        rows = pool.map(fill, range(len(files)))
-        try:
-            for _ in tqdm(rows, label, len(files), unit="image", leave=False, disable=None):
-                pass
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    for row, image in enumerate(on_threads(label, read, files)):
+        images[row] = image
     return images
 
 

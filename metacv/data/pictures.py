@@ -1,11 +1,12 @@
 """Picture files of any kind as 8-bit images, upright and without transparency, and those as tensors."""
 
+import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from PIL import Image, ImageOps
@@ -16,6 +17,7 @@ from metacv import MetacvError, clean
 
 DECODING = 1  # to be raised when a file becomes another tensor: older caches are made again
 Fit = Literal["crop", "stretch"]
+T = TypeVar("T")
 # Of large files and damaged EXIF: what cannot be read is told in lines of our own.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -101,15 +103,33 @@ def read_or_tell(label: str, files: list[Path], read: Callable[[Path], Tensor]) 
             return error
 
     kept, found = [], []
-    with ThreadPoolExecutor() as pool:
-        results = tqdm(pool.map(attempt, files), label, len(files), unit="image", leave=False, disable=None)
-        for path, one in zip(files, results, strict=True):
-            if isinstance(one, MetacvError):
-                tqdm.write(clean(f"metacv: {one}"), file=sys.stderr)
-            else:
-                kept.append(path)
-                found.append(one)
+    for path, one in zip(files, on_threads(label, attempt, files), strict=True):
+        if isinstance(one, MetacvError):
+            tqdm.write(clean(f"metacv: {one}"), file=sys.stderr)
+        else:
+            kept.append(path)
+            found.append(one)
     return kept, found
+
+
+def on_threads(label: str, read: Callable[[Path], T], files: list[Path]) -> Iterator[T]:
+    """What `read` makes of each file, in order, under a progress bar.
+
+    A thread takes several files at a time: of small ones that come one by one, two threads read fewer than one.
+    """
+    threads = os.cpu_count() or 1
+    at_once = max(1, min(32, len(files) // (4 * threads)))
+    runs = [files[start : start + at_once] for start in range(0, len(files), at_once)]
+    with (
+        ThreadPoolExecutor(threads) as pool,
+        tqdm(desc=label, total=len(files), unit="image", leave=False, disable=None) as bar,
+    ):
+        try:
+            for run in pool.map(lambda run: [read(path) for path in run], runs):
+                yield from run
+                bar.update(len(run))
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def tell_left_out(label: str, kept: int, files: int) -> None:
