@@ -19,6 +19,7 @@ from metacv.config import EvaluateConfig, as_now
 from metacv.data.bank import ImageBank, check_split
 from metacv.data.episodes import EpisodeList, EpisodeSampler
 from metacv.files import write_bytes_atomically
+from metacv.speed import keep_freed_memory
 
 NORMS: tuple[Norm, ...] = ("inductive", "transductive")
 IMAGES_AT_ONCE = 1024
@@ -83,6 +84,7 @@ def measure(place: str, given: dict[str, Any]) -> Iterator[tuple[Tensor, dict[st
     check_split(config["split"])
     check_norm(config["norm"], (*NORMS, "both"))
     device = pick_device(config["device"])
+    keep_freed_memory()
 
     dataset = build_dataset(config, config["data_dir"])
     bank = dataset.load(config["split"])

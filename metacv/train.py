@@ -25,7 +25,7 @@ from metacv.logger import Logger
 from metacv.picture import episode_picture
 from metacv.processes import Processes, processes
 from metacv.run import Run, Stopped, StopSignals, begin_or_resume, only_run_in
-from metacv.speed import check_precision, precision
+from metacv.speed import check_precision, keep_freed_memory, precision
 
 INNER_STEPS_SHOWN, TASKS_SHOWN = (1, 2, 3, 5, 10, 20, 50, 100), 20
 IMAGES_PROJECTED = 1000
@@ -186,6 +186,7 @@ def prepare(config: dict[str, Any], overrides: list[str], here: Processes) -> tu
         if config[name] < here.size:
             raise MetacvError(f"{name}={config[name]} is too few to share out between {here.size} processes")
     device = pick_device(here.device(config["device"]))
+    keep_freed_memory()
     check_precision(config["precision"], device)
     dataset = build_dataset(config, config["data_dir"])
 

@@ -4,6 +4,9 @@
     python scripts/benchmark.py maml --repeats 9     the rows whose names hold a word
     python scripts/benchmark.py --device cuda
 
+The others run the networks as they are usually written: ReLU before the pooling, torch's own batch norm, layout and
+handling of memory. A plain loop on metacv's networks shows what of the difference is theirs.
+
 Before anything is timed, everybody's gradients are compared in float64. Then the contenders of a row take turns, so
 that a noise of the machine meets them all; medians are shown. Writes benchmark.json and benchmark.md.
 """
@@ -11,6 +14,7 @@ that a noise of the machine meets them all; medians are shown. Writes benchmark.
 import argparse
 import copy
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -24,7 +28,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from results_table import compose_all
+from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -36,19 +41,23 @@ from metacv.algorithms.relationnet import RelationNet
 from metacv.algorithms.reptile import BETA2, EPSILON, Reptile, _batches
 from metacv.backbones import Backbone
 from metacv.backbones.conv4 import Conv4
-from metacv.build import describe_device, pick_device
+from metacv.build import build_algorithm, build_dataset, describe_device, pick_device
+from metacv.data.augment import Augment
 from metacv.data.bank import ImageBank
 from metacv.data.episodes import EpisodeList, EpisodeSampler, TaskBatch
 from metacv.evaluate import evaluate_episodes
+from metacv.speed import keep_freed_memory
 
 ROOT = Path(__file__).resolve().parent.parent
+EXPERIMENTS = ROOT / "configs/experiment"
 OMNIGLOT, MINIIMAGENET = (1, 28, 28), (3, 84, 84)
+OWN_NETWORK = "plain loop, metacv's network"
 Step = Callable[[TaskBatch], object]  # leaves its outer gradient in .grad
 
 
 @dataclass
 class Row:
-    """One meta-step, and who can do it."""
+    """One meta-step, and who can do it: metacv, "plain loop" and others; OWN_NETWORK is added."""
 
     name: str
     build: Callable[[], Algorithm]
@@ -59,6 +68,17 @@ class Row:
     tasks: int
     contenders: dict[str, Callable[[Algorithm], Step]]
     agree: float = 1e-10  # relative, of gradients in float64
+
+    def __post_init__(self) -> None:
+        self.contenders = self.contenders | {OWN_NETWORK: self.contenders["plain loop"]}
+
+    def algorithm(self, contender: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Algorithm:
+        """Of the same weights for all."""
+        torch.manual_seed(0)
+        algorithm = self.build()
+        if contender not in ("metacv", OWN_NETWORK):
+            as_usually_written(algorithm)
+        return algorithm.to(device, dtype).train()
 
     def sampler(self, device: torch.device) -> EpisodeSampler:
         return EpisodeSampler(noise(self.shape), self.way, self.shot, self.query, device=device)
@@ -73,6 +93,36 @@ class Features(Backbone):
 
     def forward(self, images: Tensor) -> Tensor:
         return images
+
+
+class Usual(Backbone):
+    """A Conv4 as it is usually written; with the same weights it computes the same."""
+
+    def __init__(self, conv4: Conv4) -> None:
+        super().__init__()
+        self.out_shape = conv4.out_shape
+        self.blocks = nn.Sequential(*map(usual_block, conv4.blocks)).to(memory_format=torch.contiguous_format)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.blocks(images)
+
+
+def usual_block(block: nn.Module) -> nn.Module:
+    if not isinstance(block, nn.Sequential):
+        return block
+    conv, own_norm, *rest = block
+    norm = nn.BatchNorm2d(own_norm.num_features, track_running_stats=own_norm.track_running_stats)
+    for name, p in own_norm.named_parameters():
+        norm.get_parameter(name).requires_grad_(p.requires_grad).data.copy_(p)
+    return nn.Sequential(conv, norm, nn.ReLU(), *(part for part in rest if isinstance(part, nn.MaxPool2d)))
+
+
+def as_usually_written(algorithm: Algorithm) -> None:
+    holder = getattr(algorithm, "net", algorithm)
+    if isinstance(holder.backbone, Conv4):
+        holder.backbone = Usual(holder.backbone)
+    if isinstance(algorithm, RelationNet):
+        algorithm.relation.blocks = nn.Sequential(*map(usual_block, algorithm.relation.blocks))
 
 
 def noise(shape: tuple[int, int, int], classes: int = 80, images: int = 40) -> ImageBank:
@@ -254,8 +304,7 @@ def disagreement(row: Row, names: list[str], dtype: torch.dtype, device: torch.d
     """The largest relative distance of a contender's gradient from ours."""
     found = []
     for name in names:
-        torch.manual_seed(0)
-        algorithm = row.build().to(device, dtype).train()
+        algorithm = row.algorithm(name, device, dtype)
         tasks = row.sampler(device).sample(min(2, row.tasks))
         images = {"support_x": tasks.support_x.to(dtype), "query_x": tasks.query_x.to(dtype)}
         tasks = TaskBatch(**(vars(tasks) | images))
@@ -281,11 +330,13 @@ def seconds(work: Callable[[], object], device: torch.device, least: float = 0.5
 
 def in_turns(works: dict[str, Callable[[], object]], device: torch.device, repeats: int) -> dict[str, float]:
     """The median seconds of each."""
-    for work in works.values():
+    for name, work in works.items():
+        keep_freed_memory(name == "metacv")
         work()  # to warm up
     times: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(repeats):
         for name, work in works.items():
+            keep_freed_memory(name == "metacv")
             times[name].append(seconds(work, device))
     return {name: statistics.median(found) for name, found in times.items()}
 
@@ -293,8 +344,7 @@ def in_turns(works: dict[str, Callable[[], object]], device: torch.device, repea
 def measure(row: Row, device: torch.device, repeats: int) -> dict[str, Any]:
     installed = {}
     for name, make in row.contenders.items():
-        torch.manual_seed(0)
-        algorithm = row.build().to(device).train()
+        algorithm = row.algorithm(name, device)
         try:
             installed[name] = (algorithm, make(algorithm))
         except ImportError:
@@ -339,13 +389,15 @@ def evaluation(device: torch.device, repeats: int) -> list[dict[str, Any]]:
             partial(Conv4, OMNIGLOT, downsample="stride", global_pool=True, running_stats=False), inner_steps, True
         )
         algorithm.to(device)
+        usual = copy.deepcopy(algorithm)
+        as_usually_written(usual)
         sampler = EpisodeSampler(noise(OMNIGLOT), 5, 1, query, device=device)
         episodes = EpisodeList(sampler, 64)
 
         def ours(algorithm: MAML = algorithm, episodes: EpisodeList = episodes) -> Tensor:
             return evaluate_episodes(algorithm, episodes, "transductive")
 
-        def loop(algorithm: MAML = algorithm, episodes: EpisodeList = episodes) -> Tensor:
+        def loop(algorithm: MAML = usual, episodes: EpisodeList = episodes) -> Tensor:
             right = []
             for task in episodes.batches(1):
                 params = {name: p.detach().requires_grad_() for name, p in algorithm.net.named_parameters()}
@@ -385,10 +437,58 @@ def sampling(device: torch.device, repeats: int) -> list[dict[str, Any]]:
     ]
 
 
-def peak_memory(row: Row, name: str, device: torch.device) -> None:
-    """In a process of its own: prints by how much a step raises the peak."""
-    algorithm = row.build().to(device).train()
-    step, tasks = row.contenders[name](algorithm), row.sampler(device).sample(row.tasks)
+def shares_of_data(device: torch.device, repeats: int) -> dict[str, float]:
+    """Of a training step's time, that of drawing its tasks, for each experiment in its own setting."""
+    names = sorted(str(path.relative_to(EXPERIMENTS).with_suffix("")) for path in EXPERIMENTS.rglob("*.yaml"))
+    found = {}
+    for name, config in zip(names, compose_all([[f"experiment={name}"] for name in names]), strict=True):
+        shape = MINIIMAGENET if "MiniImageNet" in config["dataset"]["_target_"] else OMNIGLOT
+        tasks = (config[f"train_{part}"] for part in ("way", "shot", "query"))
+        rotation = build_dataset(config, "nowhere").rotation("train")
+        augment = Augment(**config["augment"], seed=0)
+        sampler = EpisodeSampler(noise(shape), *tasks, rotation, device=device, augment=augment)
+        algorithm = build_algorithm(config, shape).to(device).train()
+        batch = sampler.sample(config["meta_batch"])
+        works = {
+            "data": partial(sampler.sample, config["meta_batch"]),
+            "metacv": lambda algorithm=algorithm, batch=batch: algorithm.backward(batch),
+        }
+        times = in_turns(works, device, repeats)
+        found[name] = times["data"] / sum(times.values())
+        print(json.dumps({"data": name, "share": found[name]}), flush=True)
+    return found
+
+
+def memory_rows() -> list[Row]:
+    """Where the inner loop holds most of what there is: 25 images of support."""
+    backbone = partial(Conv4, OMNIGLOT, running_stats=False)
+
+    def checkpointed() -> MAML:
+        algorithm = maml(backbone, 5, False)
+        algorithm.gradient_checkpointing = True
+        return algorithm
+
+    builds: dict[str, Callable[[], MAML]] = {
+        "FOMAML, 1 inner step": partial(maml, backbone, 1, True),
+        "FOMAML, 10 inner steps": partial(maml, backbone, 10, True),
+        "MAML, 5 inner steps": partial(maml, backbone, 5, False),
+        "MAML, 5 inner steps, gradient_checkpointing": checkpointed,
+    }
+    step = {"metacv": metacv, "plain loop": plain_loop}
+    return [Row(f"{name}, 5-shot", build, OMNIGLOT, 5, 5, 15, 4, step) for name, build in builds.items()]
+
+
+def peak_memory(row: Row, name: str, device: torch.device) -> int:
+    """Bytes by which a step raises what is held, in a process of its own that keeps nothing it has freed."""
+    command = [sys.executable, __file__, "--device", str(device), "--peak", row.name, name]
+    thresholds = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    done = subprocess.run(command, env=os.environ | thresholds, capture_output=True, text=True, check=True)
+    return int(done.stdout)
+
+
+def print_peak(row: Row, name: str, device: torch.device) -> None:
+    step, tasks = row.contenders[name](row.algorithm(name, device)), row.sampler(device).sample(row.tasks)
+    step(tasks)  # the first loads code and makes .grad
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -423,21 +523,29 @@ def markdown(result: dict[str, Any]) -> str:
         f"{machine['device']}, torch {machine['torch']}, medians of {machine['repeats']}; a matrix product reaches "
         f"{machine['flops_per_second'] / 1e9:.0f} GFLOP/s here, a copy {machine['bytes_per_second'] / 1e9:.1f} GB/s.",
         "",
-        "| | metacv, tasks/s | times as fast as a plain loop | as `higher` | as `torchopt` | share of the product "
-        "| peak memory, MB (loop) |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| | metacv, tasks/s | times as fast as a plain loop | with metacv's network | as `higher` | as `torchopt` "
+        "| share of the product | peak memory, MB (loop) |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in result["rows"]:
         against = [
             f"{row['against'][name]:.2f}" if name in row["against"] else ""
-            for name in ("plain loop", "higher", "torchopt")
+            for name in ("plain loop", OWN_NETWORK, "higher", "torchopt")
         ]
         share = f"{row['flops_per_second'] / machine['flops_per_second']:.0%}" if "flops_per_second" in row else ""
         memory = row.get("peak_bytes", {})
         peak = f"{memory['metacv'] / 1e6:.0f} ({memory['plain loop'] / 1e6:.0f})" if memory else ""
         speed = row["tasks_per_second"]["metacv"]
         lines.append(f"| {row['row']} | {speed:.3g} | {' | '.join(against)} | {share} | {peak} |")
+    if memory := result["peak_bytes"]:
+        lines += ["", "| | peak memory, MB |", "| --- | --- |"]
+        lines += [f"| {name} | {peak / 1e6:.0f} |" for name, peak in memory.items()]
     lines += ["", f"`metacv train` has made its first step after {result['first_step_seconds']:.1f} s."]
+    if shares := result["shares_of_data"]:
+        most = max(shares, key=shares.__getitem__)
+        lines[-1] += (
+            f" Drawing the tasks takes at most {shares[most]:.1%} of a step in {len(shares)} experiments ({most})."
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -451,8 +559,8 @@ def main() -> None:
     given = parser.parse_args()
     device = pick_device(given.device)
     if given.peak:
-        (row,) = [row for row in rows() if row.name == given.peak[0]]
-        return peak_memory(row, given.peak[1], device)
+        (row,) = [row for row in rows() + memory_rows() if row.name == given.peak[0]]
+        return print_peak(row, given.peak[1], device)
 
     def wanted(name: str) -> bool:
         return not given.words or any(word.lower() in name.lower() for word in given.words)
@@ -461,21 +569,19 @@ def main() -> None:
     for row in rows():
         if wanted(row.name):
             found.append(measure(row, device, given.repeats))
-            found[-1]["peak_bytes"] = {
-                name: int(
-                    subprocess.run(
-                        [sys.executable, __file__, "--device", given.device, "--peak", row.name, name],
-                        capture_output=True, text=True, check=True,
-                    ).stdout
-                )
-                for name in ("metacv", "plain loop")
-            }  # fmt: skip
+            found[-1]["peak_bytes"] = {name: peak_memory(row, name, device) for name in ("metacv", "plain loop")}
             print(json.dumps(found[-1]), flush=True)
     for more in (evaluation, sampling):
         if wanted(more.__name__):
             found += more(device, given.repeats)
     machine = {"device": describe_device(device), "torch": torch.__version__, "repeats": given.repeats} | limits(device)
-    result = {"machine": machine, "first_step_seconds": first_step(), "rows": found}
+    result = {
+        "machine": machine,
+        "first_step_seconds": first_step(),
+        "rows": found,
+        "peak_bytes": {row.name: peak_memory(row, "metacv", device) for row in memory_rows() if wanted("memory")},
+        "shares_of_data": shares_of_data(device, given.repeats) if wanted("data") else {},
+    }
     given.out.mkdir(parents=True, exist_ok=True)
     (given.out / "benchmark.json").write_text(json.dumps(result, indent=1) + "\n")
     (given.out / "benchmark.md").write_text(markdown(result))

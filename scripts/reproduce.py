@@ -36,8 +36,6 @@ COMMON = ["query=15", "norm=inductive", "dataset.test_rotation=none"]
 BUDGET = {"steps", "eval_every", "eval_episodes", "log_every", "patience", "episodes", "schedule.step_size"}
 TESTED = {"way", "shot", "query", "norm", *BUDGET - {"steps", "schedule.step_size"}}
 VALIDATION_SEED = 0
-# Memory that glibc gives back to the system after each step is paid for again, page by page, in the next.
-ENVIRONMENT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
 
 
 class Failed(Exception):
@@ -170,7 +168,7 @@ def keep(run: Path, reference: Path) -> None:
 
 def metacv(*words: str) -> None:
     """Runs a command; a signal to this program is left to the command, which saves before it ends."""
-    child = subprocess.Popen([sys.executable, "-m", "metacv", *words], env=os.environ | ENVIRONMENT)
+    child = subprocess.Popen([sys.executable, "-m", "metacv", *words])
     before = {signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None)}  # a Ctrl-C reaches the child by itself
     for number in (signal.SIGTERM, signal.SIGHUP):
         before[number] = signal.signal(number, lambda number, _: child.send_signal(number))

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from metacv import cli
 from metacv.backbones import Backbone
+from metacv.backbones.batch_norm import BatchNorm
 from metacv.config_dir import config_dir
 from metacv.data.bank import ImageBank
 from metacv.data.episodes import EpisodeSampler, TaskBatch
@@ -22,9 +23,9 @@ class SmoothNet(Backbone):
     def __init__(self, image_shape: tuple[int, int, int] = (1, 6, 6), channels: int = 4, running_stats: bool = False):
         super().__init__()
         self.conv1 = nn.Conv2d(image_shape[0], channels, 3, padding=1)
-        self.norm1 = nn.BatchNorm2d(channels, track_running_stats=running_stats)
+        self.norm1 = BatchNorm(channels, track_running_stats=running_stats)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.norm2 = nn.BatchNorm2d(channels, track_running_stats=running_stats)
+        self.norm2 = BatchNorm(channels, track_running_stats=running_stats)
         self.pool = nn.AvgPool2d(2)
         self.out_shape = (channels, image_shape[1] // 2, image_shape[2] // 2)
 

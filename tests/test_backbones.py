@@ -10,6 +10,7 @@ from torch import nn
 from torchvision import models
 
 from metacv.backbones import Backbone
+from metacv.backbones.batch_norm import BatchNorm
 from metacv.backbones.conv4 import Conv4
 from metacv.backbones.pretrained import Torchvision
 from metacv.backbones.resnet12 import ResNet12, drop_blocks
@@ -230,3 +231,78 @@ def test_googlenet_trains_without_its_auxiliary_heads():
     backbone = Torchvision((3, 64, 64), "googlenet").train()
     assert backbone(torch.rand(2, 3, 64, 64)).shape == (2, 1024, 1, 1)
     assert not any("aux" in name for name in backbone.state_dict())
+
+
+def norms(track_running_stats: bool = False) -> tuple[BatchNorm, nn.BatchNorm2d]:
+    own, torchs = (cls(4, track_running_stats=track_running_stats).double() for cls in (BatchNorm, nn.BatchNorm2d))
+    with torch.no_grad():
+        own.weight.normal_()
+        own.bias.normal_()
+    torchs.load_state_dict(own.state_dict())
+    return own, torchs
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_batch_norm_and_its_first_two_gradients_are_torchs(layout):
+    torch.manual_seed(0)
+    images = torch.randn(3, 4, 5, 6, dtype=torch.float64).to(memory_format=layout).requires_grad_()
+    found = []
+    for norm in norms():
+        inputs = [images, norm.weight, norm.bias]
+        maps = norm(images)
+        first = torch.autograd.grad((maps**3).sum(), inputs, create_graph=True)
+        second = torch.autograd.grad(sum((grad**2).sum() for grad in first), inputs)
+        found.append([maps, *first, *second])
+    for own, torchs in zip(*found, strict=True):
+        torch.testing.assert_close(own, torchs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("task_dim", [None, 0, 1])
+def test_batch_norms_second_gradient_is_right_by_finite_differences(task_dim):
+    """Of one task, and of two with parameters of their own, or the scale in common."""
+    torch.manual_seed(0)
+    own, _ = norms()
+    if task_dim is None:
+        images, weight, bias = torch.randn(3, 4, 2, 2), torch.randn(4), torch.randn(4)
+    else:
+        images, weight, bias = torch.randn(2, 3, 4, 2, 2), torch.randn(4), torch.randn(2, 4)
+        images = images.movedim(0, task_dim)
+
+    def call(images, weight, bias):
+        return torch.func.functional_call(own, {"weight": weight, "bias": bias}, (images,))
+
+    inputs = tuple(x.double().requires_grad_() for x in (images, weight, bias))
+    function = call if task_dim is None else torch.vmap(call, in_dims=(task_dim, None, 0))
+    assert torch.autograd.gradgradcheck(function, inputs)
+
+
+def test_batch_norm_with_running_statistics_is_torchs_own():
+    own, torchs = norms(track_running_stats=True)
+    images = torch.randn(3, 4, 5, 6, dtype=torch.float64)
+    for _ in range(2):
+        assert torch.equal(own(images), torchs(images))
+    assert torch.equal(own.eval()(images), torchs.eval()(images))
+    for key, value in torchs.state_dict().items():
+        assert torch.equal(own.state_dict()[key], value)
+
+
+def test_a_third_gradient_of_batch_norm_is_refused_instead_of_wrong():
+    own, _ = norms()
+    images = torch.randn(3, 4, 5, 6, dtype=torch.float64, requires_grad=True)
+    (by_images,) = torch.autograd.grad((own(images) ** 3).sum(), images, create_graph=True)
+    with pytest.raises(NotImplementedError, match="third"):
+        torch.autograd.grad((by_images**2).sum(), images, create_graph=True)
+
+
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 84, 84)])
+def test_all_maps_of_a_conv4_are_in_the_layout_that_is_fast(shape):
+    """With weights of either layout, as the adapted ones may be."""
+    backbone = Conv4(shape, running_stats=False)
+    seen = []
+    for block in backbone.blocks:
+        for layer in block:
+            layer.register_forward_hook(lambda layer, inputs, maps: seen.append(maps))
+    for layout in (torch.channels_last, torch.contiguous_format):
+        backbone.to(memory_format=layout)(torch.rand(2, 3, *shape)[:, 1])
+    assert len(seen) == 2 * 16
+    assert all(maps.is_contiguous(memory_format=torch.channels_last) for maps in seen)

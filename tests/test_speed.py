@@ -1,5 +1,7 @@
 """Precision, gradient checkpointing and compiled steps: what a step computes stays what it is."""
 
+import platform
+import resource
 import shutil
 
 import pytest
@@ -10,7 +12,7 @@ from metacv.algorithms.maml import MAML
 from metacv.algorithms.protonet import ProtoNet
 from metacv.algorithms.relationnet import RelationNet
 from metacv.algorithms.reptile import Reptile
-from metacv.speed import precision
+from metacv.speed import keep_freed_memory, precision
 
 BUILD = {
     "maml": lambda: MAML(SmoothNet(), 3, inner_lr=0.1, inner_steps=2, eval_inner_steps=2),
@@ -150,3 +152,20 @@ def test_an_impossible_precision_is_refused(metacv):
     code, _, err = metacv("train", "algo=protonet", *TRAIN, "precision=tf32", "device=cpu")
     assert code == 1
     assert "precision=tf32" in err
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="memory is kept by a setting of glibc's")
+def test_freed_memory_is_kept_for_the_next_step():
+    def faults() -> int:
+        """Of the memory for a second tensor of 128 MB, the pages that are new, each of 4 kB to 2 MB."""
+        torch.ones(2**25)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(2**25)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    try:
+        keep_freed_memory()
+        kept = faults()
+    finally:
+        keep_freed_memory(False)
+    assert kept < 10 < 64 <= faults()

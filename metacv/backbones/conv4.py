@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from metacv.backbones import Backbone, GlobalMean
+from metacv.backbones.batch_norm import BatchNorm
 
 BLOCKS = 4
 Downsample = Literal["max_pool", "stride", "none"]
@@ -48,7 +49,7 @@ class Conv4(Backbone):
         blocks: list[nn.Module] = []
         inputs = image_shape[0]
         for down, pad in zip(downsamples, paddings, strict=True):
-            norm = nn.BatchNorm2d(channels, track_running_stats=running_stats)
+            norm = BatchNorm(channels, track_running_stats=running_stats)
             norm.weight.requires_grad_(norm_scale)  # a scale that is never trained stays 1
             layers = [
                 nn.Conv2d(inputs, channels, 3, stride=2 if down == "stride" else 1, padding=pad),
@@ -66,8 +67,17 @@ class Conv4(Backbone):
                 channels, height, width = self.blocks.eval()(torch.zeros(2, *image_shape)).shape[1:]
         except (RuntimeError, ValueError):
             raise ValueError(f"images of {image_shape[1]}x{image_shape[2]} are too small for four blocks") from None
-        self.train().to(memory_format=torch.channels_last)  # the layout that CPUs convolve fastest
+        self.train().to(memory_format=torch.channels_last)
         self.out_shape = (channels, height, width)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.blocks(images)
+        return self.blocks(_channels_last(images))
+
+
+def _channels_last(images: Tensor) -> Tensor:
+    """The same in the layout that CPUs convolve, normalize and pool fastest.
+
+    `.to(memory_format=...)` takes images of one channel for what they should be, and their maps come out otherwise.
+    """
+    last = images.movedim(1, -1)
+    return last.flatten(1).unflatten(1, last.shape[1:]).movedim(-1, 1)
