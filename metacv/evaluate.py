@@ -84,7 +84,6 @@ def measure(place: str, given: dict[str, Any]) -> Iterator[tuple[Tensor, dict[st
     check_split(config["split"])
     check_norm(config["norm"], (*NORMS, "both"))
     device = pick_device(config["device"])
-    keep_freed_memory()
 
     dataset = build_dataset(config, config["data_dir"])
     bank = dataset.load(config["split"])
@@ -100,6 +99,8 @@ def measure(place: str, given: dict[str, Any]) -> Iterator[tuple[Tensor, dict[st
     algorithm = build_algorithm(config, bank.image_shape)
     checkpoint.load_weights(algorithm, saved, path)
     algorithm.to(device)
+    if device.type == "cpu":
+        keep_freed_memory()
 
     common = {
         "algorithm": type(algorithm).__name__,

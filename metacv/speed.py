@@ -41,20 +41,17 @@ def precision(name: Precision, device: torch.device) -> Iterator[None]:
         products.allow_tf32, convolutions.allow_tf32 = before
 
 
-def keep_freed_memory(keep: bool = True) -> None:
-    """Lets glibc keep what tensors leave for those of the next step; False: what it comes to by itself.
+def keep_freed_memory() -> None:
+    """Lets glibc keep what tensors leave for those of the next step.
 
-    What goes back to the system is fetched again, page by page and cleared, in every step, which takes up to a third
-    of its time on a CPU. Does nothing beside another C library.
+    What goes back to the system is fetched again, page by page and cleared, in every step, which can take a quarter of
+    its time on a CPU. Does nothing beside another C library.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is None:
-        return
-    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4  # names of parameters, in malloc.h
-    largest = 2**25  # to which freed maps raise the threshold for maps, and twice that the one for trimming
-    mallopt(mmap_max, 0 if keep else 2**16)
-    mallopt(mmap_threshold, largest)
-    mallopt(trim_threshold, -1 if keep else 2 * largest)
+    if mallopt is not None:
+        trim_threshold, mmap_max = -1, -4  # names of parameters, in malloc.h
+        mallopt(trim_threshold, -1)
+        mallopt(mmap_max, 0)
 
 
 class Compiled:

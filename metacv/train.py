@@ -186,7 +186,6 @@ def prepare(config: dict[str, Any], overrides: list[str], here: Processes) -> tu
         if config[name] < here.size:
             raise MetacvError(f"{name}={config[name]} is too few to share out between {here.size} processes")
     device = pick_device(here.device(config["device"]))
-    keep_freed_memory()
     check_precision(config["precision"], device)
     dataset = build_dataset(config, config["data_dir"])
 
@@ -198,6 +197,8 @@ def prepare(config: dict[str, Any], overrides: list[str], here: Processes) -> tu
     augment = Augment(**config["augment"], seed=config["seed"])
     training = sampler("train", "train_", config["seed"], augment)
     validation = EpisodeList(sampler("val", "", 0, None), config["eval_episodes"], "eval_episodes")
+    if device.type == "cpu":
+        keep_freed_memory()  # from here on: a data set that was just decoded has left much
     torch.manual_seed(config["seed"])
     algorithm = build_algorithm(config, training.bank.image_shape).to(device)
     if here.size > 1 and algorithm.one_process_because:

@@ -239,6 +239,7 @@ def norms(track_running_stats: bool = False) -> tuple[BatchNorm, nn.BatchNorm2d]
         own.weight.normal_()
         own.bias.normal_()
     torchs.load_state_dict(own.state_dict())
+    own.second_order = True
     return own, torchs
 
 
@@ -258,7 +259,7 @@ def test_batch_norm_and_its_first_two_gradients_are_torchs(layout):
 
 
 @pytest.mark.parametrize("task_dim", [None, 0, 1])
-def test_batch_norms_second_gradient_is_right_by_finite_differences(task_dim):
+def test_batch_norms_gradients_are_right_by_finite_differences(task_dim):
     """Of one task, and of two with parameters of their own, or the scale in common."""
     torch.manual_seed(0)
     own, _ = norms()
@@ -273,6 +274,7 @@ def test_batch_norms_second_gradient_is_right_by_finite_differences(task_dim):
 
     inputs = tuple(x.double().requires_grad_() for x in (images, weight, bias))
     function = call if task_dim is None else torch.vmap(call, in_dims=(task_dim, None, 0))
+    assert torch.autograd.gradcheck(function, inputs)
     assert torch.autograd.gradgradcheck(function, inputs)
 
 
@@ -292,6 +294,12 @@ def test_a_third_gradient_of_batch_norm_is_refused_instead_of_wrong():
     (by_images,) = torch.autograd.grad((own(images) ** 3).sum(), images, create_graph=True)
     with pytest.raises(NotImplementedError, match="third"):
         torch.autograd.grad((by_images**2).sum(), images, create_graph=True)
+
+
+def test_batch_norm_refuses_a_single_value_for_each_channel_as_torch_does():
+    own, _ = norms()
+    with pytest.raises(ValueError, match="more than 1 value"):
+        own(torch.randn(1, 4, 1, 1, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 84, 84)])

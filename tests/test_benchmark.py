@@ -56,3 +56,22 @@ def test_the_benchmark_writes_a_table(tmp_path):
     for name, ratio in row["against"].items():
         assert ratio == pytest.approx(row["tasks_per_second"]["metacv"] / row["tasks_per_second"][name])
     assert f"{row['tasks_per_second']['metacv']:.3g}" in (tmp_path / "benchmark.md").read_text()
+
+
+@pytest.mark.slow
+def test_first_order_memory_is_flat_and_checkpointing_saves_most_of_second_order():
+    first, tenth, plain, checkpointed = (
+        benchmark.peak_memory(row, "metacv", torch.device("cpu")) for row in benchmark.memory_rows()
+    )
+    assert tenth <= 1.05 * first
+    assert checkpointed <= 0.4 * plain
+
+
+def test_the_usual_network_is_another_with_the_same_weights():
+    row = ROWS["RelationNet, Omniglot"]
+    own, usual = (row.algorithm(name, torch.device("cpu")) for name in ("metacv", "plain loop"))
+    for key, value in own.state_dict().items():
+        assert torch.equal(usual.state_dict()[key], value)
+    for network in (usual.backbone, usual.relation):
+        kinds = [type(layer).__name__ for layer in network.blocks[0]]
+        assert kinds == ["Conv2d", "BatchNorm2d", "ReLU", "MaxPool2d"]

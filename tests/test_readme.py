@@ -99,3 +99,10 @@ def test_the_wheel_runs_both_commands_from_any_folder(tmp_path, data_dir):
     evaluate = run(tmp_path / "installed", elsewhere, data_dir, "evaluate", "checkpoint=run", "episodes=8")
     assert (evaluate.returncode, evaluate.stderr) == (0, "")
     assert "accuracy" in evaluate.stdout
+
+
+def test_the_speeds_are_those_of_the_kept_benchmark():
+    rows = [line for line in README.splitlines() if line.startswith(("| MAML,", "| evaluation,"))]
+    kept = (ROOT / "outputs/reference/benchmark/benchmark.md").read_text().splitlines()
+    assert len(rows) >= 5
+    assert set(rows) <= set(kept)

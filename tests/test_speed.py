@@ -1,8 +1,11 @@
 """Precision, gradient checkpointing and compiled steps: what a step computes stays what it is."""
 
 import platform
-import resource
+import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ from metacv.algorithms.maml import MAML
 from metacv.algorithms.protonet import ProtoNet
 from metacv.algorithms.relationnet import RelationNet
 from metacv.algorithms.reptile import Reptile
-from metacv.speed import keep_freed_memory, precision
+from metacv.speed import precision
 
 BUILD = {
     "maml": lambda: MAML(SmoothNet(), 3, inner_lr=0.1, inner_steps=2, eval_inner_steps=2),
@@ -63,6 +66,8 @@ def test_compiled_steps_learn_what_uncompiled_ones_do(name, way):
             algorithm.compile_steps()
         states.append(trained(algorithm))
     for key, value in states[0].items():
+        if name == "reptile by adam" and re.search(r"conv\d.bias$", key):
+            continue  # before batch norm it has no gradient but rounding, which Adam divides by rounding
         torch.testing.assert_close(states[1][key], value, rtol=1e-10, atol=1e-13, msg=lambda m, key=key: f"{key}: {m}")
 
 
@@ -156,16 +161,51 @@ def test_an_impossible_precision_is_refused(metacv):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="memory is kept by a setting of glibc's")
 def test_freed_memory_is_kept_for_the_next_step():
-    def faults() -> int:
-        """Of the memory for a second tensor of 128 MB, the pages that are new, each of 4 kB to 2 MB."""
-        torch.ones(2**25)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        torch.ones(2**25)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    """Of the memory for a second tensor of 128 MB, the pages that are new, each of 4 kB to 2 MB."""
+    program = """
+import resource, sys, torch
+from metacv.speed import keep_freed_memory
+if sys.argv[1] == "kept":
+    keep_freed_memory()
+torch.ones(2**25)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.ones(2**25)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    kept, given_back = (
+        int(subprocess.run([sys.executable, "-c", program, word], check=True, capture_output=True).stdout)
+        for word in ("kept", "given back")
+    )
+    assert kept < 10 < 64 <= given_back
 
-    try:
-        keep_freed_memory()
-        kept = faults()
-    finally:
-        keep_freed_memory(False)
-    assert kept < 10 < 64 <= faults()
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the memory in use is read from /proc")
+@pytest.mark.parametrize("name", ["maml", "reptile", "protonet"])
+def test_a_thousand_steps_take_no_more_memory_than_a_hundred(name):
+    program = """
+import sys
+import torch
+from conftest import random_tasks
+from test_speed import BUILD, resident
+from metacv.speed import keep_freed_memory
+
+keep_freed_memory()
+algorithm = BUILD[sys.argv[1]]().train()
+for step in range(1000):
+    if step == 100:
+        before = resident()
+    algorithm.zero_grad()
+    algorithm.backward(random_tasks(tasks=3, shape=(1, 6, 6), seed=step))
+print(resident() / before)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, name], check=True, capture_output=True, cwd=Path(__file__).parent
+    )
+    assert float(done.stdout) < 1.02
+
+
+def resident() -> int:
+    """Kilobytes of this process in memory."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmRSS:")).split()[1])

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from metacv.algorithms.base import batch_norms, keeps_running_statistics
 from metacv.algorithms.inner_loop import InnerLoop, Params, TaskBatching
 from metacv.backbones import Backbone
+from metacv.backbones.batch_norm import BatchNorm
 from metacv.data.episodes import TaskBatch
 
 
@@ -45,6 +46,9 @@ class MAML(InnerLoop):
         self.gradient_checkpointing = gradient_checkpointing
         if gradient_checkpointing and keeps_running_statistics(self.net):
             raise ValueError("gradient_checkpointing: batch norm's running statistics would count every step twice")
+        for norm in batch_norms(self.net):
+            if isinstance(norm, BatchNorm):
+                norm.second_order = not first_order
         norms = {p for norm in batch_norms(self.net) for p in norm.parameters()}
         self.adapted = [
             name for name, p in self.net.named_parameters() if p.requires_grad and (adapt_norm or p not in norms)

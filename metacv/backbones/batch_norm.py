@@ -7,10 +7,16 @@ from torch import Tensor, nn
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """nn.BatchNorm2d: the same but for rounding, and faster for second order on a CPU without running statistics."""
+    """nn.BatchNorm2d, but for rounding; with `second_order`, a gradient in training that is fast to differentiate once.
+
+    That is on CPUs and without running statistics. It has no third derivative, and torch.func.grad cannot take it.
+    """
+
+    second_order = False
 
     def forward(self, images: Tensor) -> Tensor:
-        if self.track_running_stats or images.is_cuda:
+        own = self.second_order and self.training and self.running_mean is None and self.weight is not None
+        if not own or images.is_cuda or images.dim() != 4 or images.numel() <= images.shape[1]:
             return super().forward(images)
         return _Norm.apply(images, self.weight, self.bias, self.eps)[0]
 
@@ -56,8 +62,7 @@ class _Gradient(torch.autograd.Function):
     def forward(
         ctx: Any, g: Tensor, x: Tensor, w: Tensor, mean: Tensor, r: Tensor, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if g.stride() != x.stride():
-            g = torch.empty_like(x).copy_(g)  # in another layout all that follows is several times as slow
+        g = _laid_out_as(x, g)
         by_x, by_w, by_b = torch.ops.aten.native_batch_norm_backward(
             g, x, w, None, None, mean, r, True, eps, [True, True, True]
         )
@@ -70,6 +75,7 @@ class _Gradient(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise NotImplementedError("batch norm's third derivative")
         g, x, w, mean, r, gz, g_sum = ctx.saved_tensors
+        u = _laid_out_as(x, u)
         n = x.numel() // len(w)
         uz, u_sum = _sums(u, x, mean, r)
         ug, _ = _sums(u, g, torch.zeros_like(mean), torch.ones_like(r))
@@ -82,6 +88,11 @@ class _Gradient(torch.autograd.Function):
         return by_g, by_x, r * q, None, None, None
 
 
+def _laid_out_as(x: Tensor, a: Tensor) -> Tensor:
+    """Sums over two maps of different layouts are several times as slow."""
+    return a if a.stride() == x.stride() else torch.empty_like(x).copy_(a)
+
+
 def _sums(a: Tensor, x: Tensor, mean: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
     """sum(a (x - mean) r) and sum(a) of each channel: the fastest that torch has for it is batch norm's own."""
     _, products, plain = torch.ops.aten.native_batch_norm_backward(
@@ -92,7 +103,8 @@ def _sums(a: Tensor, x: Tensor, mean: Tensor, r: Tensor) -> tuple[Tensor, Tensor
 
 def _combined(constant: Tensor, *terms: tuple[Tensor, Tensor]) -> Tensor:
     """constant [C] + the sum of factor [C] * maps [B, C, H, W]"""
-    total = constant.view(-1, 1, 1)
-    for factor, maps in terms:
-        total = torch.addcmul(total, maps, factor.view(-1, 1, 1))
+    (factor, maps), *others = terms
+    total = torch.addcmul(constant.view(-1, 1, 1), maps, factor.view(-1, 1, 1))
+    for factor, maps in others:
+        total.addcmul_(maps, factor.view(-1, 1, 1))
     return total

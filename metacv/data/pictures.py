@@ -117,8 +117,8 @@ def on_threads(label: str, read: Callable[[Path], T], files: list[Path]) -> Iter
 
     A thread takes several files at a time: of small ones that come one by one, two threads read fewer than one.
     """
-    threads = os.cpu_count() or 1
-    at_once = max(1, min(32, len(files) // (4 * threads)))
+    threads = min(32, os.cpu_count() or 1)
+    at_once = max(1, min(8, len(files) // (4 * threads)))
     runs = [files[start : start + at_once] for start in range(0, len(files), at_once)]
     with (
         ThreadPoolExecutor(threads) as pool,
