@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,11 @@ import torch.nn.functional as F
 from results_table import compose_all
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.datasets import Omniglot
+from torchvision.transforms import Compose, Resize, ToTensor
+from torchvision.transforms.functional import to_pil_image
 
 from metacv.algorithms.base import Algorithm, accuracies
 from metacv.algorithms.inner_loop import Classifier
@@ -436,17 +440,49 @@ def evaluation(device: torch.device, repeats: int) -> list[dict[str, Any]]:
 
 
 def sampling(device: torch.device, repeats: int) -> list[dict[str, Any]]:
-    """5-way 1-shot episodes a second, drawn one at a time and 32 together."""
+    """5-way 1-shot episodes a second, drawn one at a time, beside torchvision's data set, and 32 together."""
     sampler = EpisodeSampler(noise(OMNIGLOT, 1100, 20), 5, 1, 15, "per_class", device=device)
-    times = in_turns({"1": lambda: sampler.sample(1), "32": lambda: sampler.sample(32)}, device, repeats)
+    with tempfile.TemporaryDirectory() as folder:
+        others = torchvision_episodes(Path(folder))
+        works = {"1": lambda: sampler.sample(1), "32": lambda: sampler.sample(32), "torchvision": lambda: next(others)}
+        times = in_turns(works, device, repeats)
+        others.close()
+    against = {"1": {"plain loop": times["torchvision"] / times["1"]}, "32": {}}
+    names = {"1": "1 at a time (the loop: torchvision's Omniglot and a DataLoader)", "32": "32 at a time"}
     return [
         {
-            "row": f"episodes of Omniglot's size, {n} at a time",
+            "row": f"episodes of Omniglot's size, {names[n]}",
             "tasks_per_second": {"metacv": int(n) / times[n]},
-            "against": {},
+            "against": against[n],
         }
-        for n in times
+        for n in names
     ]
+
+
+class DrawnOmniglot(Omniglot):
+    """torchvision's data set with files of noise, so that nothing is downloaded."""
+
+    def _check_integrity(self) -> bool:
+        return True
+
+
+def torchvision_episodes(folder: Path, classes: int = 100) -> Generator[Any, None, None]:
+    """Without end: the 5 x 16 images of an episode, as a user of torchvision would draw them."""
+    generator = torch.Generator().manual_seed(0)
+    for label in range(classes):
+        place = folder / f"omniglot-py/images_background/alphabet/character{label:04}"
+        place.mkdir(parents=True)
+        for image in range(20):
+            pixels = torch.rand(105, 105, generator=generator) > 0.9
+            to_pil_image(255 * pixels.to(torch.uint8)).convert("1").save(place / f"{label:04}_{image:02}.png")
+    images = DrawnOmniglot(str(folder), transform=Compose([Resize(28), ToTensor()]))
+
+    def rows() -> Iterator[list[int]]:
+        while True:
+            drawn = torch.randperm(classes, generator=generator)[:5].tolist()
+            yield [20 * label + row for label in drawn for row in torch.randperm(20, generator=generator)[:16].tolist()]
+
+    yield from DataLoader(images, batch_sampler=rows(), num_workers=os.cpu_count() or 1)
 
 
 def shares_of_data(device: torch.device, repeats: int) -> dict[str, float]:
@@ -553,6 +589,8 @@ def markdown(result: dict[str, Any]) -> str:
     if memory := result["peak_bytes"]:
         lines += ["", "| | peak memory, MB |", "| --- | --- |"]
         lines += [f"| {name} | {peak / 1e6:.0f} |" for name, peak in memory.items()]
+    if "thread" in machine["device"]:
+        lines += ["", "On a GPU: not run."]
     lines += ["", f"`metacv train` has made its first step after {result['first_step_seconds']:.1f} s."]
     if shares := result["shares_of_data"]:
         most = max(shares, key=shares.__getitem__)
