@@ -161,13 +161,14 @@ def test_an_impossible_precision_is_refused(metacv):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="memory is kept by a setting of glibc's")
 def test_freed_memory_is_kept_for_the_next_step():
-    """Of the memory for a second tensor of 128 MB, the pages that are new, each of 4 kB to 2 MB."""
+    """Of the memory for one more tensor of 128 MB, the pages that are new, each of 4 kB to 2 MB."""
     program = """
 import resource, sys, torch
 from metacv.speed import keep_freed_memory
 if sys.argv[1] == "kept":
     keep_freed_memory()
-torch.ones(2**25)
+for _ in range(5):
+    torch.ones(2**25)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 torch.ones(2**25)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
@@ -176,7 +177,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
         int(subprocess.run([sys.executable, "-c", program, word], check=True, capture_output=True).stdout)
         for word in ("kept", "given back")
     )
-    assert kept < 10 < 64 <= given_back
+    assert given_back >= 64
+    assert 4 * kept < given_back
 
 
 @pytest.mark.slow
