@@ -32,6 +32,9 @@ import torch.nn.functional as F
 from results_table import compose_all
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.profiler import profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.datasets import Omniglot
@@ -58,6 +61,15 @@ EXPERIMENTS = ROOT / "configs/experiment"
 OMNIGLOT, MINIIMAGENET = (1, 28, 28), (3, 84, 84)
 OWN_NETWORK = "plain loop, metacv's network"
 Step = Callable[[TaskBatch], object]  # leaves its outer gradient in .grad
+# Of torch's operations, by a word in their names.
+KINDS = {
+    "conv": "convolutions",
+    "batch_norm": "batch norm",
+    "pool": "pooling, ReLU",
+    "relu": "pooling, ReLU",
+    "clamp_min": "pooling, ReLU",
+    "threshold": "pooling, ReLU",
+}
 
 
 @dataclass
@@ -364,7 +376,7 @@ def measure(row: Row, device: torch.device, repeats: int) -> dict[str, Any]:
         step(tasks)
 
     works = {name: partial(work, *made) for name, made in installed.items()}
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter, Traffic() as traffic:
         works["metacv"]()
     times = in_turns(works, device, repeats)
     return {
@@ -372,8 +384,42 @@ def measure(row: Row, device: torch.device, repeats: int) -> dict[str, Any]:
         "tasks_per_second": {name: row.tasks / found for name, found in times.items()},
         "against": {name: found / times["metacv"] for name, found in times.items() if name != "metacv"},
         "flops_per_second": counter.get_total_flops() / times["metacv"],
+        "bytes_per_second": traffic.bytes / times["metacv"],
+        "parts_of_time": parts_of_time(works["metacv"]),
         "gradients_differ_by": apart,
     }
+
+
+class Traffic(TorchDispatchMode):
+    """Counts the bytes that operations read and write; those that only look at memory otherwise move none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        outputs = func(*args, **(kwargs or {}))
+        if "empty" not in func.__name__:
+            read, written = tensors((args, kwargs)), tensors(outputs)
+            seen = {t.untyped_storage().data_ptr() for t in read}
+            if func._schema.is_mutable or any(t.untyped_storage().data_ptr() not in seen for t in written):
+                self.bytes += sum(min(t.nbytes, t.untyped_storage().nbytes()) for t in read + written)
+        return outputs
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def parts_of_time(work: Callable[[], object]) -> dict[str, float]:
+    """Of all the time in torch's operations, the share of each kind."""
+    with profile() as profiler:
+        work()
+    spent = dict.fromkeys([*KINDS.values(), "rest"], 0.0)
+    for event in profiler.key_averages():
+        kind = next((kind for word, kind in KINDS.items() if word in event.key), "rest")
+        spent[kind] += event.self_device_time_total or event.self_cpu_time_total
+    return {kind: found / sum(spent.values()) for kind, found in spent.items()}
 
 
 def limits(device: torch.device) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """Reptile (Nichol, Achiam & Schulman, 2018), https://arxiv.org/abs/1803.02999"""
 
 from collections.abc import Callable, Sequence
+from math import sqrt
 from typing import Literal
 
 import torch
@@ -84,9 +85,11 @@ class Reptile(InnerLoop):
                     count += 1
                     for name, weight, grad in zip(self.trained, weights, grads, strict=True):
                         if self.inner_optimizer == "adam":
-                            moments[name] = BETA2 * moments[name] + (1 - BETA2) * grad.square()
-                            grad = grad / ((moments[name] / (1 - BETA2**count)).sqrt() + EPSILON)
-                        params[name] = weight - self.inner_lr * grad
+                            moments[name] = torch.addcmul(BETA2 * moments[name], grad, grad, value=1 - BETA2)
+                            root = (moments[name].sqrt() / sqrt(1 - BETA2**count)).add_(EPSILON)
+                            params[name] = weight.addcdiv(grad, root, value=-self.inner_lr)
+                        else:
+                            params[name] = weight - self.inner_lr * grad
         if self.training and not self.reset_moments and self.inner_optimizer == "adam":
             self.moment_steps.fill_(count)
             for name, moment in moments.items():
