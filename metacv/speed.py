@@ -68,7 +68,8 @@ class Compiled:
         self.graphs: dict[object, Callable[..., Sequence[Tensor]]] = {}
 
     def __call__(self, *tensors: Tensor) -> Sequence[Tensor]:
-        kind = tuple((t.shape, t.dtype) for t in tensors)
+        autocast = torch.is_autocast_enabled(tensors[0].device.type)
+        kind = autocast, *((t.shape, t.dtype) for t in tensors)
         with torch.no_grad(), torch.autocast(tensors[0].device.type, enabled=False):
             if kind in self.graphs:
                 return self.graphs[kind](*tensors)
@@ -87,7 +88,8 @@ class Compiled:
             graph = make_fx(self.function)(*tensors)
         with torch.no_grad():
             for tensor, value in zip(tensors, before, strict=True):
-                tensor.copy_(value)
+                if not torch.equal(tensor, value):  # those that are expanded are never written to
+                    tensor.copy_(value)
         graph.graph.eliminate_dead_code()
         graph.recompile()
         return graph

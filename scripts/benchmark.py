@@ -2,7 +2,7 @@
 
     python scripts/benchmark.py                      the whole table (install '.[bench]' first)
     python scripts/benchmark.py fomaml --repeats 9   the rows whose names hold a word; or one of the other parts,
-                                                     evaluation, sampling, memory, data
+                                                     evaluation, sampling, settings, processes, memory, start, data
     python scripts/benchmark.py --device cuda
 
 The others run the networks as they are usually written: ReLU before the pooling, torch's own batch norm and layout. A
@@ -23,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from results_table import compose_all
 from torch import Tensor, nn
+from torch._C._autograd import DeviceType
 from torch.func import functional_call
 from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -41,8 +42,9 @@ from torchvision.datasets import Omniglot
 from torchvision.transforms import Compose, Resize, ToTensor
 from torchvision.transforms.functional import to_pil_image
 
+from metacv import MetacvError
 from metacv.algorithms.base import Algorithm, accuracies
-from metacv.algorithms.inner_loop import Classifier
+from metacv.algorithms.inner_loop import Classifier, InnerLoop
 from metacv.algorithms.maml import MAML
 from metacv.algorithms.protonet import ProtoNet
 from metacv.algorithms.relationnet import RelationNet
@@ -54,12 +56,13 @@ from metacv.data.augment import Augment
 from metacv.data.bank import ImageBank
 from metacv.data.episodes import EpisodeList, EpisodeSampler, TaskBatch
 from metacv.evaluate import evaluate_episodes
-from metacv.speed import keep_freed_memory
+from metacv.speed import Precision, keep_freed_memory, precision
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPERIMENTS = ROOT / "configs/experiment"
 OMNIGLOT, MINIIMAGENET = (1, 28, 28), (3, 84, 84)
 OWN_NETWORK = "plain loop, metacv's network"
+PAPERS = "MAML, 1 inner steps, network and 32 tasks of the paper, Omniglot"
 Step = Callable[[TaskBatch], object]  # leaves its outer gradient in .grad
 # Of torch's operations, by a word in their names.
 KINDS = {
@@ -142,6 +145,7 @@ def as_usually_written(algorithm: Algorithm) -> None:
         algorithm.relation.blocks = nn.Sequential(*map(usual_block, algorithm.relation.blocks))
 
 
+@cache
 def noise(shape: tuple[int, int, int], classes: int = 80, images: int = 40) -> ImageBank:
     pixels = torch.randint(
         0, 256, (classes * images, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
@@ -296,6 +300,8 @@ def rows() -> list[Row]:
         found.append(
             Row(f"RelationNet, {data}", lambda relation=relation: RelationNet(relation()), shape, 5, 1, 15, 1, own)
         )
+    strided = partial(Conv4, OMNIGLOT, downsample="stride", global_pool=True, running_stats=False)
+    found.append(Row(PAPERS, partial(maml, strided, 1, False), OMNIGLOT, 5, 1, 1, 32, peers))
     head = partial(maml, partial(Features, (64, 1, 1)), 5, False)
     found.append(Row("MAML, 5 inner steps, head on 64 features", head, (64, 1, 1), 5, 1, 15, 32, peers))
     own = {"metacv": metacv, "plain loop": protonet_loop}
@@ -334,7 +340,7 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def seconds(work: Callable[[], object], device: torch.device, least: float = 0.5) -> float:
+def seconds_of(work: Callable[[], object], device: torch.device, least: float = 0.5) -> float:
     """Of one call, over as many as take `least` seconds."""
     wait(device)
     start, calls = time.perf_counter(), 0
@@ -347,13 +353,13 @@ def seconds(work: Callable[[], object], device: torch.device, least: float = 0.5
 
 def in_turns(works: dict[str, Callable[[], object]], device: torch.device, repeats: int) -> dict[str, float]:
     """The median seconds of each."""
-    for work in works.values():
-        work()  # to warm up
+    for work in 3 * list(works.values()):
+        work()  # to warm up, and until freed memory is there for the next step
     times: dict[str, list[float]] = {name: [] for name in works}
     order = list(works)
     for _ in range(repeats):
         for name in order:
-            times[name].append(seconds(works[name], device))
+            times[name].append(seconds_of(works[name], device))
         order.append(order.pop(0))
     return {name: statistics.median(found) for name, found in times.items()}
 
@@ -376,18 +382,13 @@ def measure(row: Row, device: torch.device, repeats: int) -> dict[str, Any]:
         step(tasks)
 
     works = {name: partial(work, *made) for name, made in installed.items()}
-    with FlopCounterMode(display=False) as counter, Traffic() as traffic:
-        works["metacv"]()
     times = in_turns(works, device, repeats)
     return {
         "row": row.name,
         "tasks_per_second": {name: row.tasks / found for name, found in times.items()},
         "against": {name: found / times["metacv"] for name, found in times.items() if name != "metacv"},
-        "flops_per_second": counter.get_total_flops() / times["metacv"],
-        "bytes_per_second": traffic.bytes / times["metacv"],
-        "parts_of_time": parts_of_time(works["metacv"]),
         "gradients_differ_by": apart,
-    }
+    } | what_bounds(installed["metacv"][0], works["metacv"], times["metacv"], device)
 
 
 class Traffic(TorchDispatchMode):
@@ -411,22 +412,38 @@ def tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def parts_of_time(work: Callable[[], object]) -> dict[str, float]:
-    """Of all the time in torch's operations, the share of each kind."""
-    with profile() as profiler:
+def what_bounds(
+    algorithm: Algorithm, work: Callable[[], object], seconds: float, device: torch.device
+) -> dict[str, Any]:
+    """Operations and bytes a second of work that takes so long, and the kinds' shares of the time in torch."""
+    batching = getattr(algorithm, "task_batching", None)
+    if isinstance(algorithm, InnerLoop):
+        algorithm.task_batching = "loop"  # the counter takes the gradients of grouped convolutions for more
+    with FlopCounterMode(display=False) as counter:
         work()
+    if isinstance(algorithm, InnerLoop):
+        algorithm.task_batching = batching
+    with Traffic() as traffic:
+        work()
+    with profile() as profiler:
+        seconds_of(work, device)
     spent = dict.fromkeys([*KINDS.values(), "rest"], 0.0)
     for event in profiler.key_averages():
         kind = next((kind for word, kind in KINDS.items() if word in event.key), "rest")
-        spent[kind] += event.self_device_time_total or event.self_cpu_time_total
-    return {kind: found / sum(spent.values()) for kind, found in spent.items()}
+        if event.device_type == DeviceType.CPU:  # operations; on a GPU with the time of their kernels
+            spent[kind] += event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+    return {
+        "flops_per_second": counter.get_total_flops() / seconds,
+        "bytes_per_second": traffic.bytes / seconds,
+        "parts_of_time": {kind: found / sum(spent.values()) for kind, found in spent.items()},
+    }
 
 
 def limits(device: torch.device) -> dict[str, float]:
     """What a large matrix product and a large copy reach here."""
     side, size = (8192, 2**30) if device.type == "cuda" else (2048, 2**27)
     left, right = torch.rand(side, side, device=device), torch.rand(side, side, device=device)
-    source = torch.empty(size, dtype=torch.uint8, device=device)
+    source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     found = in_turns({"product": lambda: left @ right, "copy": lambda: target.copy_(source)}, device, 3)
     return {"flops_per_second": 2 * side**3 / found["product"], "bytes_per_second": 2 * size / found["copy"]}
@@ -472,7 +489,7 @@ def evaluation(device: torch.device, repeats: int) -> list[dict[str, Any]]:
                 right.append(accuracies(logits.unsqueeze(0), task.query_y))
             return torch.cat(right).double().cpu()
 
-        if (ours() - loop()).abs().mean() > 1e-3:  # a tie may fall either way
+        if (ours() - loop()).abs().mean() > 1e-3:  # less than one query
             raise SystemExit(f"benchmark: evaluation, {name}: accuracies differ")
         times = in_turns({"metacv": ours, "plain loop": loop}, device, repeats)
         found.append(
@@ -481,6 +498,7 @@ def evaluation(device: torch.device, repeats: int) -> list[dict[str, Any]]:
                 "tasks_per_second": {who: count / time for who, time in times.items()},
                 "against": {"plain loop": times["plain loop"] / times["metacv"]},
             }
+            | what_bounds(algorithm, ours, times["metacv"], device)
         )
     return found
 
@@ -532,15 +550,18 @@ def torchvision_episodes(folder: Path, classes: int = 100) -> Generator[Any, Non
 
 
 def shares_of_data(device: torch.device, repeats: int) -> dict[str, float]:
-    """Of a training step's time, that of drawing its tasks: every experiment's, from noise of 80 classes."""
+    """Of a training step's time, that of drawing its tasks: every experiment's, from noise of as many images."""
     names = sorted(str(path.relative_to(EXPERIMENTS).with_suffix("")) for path in EXPERIMENTS.rglob("*.yaml"))
     found = {}
     for name, config in zip(names, compose_all([[f"experiment={name}"] for name in names]), strict=True):
-        shape = MINIIMAGENET if "MiniImageNet" in config["dataset"]["_target_"] else OMNIGLOT
+        colour = "MiniImageNet" in config["dataset"]["_target_"]
+        shape, images = (
+            (MINIIMAGENET, noise(MINIIMAGENET, 64, 600)) if colour else (OMNIGLOT, noise(OMNIGLOT, 1200, 20))
+        )
         tasks = (config[f"train_{part}"] for part in ("way", "shot", "query"))
         rotation = build_dataset(config, "nowhere").rotation("train")
         augment = Augment(**config["augment"], seed=0)
-        sampler = EpisodeSampler(noise(shape), *tasks, rotation, device=device, augment=augment)
+        sampler = EpisodeSampler(images, *tasks, rotation, device=device, augment=augment)
         algorithm = build_algorithm(config, shape).to(device).train()
         batch = sampler.sample(config["meta_batch"])
         works = {
@@ -549,7 +570,6 @@ def shares_of_data(device: torch.device, repeats: int) -> dict[str, float]:
         }
         times = in_turns(works, device, repeats)
         found[name] = times["data"] / sum(times.values())
-        print(json.dumps({"data": name, "share": found[name]}), flush=True)
     return found
 
 
@@ -601,14 +621,68 @@ def resident(field: str) -> int:
     return 1024 * int(next(line for line in lines if line.startswith(f"{field}:")).split()[1])
 
 
-def first_step() -> float:
-    """Seconds of `metacv train` until it has made a step, imports and all."""
-    words = "algo=maml steps=1 eval_episodes=2 dataset.classes={train:30,val:8,test:8} hydra.run.dir=."
+def by_settings(device: torch.device, repeats: int) -> dict[str, float]:
+    """Tasks a second of the paper's MAML with settings that change its speed alone; the first is as it comes."""
+    (row,) = [row for row in rows() if row.name == PAPERS]
+    tasks = row.sampler(device).sample(row.tasks)
+    settings = [
+        "precision=fp32",
+        "task_batching=loop",
+        "task_batching=vmap",
+        "gradient_checkpointing=true",
+        "compile=true",
+    ]
+    if device.type == "cuda":
+        settings += ["precision=tf32", "precision=bf16"]
+    elif torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        settings += ["precision=bf16"]
+
+    def work(algorithm: Algorithm, kind: Precision) -> None:
+        algorithm.zero_grad()
+        with precision(kind, device):
+            algorithm.backward(tasks)
+
+    works = {}
+    for setting in settings:
+        algorithm = row.algorithm("metacv", device)
+        name, value = setting.split("=")
+        if name == "compile":
+            algorithm.compile_steps()
+        elif name != "precision":
+            setattr(algorithm, name, True if value == "true" else value)
+        works[setting] = partial(work, algorithm, value if name == "precision" else "fp32")
+        try:
+            works[setting]()
+        except MetacvError as error:  # of a missing compiler
+            print(f"benchmark: {error}", file=sys.stderr)
+            del works[setting]
+    return {setting: row.tasks / found for setting, found in in_turns(works, device, repeats).items()}
+
+
+def trained(words: str, device: torch.device, processes: int = 1) -> tuple[float, float]:
+    """Seconds that `metacv train algo=maml` takes on glyphs, from the shell and back, and tasks a second at its end."""
+    several = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+    launch = [*(several if processes > 1 else []), "metacv"]
+    settings = f"algo=maml {words} device={device} eval_episodes=2 dataset.classes={{train:30,val:8,test:8}}"
+    threads = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // processes))}
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "metacv", "train", *words.split(), f"data_dir={folder}"]
-        subprocess.run(command, cwd=folder, check=True, capture_output=True)
-    return time.perf_counter() - start
+        command = [sys.executable, "-m", *launch, "train", *settings.split(), f"data_dir={folder}", "hydra.run.dir=."]
+        subprocess.run(command, cwd=folder, env=os.environ | threads, check=True, capture_output=True)
+        seconds = time.perf_counter() - start
+        lines = map(json.loads, (Path(folder) / "metrics.jsonl").read_text().splitlines())
+        return seconds, [line for line in lines if "train/loss" in line][-1]["train/tasks_per_second"]
+
+
+def one_step(device: torch.device, repeats: int) -> dict[str, float]:
+    return {"seconds": statistics.median(trained("steps=1 log_every=1", device)[0] for _ in range(repeats))}
+
+
+def by_processes(device: torch.device, repeats: int) -> dict[int, float]:
+    """Tasks a second of training on one process and on as many as there are GPUs, or processors."""
+    counts = sorted({1, torch.cuda.device_count() if device.type == "cuda" else torch.get_num_threads()})
+    speeds = [{n: trained("steps=40 log_every=20 meta_batch=16", device, n)[1] for n in counts} for _ in range(repeats)]
+    return {n: statistics.median(found[n] for found in speeds) for n in counts}
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -619,30 +693,57 @@ def markdown(result: dict[str, Any]) -> str:
         "The others run the networks as they are usually written; `with metacv's network`, a plain loop does not.",
         "",
         "| | metacv, tasks/s | times as fast as a plain loop | with metacv's network | as `higher` | as `torchopt` "
-        "| share of the product | peak memory, MB (loop) |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| peak memory, MB (loop) |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in result["rows"]:
         against = [
             f"{row['against'][name]:.2f}" if name in row["against"] else ""
             for name in ("plain loop", OWN_NETWORK, "higher", "torchopt")
         ]
-        share = f"{row['flops_per_second'] / machine['flops_per_second']:.0%}" if "flops_per_second" in row else ""
         memory = row.get("peak_bytes", {})
         peak = f"{memory['metacv'] / 1e6:.0f} ({memory['plain loop'] / 1e6:.0f})" if memory else ""
         speed = row["tasks_per_second"]["metacv"]
-        lines.append(f"| {row['row']} | {speed:.3g} | {' | '.join(against)} | {share} | {peak} |")
-    if memory := result["peak_bytes"]:
+        lines.append(f"| {row['row']} | {speed:.3g} | {' | '.join(against)} | {peak} |")
+    if steps := [row for row in result["rows"] if "parts_of_time" in row]:
+        kinds = list(steps[0]["parts_of_time"])
+        lines += [
+            "",
+            "What bounds a step of metacv: its floating-point operations a second beside those of the matrix product, "
+            "the bytes that its operations read and write a second beside those of the copy (caches let it be more), "
+            "and where its time goes.",
+            "",
+            f"| | of the product | of the copy | {' | '.join(kinds)} |",
+            f"| --- | --- | --- |{' --- |' * len(kinds)}",
+        ]
+        for row in steps:
+            shares = [row[limit] / machine[limit] for limit in ("flops_per_second", "bytes_per_second")]
+            shares += [row["parts_of_time"][kind] for kind in kinds]
+            lines.append(f"| {row['row']} | {' | '.join(f'{share:.0%}' for share in shares)} |")
+    if memory := result["memory"]:
         lines += ["", "| | peak memory, MB |", "| --- | --- |"]
         lines += [f"| {name} | {peak / 1e6:.0f} |" for name, peak in memory.items()]
+    if speeds := result["settings"]:
+        first = next(iter(speeds))
+        lines += ["", f"| {PAPERS} | tasks/s | times as fast |", "| --- | --- | --- |"]
+        lines += [f"| {name} | {found:.3g} | {found / speeds[first]:.2f} |" for name, found in speeds.items()]
+    if speeds := result["processes"]:
+        lines += ["", "| `metacv train algo=maml`, processes | tasks/s |", "| --- | --- |"]
+        lines += [f"| {count} | {found:.3g} |" for count, found in speeds.items()]
+    if start := result["start"]:
+        lines += [
+            "",
+            f"`metacv train` with a single step takes {start['seconds']:.1f} s: imports, glyphs, validation of 2 "
+            "episodes and checkpoints included.",
+        ]
+    if shares := result["data"]:
+        most = max(shares, key=shares.__getitem__)
+        lines += [
+            "",
+            f"Drawing the tasks takes at most {shares[most]:.1%} of a step in {len(shares)} experiments ({most}).",
+        ]
     if "thread" in machine["device"]:
         lines += ["", "On a GPU: not run."]
-    lines += ["", f"`metacv train` has made its first step after {result['first_step_seconds']:.1f} s."]
-    if shares := result["shares_of_data"]:
-        most = max(shares, key=shares.__getitem__)
-        lines[-1] += (
-            f" Drawing the tasks takes at most {shares[most]:.1%} of a step in {len(shares)} experiments ({most})."
-        )
     return "\n".join(lines) + "\n"
 
 
@@ -658,32 +759,51 @@ def main() -> None:
     if given.peak:
         (row,) = [row for row in rows() + memory_rows() if row.name == given.peak[0]]
         return print_peak(row, given.peak[1], device)
+    names = [*(row.name for row in rows()), "evaluation", "sampling", *PARTS]
+    for word in given.words:
+        if not any(word.lower() in name.lower() for name in names):
+            parser.error(f"{word} is in none of: {'; '.join(names)}")
+    chosen = {name for name in names if not given.words or any(word.lower() in name.lower() for word in given.words)}
     keep_freed_memory()
+    with precision("fp32", device):
+        benchmark(chosen, device, given.repeats, given.out)
 
-    def wanted(name: str) -> bool:
-        return not given.words or any(word.lower() in name.lower() for word in given.words)
 
-    found = []
+def benchmark(chosen: set[str], device: torch.device, repeats: int, out: Path) -> None:
+    """Writes what there is after every part."""
+    machine = {"device": describe_device(device), "torch": torch.__version__, "repeats": repeats} | limits(device)
+    result: dict[str, Any] = {"machine": machine, "rows": []} | {part: {} for part in PARTS}
+
+    def write() -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "benchmark.json").write_text(json.dumps(result, indent=1) + "\n")
+        (out / "benchmark.md").write_text(markdown(result))
+
     for row in rows():
-        if wanted(row.name):
-            found.append(measure(row, device, given.repeats))
-            found[-1]["peak_bytes"] = {name: peak_memory(row, name, device) for name in ("metacv", "plain loop")}
-            print(json.dumps(found[-1]), flush=True)
-    for more in (evaluation, sampling):
-        if wanted(more.__name__):
-            found += more(device, given.repeats)
-    machine = {"device": describe_device(device), "torch": torch.__version__, "repeats": given.repeats} | limits(device)
-    result = {
-        "machine": machine,
-        "first_step_seconds": first_step(),
-        "rows": found,
-        "peak_bytes": {row.name: peak_memory(row, "metacv", device) for row in memory_rows() if wanted("memory")},
-        "shares_of_data": shares_of_data(device, given.repeats) if wanted("data") else {},
-    }
-    given.out.mkdir(parents=True, exist_ok=True)
-    (given.out / "benchmark.json").write_text(json.dumps(result, indent=1) + "\n")
-    (given.out / "benchmark.md").write_text(markdown(result))
+        if row.name in chosen:
+            found = measure(row, device, repeats)
+            found["peak_bytes"] = {name: peak_memory(row, name, device) for name in ("metacv", "plain loop")}
+            result["rows"].append(found)
+            print(row.name, flush=True)
+            write()
+    for part in (evaluation, sampling):
+        if part.__name__ in chosen:
+            result["rows"] += part(device, repeats)
+            write()
+    for name, measured in PARTS.items():
+        if name in chosen:
+            result[name] = measured(device, repeats)
+            write()
     print(markdown(result))
+
+
+PARTS: dict[str, Callable[[torch.device, int], dict[Any, float]]] = {
+    "settings": by_settings,
+    "processes": by_processes,
+    "memory": lambda device, _: {row.name: peak_memory(row, "metacv", device) for row in memory_rows()},
+    "start": one_step,
+    "data": shares_of_data,
+}
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Reptile, against hand calculations."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -89,6 +91,29 @@ def test_moments_persist_in_training_and_are_left_alone_by_evaluation():
     before = {name: value.clone() for name, value in algorithm.state_dict().items()}
     algorithm.predict(tasks, "transductive")
     assert all(torch.equal(before[name], value) for name, value in algorithm.state_dict().items())
+
+
+@pytest.mark.parametrize("settings", [{}, {"inner_optimizer": "adam", "reset_moments": True}])
+def test_tasks_together_move_as_tasks_in_a_loop(settings):
+    """Each through its own order of the support set, whose images take three inner batches."""
+    tasks = replace(random_tasks(tasks=5, dtype=torch.float64), seeds=torch.tensor([3, 1, 4, 15, 9]))
+    moved = []
+    for batching in ("loop", "vmap"):
+        algorithm = reptile(
+            **settings, inner_steps=4, inner_batch=2, inner_lr=0.01, task_batching=batching, task_chunk=3
+        ).train()
+        assert [len(part) for part in algorithm.parts(tasks)] == ([1] * 5 if batching == "loop" else [3, 2])
+        algorithm.backward(tasks)
+        moved.append({name: p.grad for name, p in algorithm.net.named_parameters()})
+    for name, expected in moved[0].items():
+        if settings and "conv" in name and name.endswith("bias"):
+            continue  # before batch norm it has no gradient but rounding, which Adam divides by rounding
+        torch.testing.assert_close(moved[1][name], expected, rtol=1e-8, atol=1e-11)
+
+
+def test_moments_that_pass_from_task_to_task_keep_the_tasks_apart():
+    algorithm = reptile(inner_optimizer="adam", task_batching="vmap").train()
+    assert len(list(algorithm.parts(random_tasks(tasks=3)))) == 3
 
 
 def test_inner_batches_pass_through_the_whole_support_set_before_repeating():

@@ -120,6 +120,14 @@ def test_gradient_checkpointing_keeps_one_inner_step_at_a_time():
     assert held(True, 5) < 0.4 * held(False, 5)
 
 
+def test_gradient_checkpointing_takes_one_task_at_a_time_unless_told_otherwise():
+    tasks = random_tasks(tasks=3)
+    for batching, parts in (("auto", 3), ("vmap", 1)):
+        algorithm = MAML(SmoothNet(), 3, 0.1, 1, 1, gradient_checkpointing=True, task_batching=batching)
+        assert len(list(algorithm.train().parts(tasks))) == parts
+        assert len(list(algorithm.eval().parts(tasks))) == 1
+
+
 def test_gradient_checkpointing_refuses_running_statistics():
     with pytest.raises(ValueError, match="gradient_checkpointing"):
         MAML(SmoothNet(running_stats=True), 3, 0.1, 1, 1, gradient_checkpointing=True)
@@ -149,6 +157,25 @@ def test_precision_leaves_torch_as_it_was():
         assert [f.allow_tf32 for f in flags] == [False, False]
         assert not torch.is_autocast_enabled("cpu")
     assert [f.allow_tf32 for f in flags] == before
+
+
+def test_predictions_are_in_fp32_whatever_torch_is_set_to():
+    algorithm, tasks, seen = BUILD["maml"](), random_tasks(), []
+    expected = algorithm.predict(tasks, "transductive")
+    algorithm.net.register_forward_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
+    with precision("tf32", torch.device("cpu")), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(algorithm.predict(tasks, "transductive"), expected)
+    assert seen
+    assert not any(seen)
+
+
+def test_a_graph_of_one_precision_is_not_taken_for_another(way):
+    algorithm, tasks, found = BUILD["maml"](), random_tasks(), []
+    algorithm.compile_steps()
+    for kind in ("fp32", "bf16"):
+        with precision(kind, torch.device("cpu")):
+            found.append(gradients(algorithm, tasks))
+    assert 1e-6 < float((found[1] - found[0]).norm() / found[0].norm()) < 0.15
 
 
 def test_an_impossible_precision_is_refused(metacv):
@@ -190,25 +217,20 @@ def test_a_thousand_steps_take_no_more_memory_than_a_hundred(name):
 import sys
 import torch
 from conftest import random_tasks
-from test_speed import BUILD, resident
+from test_benchmark import benchmark
+from test_speed import BUILD
 from metacv.speed import keep_freed_memory
 
 keep_freed_memory()
 algorithm = BUILD[sys.argv[1]]().train()
 for step in range(1000):
     if step == 100:
-        before = resident()
+        before = benchmark.resident("VmRSS")
     algorithm.zero_grad()
     algorithm.backward(random_tasks(tasks=3, shape=(1, 6, 6), seed=step))
-print(resident() / before)
+print(benchmark.resident("VmRSS") / before)
 """
     done = subprocess.run(
         [sys.executable, "-c", program, name], check=True, capture_output=True, cwd=Path(__file__).parent
     )
     assert float(done.stdout) < 1.02
-
-
-def resident() -> int:
-    """Kilobytes of this process in memory."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("VmRSS:")).split()[1])

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metacv.data.episodes import TaskBatch
-from metacv.speed import CompiledBackward
+from metacv.speed import CompiledBackward, precision
 
 Norm = Literal["inductive", "transductive"]
 
@@ -60,7 +60,7 @@ class Algorithm(nn.Module, ABC):
         self.backward_part = CompiledBackward(self, self.backward_part)  # type: ignore[method-assign]
 
     def predict(self, tasks: TaskBatch, norm: Norm) -> Tensor:
-        """Query logits [T, N*Q, N], leaving weights and statistics as they are.
+        """Query logits [T, N*Q, N] in fp32, leaving weights and statistics as they are.
 
         transductive: batch norm sees all queries of a task together (MAML's code, Relation Networks').
         inductive: with running statistics where the batch norms keep them (Prototypical Networks), otherwise each
@@ -70,7 +70,7 @@ class Algorithm(nn.Module, ABC):
         was_training = self.training
         self.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), precision("fp32", tasks.support_x.device):
                 if norm == "transductive":
                     with batch_statistics(self):
                         return self(tasks)

@@ -41,7 +41,8 @@ class InnerLoop(Algorithm):
     arXiv:2106.16245, use it for the trained number too).
 
     Tasks pass through the network one after another (task_batching=loop), or `task_chunk` of them together, each with
-    its own weights (vmap): the same but for rounding. auto takes what is faster, as does task_chunk=None.
+    its own weights (vmap): the same but for rounding. auto: together on a GPU, and on a CPU where that was measured to
+    be faster.
     """
 
     def __init__(self, backbone: Backbone, way: int, task_batching: TaskBatching, task_chunk: int | None) -> None:
@@ -83,7 +84,7 @@ class InnerLoop(Algorithm):
     def classify(self, params: Params, images: Tensor) -> Tensor:
         """Logits [T, B, N] of images [T, B, C, H, W] under each task's parameters."""
         inductive = not (self.training or uses_batch_statistics(self.net))
-        if self.together(images[0]) and not inductive:
+        if len(images) > 1 and self.together(images[0]) and not inductive:
             # Gradients are taken outside of vmap: inside, fused batch norm's are wrong (pytorch/functorch#534).
             shared = {name: None if self._is_shared(name, p) else 0 for name, p in params.items()}
             return vmap(self._call, in_dims=(shared, 0), randomness="different")(params, images)

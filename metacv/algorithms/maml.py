@@ -46,13 +46,18 @@ class MAML(InnerLoop):
         self.gradient_checkpointing = gradient_checkpointing
         if gradient_checkpointing and keeps_running_statistics(self.net):
             raise ValueError("gradient_checkpointing: batch norm's running statistics would count every step twice")
+        kept = set()
         for norm in batch_norms(self.net):
             if isinstance(norm, BatchNorm):
                 norm.second_order = not first_order
-        norms = {p for norm in batch_norms(self.net) for p in norm.parameters()}
-        self.adapted = [
-            name for name, p in self.net.named_parameters() if p.requires_grad and (adapt_norm or p not in norms)
-        ]
+            if not adapt_norm:
+                kept |= {*norm.parameters()}
+        self.adapted = [name for name, p in self.net.named_parameters() if p.requires_grad and p not in kept]
+
+    def together(self, images: Tensor) -> bool:
+        """With gradient_checkpointing, auto does what takes the least memory."""
+        sparing = self.training and self.gradient_checkpointing and self.task_batching == "auto"
+        return not sparing and super().together(images)
 
     def adapt(self, tasks: TaskBatch) -> Params:
         """Equation 1. In training mode the result is a function of the initial parameters that can be

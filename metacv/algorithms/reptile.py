@@ -52,7 +52,8 @@ class Reptile(InnerLoop):
         self.eval_inner_steps, self.eval_inner_batch = eval_inner_steps, eval_inner_batch
         self.inner_optimizer = inner_optimizer
         self.reset_moments = reset_moments
-        if inner_optimizer == "adam" and not reset_moments:
+        self.passes_moments = inner_optimizer == "adam" and not reset_moments
+        if self.passes_moments:
             self.one_process_because = "algo.reset_moments=false passes moments from task to task"
         self.training_gradients: Callable[..., Sequence[Tensor]] = self.gradients
         self.trained = [name for name, p in self.net.named_parameters() if p.requires_grad]
@@ -62,7 +63,7 @@ class Reptile(InnerLoop):
                 self.register_buffer(_buffer(name), torch.zeros_like(self.net.get_parameter(name)))
 
     def together(self, images: Tensor) -> bool:
-        return not self.training and super().together(images)  # in training the moments pass from task to task
+        return not (self.training and self.passes_moments) and super().together(images)
 
     def adapt(self, tasks: TaskBatch) -> Params:
         """Parameters after training on the support set, detached."""
@@ -76,11 +77,12 @@ class Reptile(InnerLoop):
         moments, count = self._moments(way)
         gradients = self.training_gradients if self.training else self.gradients
         with torch.enable_grad():
-            seed = int(tasks.seeds[0]) if self.training and tasks.seeds is not None else 0
-            for rows in _batches(images.shape[1], size, steps, seed):
-                rows = rows.to(images.device)
+            seeds = tasks.seeds.tolist() if self.training and tasks.seeds is not None else [0] * len(tasks)
+            batches = [_batches(images.shape[1], size, steps, seed) for seed in seeds]
+            for rows in map(torch.stack, zip(*batches, strict=True)):
+                batch = torch.arange(len(tasks)).unsqueeze(1), rows.to(images.device)
                 weights = [params[name].requires_grad_() for name in self.trained]
-                grads = gradients(images[:, rows], labels[:, rows], *params.values(), *self.net.buffers())
+                grads = gradients(images[batch], labels[batch], *params.values(), *self.net.buffers())
                 with torch.no_grad():
                     count += 1
                     for name, weight, grad in zip(self.trained, weights, grads, strict=True):
@@ -90,7 +92,7 @@ class Reptile(InnerLoop):
                             params[name] = weight.addcdiv(grad, root, value=-self.inner_lr)
                         else:
                             params[name] = weight - self.inner_lr * grad
-        if self.training and not self.reset_moments and self.inner_optimizer == "adam":
+        if self.training and self.passes_moments:
             self.moment_steps.fill_(count)
             for name, moment in moments.items():
                 self.get_buffer(_buffer(name)).copy_(moment.squeeze(0))
@@ -109,7 +111,7 @@ class Reptile(InnerLoop):
         with torch.no_grad():
             for name in self.trained:
                 weight = self.net.get_parameter(name)
-                step = share * (weight - params[name].squeeze(0))
+                step = share * (weight - params[name].mean(0))
                 weight.grad = step if weight.grad is None else weight.grad + step
             logits = self.classify(params, tasks.query_x)
             loss, accuracy = self.loss(logits, tasks.query_y), accuracies(logits, tasks.query_y).mean()
