@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._inductor.config
 from conftest import TRAIN, SmoothNet, random_tasks
 
 from metacv.algorithms.maml import MAML
@@ -86,8 +87,8 @@ def test_a_compiled_part_counts_as_its_share_of_the_tasks(way):
 @pytest.mark.slow
 def test_a_missing_compiler_is_said_in_a_line(metacv, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
-    code, _, err = metacv("train", "algo=protonet", *TRAIN, "compile=true")
+    with torch._inductor.config.patch("cpp.cxx", ("no-such-compiler",)):  # monkeypatch would not put it back
+        code, _, err = metacv("train", "algo=protonet", *TRAIN, "compile=true")
     assert code == 1
     assert "compile=true" in err.splitlines()[-1]
     assert "Traceback" not in err
