@@ -681,7 +681,7 @@ def one_step(device: torch.device, repeats: int) -> dict[str, float]:
 def by_processes(device: torch.device, repeats: int) -> dict[int, float]:
     """Tasks a second of training on one process and on as many as there are GPUs, or processors."""
     counts = sorted({1, torch.cuda.device_count() if device.type == "cuda" else torch.get_num_threads()})
-    speeds = [{n: trained("steps=40 log_every=20 meta_batch=16", device, n)[1] for n in counts} for _ in range(repeats)]
+    speeds = [{n: trained("steps=60 log_every=20 meta_batch=32", device, n)[1] for n in counts} for _ in range(repeats)]
     return {n: statistics.median(found[n] for found in speeds) for n in counts}
 
 
