@@ -13,9 +13,9 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from metacv import MetacvError, checkpoint
-from metacv.build import check_settings
 from metacv.config import CompareConfig
 from metacv.evaluate import check_norm, describe, measure, with_changes, write_result
+from metacv.model import check_settings
 
 SAME = ("way", "shot", "query", "episodes", "norm")
 

@@ -107,15 +107,3 @@ class PredictConfig:
 
 
 AS_THEY_ARE = {"mean": [0.0], "std": [1.0]}
-
-
-def as_now(config: dict[str, Any]) -> dict[str, Any]:
-    """The config of an older checkpoint, with the settings that came later as they were then."""
-    none = {"crop": 0, "flip": False, "jitter": 0.0}
-    batching: dict[str, Any] = {"task_batching": "auto", "task_chunk": None}
-    later: dict[str, Any] = {"projector": False, "episodes": 600, "augment": none, "normalize": AS_THEY_ARE}
-    later |= {"precision": "fp32", "compile": False}
-    config = later | config
-    if config["algo"].get("_target_") in ("metacv.algorithms.maml.MAML", "metacv.algorithms.reptile.Reptile"):
-        config["algo"] = batching | config["algo"]
-    return config

@@ -13,13 +13,14 @@ from tqdm import tqdm
 
 from metacv import MetacvError, checkpoint
 from metacv.algorithms.base import Algorithm, Norm, accuracies
-from metacv.build import build_algorithm, build_dataset, check_settings, describe_device, pick_device
 from metacv.cli import setting
-from metacv.config import EvaluateConfig, as_now
+from metacv.config import EvaluateConfig
 from metacv.data.bank import ImageBank, check_split
-from metacv.data.episodes import EpisodeList, EpisodeSampler
+from metacv.data.sampler import EpisodeList, EpisodeSampler
 from metacv.files import write_bytes_atomically
-from metacv.speed import keep_freed_memory
+from metacv.model import build_algorithm, build_dataset, check_settings, describe_device, pick_device
+from metacv.precision import keep_freed_memory
+from metacv.upgrade import upgrade
 
 NORMS: tuple[Norm, ...] = ("inductive", "transductive")
 IMAGES_AT_ONCE = 1024
@@ -107,7 +108,7 @@ def measure(place: str, given: dict[str, Any]) -> Iterator[tuple[Tensor, dict[st
         "algo": {
             name: value
             for name, value in config["algo"].items()
-            if value != as_now(saved["config"])["algo"].get(name) and name not in ("task_batching", "task_chunk")
+            if value != upgrade(saved["config"])["algo"].get(name) and name not in ("task_batching", "task_chunk")
         },  # what was changed since the training, and changes what comes out
         "dataset": type(dataset).__name__,
         "split": config["split"],
@@ -161,7 +162,7 @@ def describe(result: dict[str, Any]) -> str:
 
 def with_changes(saved: dict[str, Any], given: dict[str, Any], path: Path) -> dict[str, Any]:
     """The trained config with what the command line gave, and did not leave null, laid over it."""
-    saved = as_now(saved)
+    saved = upgrade(saved)
     config = saved | {name: value for name, value in given.items() if value is not None}
     for group in ("algo", "dataset"):
         changes = given.get(group) or {}

@@ -13,15 +13,15 @@ from torch import Tensor
 
 from metacv import MetacvError, checkpoint, clean
 from metacv.algorithms.base import Algorithm, Norm
-from metacv.build import build_algorithm, build_dataset, check_settings, pick_device
 from metacv.cli import setting
 from metacv.config import PredictConfig
 from metacv.data.bank import SPLITS, Dataset
-from metacv.data.episodes import TaskBatch
-from metacv.data.pictures import files_below, folders_in, holds_folders_alone, read_or_tell, tell_left_out
+from metacv.data.image_files import files_below, folders_in, holds_folders_alone, read_or_tell, tell_left_out
+from metacv.data.sampler import TaskBatch
+from metacv.drawing import LINE, RIGHT, WRONG, captioned_picture, legible
 from metacv.evaluate import check_norm, with_changes
 from metacv.files import csv_safe, write_bytes_atomically
-from metacv.picture import LINE, RIGHT, WRONG, captioned_picture, legible
+from metacv.model import build_algorithm, build_dataset, check_settings, pick_device
 
 SHOWN = 40  # lines of the table on the terminal
 PICTURED = 200  # support images at most, and queries

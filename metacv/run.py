@@ -22,12 +22,13 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from metacv import MetacvError, checkpoint
 from metacv.algorithms.base import Algorithm
-from metacv.build import check_settings
 from metacv.cli import setting
-from metacv.config import TrainConfig, as_now
-from metacv.data.episodes import EpisodeSampler
+from metacv.config import TrainConfig
+from metacv.data.sampler import EpisodeSampler
 from metacv.files import write_bytes_atomically
 from metacv.logger import Logger
+from metacv.model import check_settings
+from metacv.upgrade import upgrade
 
 # What may change when a run goes on: none of it changes what a step computes, but for the last bits on another device.
 RESUMABLE = {"resume", "steps", "eval_every", "patience", "log_every", "projector", "device", "compile", "data_dir"}
@@ -226,7 +227,7 @@ def begin_or_resume(
     asked = {name.lstrip("+") for name in given}
     trained_on = state["config"]["dataset"].items()
     config["dataset"] |= {k: v for k, v in trained_on if k in checkpoint.FOLDERS and f"dataset.{k}" not in asked}
-    for name, given, trained in differences(config, as_now(state["config"])):
+    for name, given, trained in differences(config, upgrade(state["config"])):
         if RESUMABLE.isdisjoint({name, name.split(".")[0]}):
             raise MetacvError(f"resume: {name} is {given} but {path} was trained with {trained}")
     if path.parent.resolve() != folder.resolve():

@@ -14,18 +14,18 @@ from tqdm import tqdm
 
 from metacv import MetacvError, checkpoint
 from metacv.algorithms.base import Algorithm, Norm, running_statistics
-from metacv.backbones import Backbone
-from metacv.build import build_algorithm, build_dataset, build_optimizer, describe_device, pick_device
+from metacv.backbones.base import Backbone
 from metacv.cli import setting
-from metacv.data.augment import Augment
-from metacv.data.episodes import EpisodeList, EpisodeSampler
+from metacv.data.sampler import EpisodeList, EpisodeSampler
+from metacv.data.transforms import Augment
+from metacv.distributed import Processes, processes
+from metacv.drawing import episode_picture
 from metacv.evaluate import check_norm, evaluate_episodes, summary
 from metacv.files import write_bytes_atomically
 from metacv.logger import Logger
-from metacv.picture import episode_picture
-from metacv.processes import Processes, processes
+from metacv.model import build_algorithm, build_dataset, build_optimizer, describe_device, pick_device
+from metacv.precision import check_precision, keep_freed_memory, precision
 from metacv.run import Run, Stopped, StopSignals, begin_or_resume, only_run_in
-from metacv.speed import check_precision, keep_freed_memory, precision
 
 INNER_STEPS_SHOWN, TASKS_SHOWN = (1, 2, 3, 5, 10, 20, 50, 100), 20
 IMAGES_PROJECTED = 1000

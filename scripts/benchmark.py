@@ -44,19 +44,19 @@ from torchvision.transforms.functional import to_pil_image
 
 from metacv import MetacvError
 from metacv.algorithms.base import Algorithm, accuracies
-from metacv.algorithms.inner_loop import Classifier, InnerLoop
-from metacv.algorithms.maml import MAML
-from metacv.algorithms.protonet import ProtoNet
-from metacv.algorithms.relationnet import RelationNet
-from metacv.algorithms.reptile import BETA2, EPSILON, Reptile, _batches
-from metacv.backbones import Backbone
+from metacv.algorithms.gradient.inner_loop import Classifier, InnerLoop
+from metacv.algorithms.gradient.maml import MAML
+from metacv.algorithms.gradient.reptile import BETA2, EPSILON, Reptile, _batches
+from metacv.algorithms.metric.protonet import ProtoNet
+from metacv.algorithms.metric.relationnet import RelationNet
+from metacv.backbones.base import Backbone
 from metacv.backbones.conv4 import Conv4
-from metacv.build import build_algorithm, build_dataset, describe_device, pick_device
-from metacv.data.augment import Augment
 from metacv.data.bank import ImageBank
-from metacv.data.episodes import EpisodeList, EpisodeSampler, TaskBatch
+from metacv.data.sampler import EpisodeList, EpisodeSampler, TaskBatch
+from metacv.data.transforms import Augment
 from metacv.evaluate import evaluate_episodes
-from metacv.speed import Precision, keep_freed_memory, precision
+from metacv.model import build_algorithm, build_dataset, describe_device, pick_device
+from metacv.precision import Precision, keep_freed_memory, precision
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPERIMENTS = ROOT / "configs/experiment"

@@ -24,11 +24,11 @@ from omegaconf import OmegaConf
 from results_table import COMMON_EPISODES, ELSEWHERE, EXPERIMENTS, REFERENCE, ROOT, Kept, by_norm, compose_all
 
 from metacv import MetacvError, checkpoint
-from metacv.build import build_dataset
 from metacv.cli import quoted
-from metacv.config import as_now
 from metacv.files import write_bytes_atomically
+from metacv.model import build_dataset
 from metacv.run import differences, only_run_in
+from metacv.upgrade import upgrade
 
 # The same tasks for every method: no experiment trains or selects on these classes.
 COMMON = ["query=15", "norm=inductive", "dataset.test_rotation=none"]
@@ -97,7 +97,7 @@ def reproduce(given: argparse.Namespace, experiment: str, folder: str, overrides
 def adopt(other: Path, name: str, run: Path, config: dict[str, Any], asked: list[str]) -> None:
     """Makes the last weights of a finished run, trained as `config` says, the best of `run`, and validates them."""
     state = checkpoint.load(other / "last.pt", checkpoint.STATE)
-    trained = as_now(state["config"])
+    trained = upgrade(state["config"])
     for setting, here, there in differences(config, trained):
         if {setting, setting.split(".")[0]}.isdisjoint(TESTED | ELSEWHERE):
             raise MetacvError(f"--run-of {name}: {setting} is {here} but was trained with {there}")

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from metacv import cli
-from metacv.backbones import Backbone
+from metacv.backbones.base import Backbone
 from metacv.backbones.batch_norm import BatchNorm
 from metacv.config_dir import config_dir
 from metacv.data.bank import ImageBank
-from metacv.data.episodes import EpisodeSampler, TaskBatch
+from metacv.data.sampler import EpisodeSampler, TaskBatch
 
 torch.set_num_threads(1)
 

@@ -5,8 +5,8 @@ import torch
 from conftest import bank_of
 
 from metacv import MetacvError
-from metacv.data.augment import Augment
-from metacv.data.episodes import EpisodeSampler
+from metacv.data.sampler import EpisodeSampler
+from metacv.data.transforms import Augment
 
 
 def numbered(count: int, side: int = 5) -> torch.Tensor:

@@ -9,14 +9,14 @@ from conftest import SMALL
 from torch import nn
 from torchvision import models
 
-from metacv.backbones import Backbone
+from metacv.backbones.base import Backbone
 from metacv.backbones.batch_norm import BatchNorm
 from metacv.backbones.conv4 import Conv4
-from metacv.backbones.pretrained import Torchvision
 from metacv.backbones.resnet12 import ResNet12, drop_blocks
 from metacv.backbones.resnet18 import ResNet18
-from metacv.build import build
+from metacv.backbones.torchvision import Torchvision
 from metacv.config_dir import config_dir
+from metacv.model import build
 
 NAMES = sorted(path.stem for path in (config_dir() / "backbone").glob("*.yaml"))
 

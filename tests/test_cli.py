@@ -201,7 +201,7 @@ def test_damaged_and_foreign_checkpoints_are_refused_and_run_no_code(run):
         ("algo", "metacv.train.StopSignals"),
         ("backbone", "torch.optim.sgd.torch.hub.load"),
         ("dataset", "metacv.backbones.conv4.Conv4"),
-        ("algo", "metacv.algorithms.protonet.F.normalize"),
+        ("algo", "metacv.algorithms.metric.protonet.F.normalize"),
     ],
 )
 def test_a_checkpoint_whose_config_points_elsewhere_is_refused(run, node, target):

@@ -17,11 +17,11 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from metacv import MetacvError
-from metacv.build import build_dataset
 from metacv.config_dir import config_dir
 from metacv.data import omniglot
 from metacv.data.bank import ImageBank
 from metacv.data.glyphs import draw_glyphs
+from metacv.model import build_dataset
 
 DATASETS = sorted(path.stem for path in (config_dir() / "dataset").glob("*.yaml"))
 CONTENT = {"images_background": {"Latin": 3, "Greek": 2, "Korean": 2}, "images_evaluation": {"Tengwar": 3}}

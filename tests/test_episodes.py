@@ -6,7 +6,7 @@ import torch
 from conftest import bank_of
 
 from metacv import MetacvError
-from metacv.data.episodes import EpisodeList, EpisodeSampler
+from metacv.data.sampler import EpisodeList, EpisodeSampler
 
 
 def identities(images: torch.Tensor) -> torch.Tensor:

@@ -8,12 +8,12 @@ import torch
 from conftest import SmoothNet, bank_of, random_tasks
 
 from metacv.algorithms.base import accuracies, batch_norms, batch_statistics
-from metacv.algorithms.maml import MAML
-from metacv.algorithms.protonet import ProtoNet
-from metacv.algorithms.relationnet import RelationNet
-from metacv.algorithms.reptile import Reptile
+from metacv.algorithms.gradient.maml import MAML
+from metacv.algorithms.gradient.reptile import Reptile
+from metacv.algorithms.metric.protonet import ProtoNet
+from metacv.algorithms.metric.relationnet import RelationNet
 from metacv.backbones.conv4 import Conv4
-from metacv.data.episodes import EpisodeList, EpisodeSampler, TaskBatch
+from metacv.data.sampler import EpisodeList, EpisodeSampler, TaskBatch
 from metacv.evaluate import evaluate_episodes, interval, summary
 
 SHAPE = (1, 12, 12)

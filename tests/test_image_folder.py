@@ -14,8 +14,8 @@ from conftest import TRAIN
 from PIL import Image
 
 from metacv import MetacvError, checkpoint
+from metacv.data.image_files import open_picture
 from metacv.data.image_folder import ImageFolder
-from metacv.data.pictures import open_picture
 
 ANYWHERE = ("dataset=image_folder", "dataset.size=28", "dataset.color=false")
 QUICK = ("algo=protonet", *ANYWHERE, *TRAIN[1:], "way=3", "query=2")

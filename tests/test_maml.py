@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from conftest import SmoothNet, random_tasks
 
 from metacv.algorithms.base import batch_norms
-from metacv.algorithms.inner_loop import Classifier
-from metacv.algorithms.maml import MAML
+from metacv.algorithms.gradient.inner_loop import Classifier
+from metacv.algorithms.gradient.maml import MAML
 from metacv.backbones.conv4 import Conv4
 
 

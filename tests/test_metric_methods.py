@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from conftest import Identity, SmoothNet, random_tasks
 from torch import nn
 
-from metacv.algorithms.protonet import ProtoNet
-from metacv.algorithms.relationnet import ConvRelation, RelationNet
+from metacv.algorithms.metric.protonet import ProtoNet
+from metacv.algorithms.metric.relationnet import ConvRelation, RelationNet
 from metacv.backbones.conv4 import Conv4
-from metacv.data.episodes import TaskBatch
+from metacv.data.sampler import TaskBatch
 
 
 def points(*xy) -> torch.Tensor:

@@ -3,8 +3,8 @@
 import torch
 from conftest import random_tasks
 
-from metacv.data.pictures import as_tensor
-from metacv.picture import LINE, RIGHT, WRONG, captioned_picture, episode_picture, legible
+from metacv.data.image_files import as_tensor
+from metacv.drawing import LINE, RIGHT, WRONG, captioned_picture, episode_picture, legible
 
 
 def test_queries_are_framed_in_green_where_the_model_is_right_and_in_red_where_it_is_wrong():

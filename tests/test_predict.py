@@ -13,13 +13,13 @@ from conftest import ALGORITHMS, bank_of, quick
 from PIL import Image
 
 from metacv import checkpoint
-from metacv.build import build_algorithm, build_dataset
 from metacv.checkpoint import file_hash
 from metacv.cli import quoted
 from metacv.config import PredictConfig
 from metacv.config_dir import config_dir
-from metacv.data.episodes import EpisodeSampler
 from metacv.data.glyphs import draw_glyphs
+from metacv.data.sampler import EpisodeSampler
+from metacv.model import build_algorithm, build_dataset
 from metacv.predict import Support
 
 CLASSES = ("alpha", "beta 2", "gamma,3", "delta=4", "épsilon (5)")
@@ -95,7 +95,7 @@ def test_a_label_does_not_depend_on_the_other_queries(metacv, trained, algo):
 def test_predict_agrees_with_evaluation_task_by_task(data_dir):
     """The same images, as files would give them and as an episode has them."""
     config = {"backbone": {"_target_": "metacv.backbones.conv4.Conv4", "channels": 8},
-              "algo": {"_target_": "metacv.algorithms.protonet.ProtoNet"},
+              "algo": {"_target_": "metacv.algorithms.metric.protonet.ProtoNet"},
               "normalize": {"mean": [0.0], "std": [1.0]}}  # fmt: skip
     algorithm = build_algorithm(config, (1, 28, 28))
     sampler = EpisodeSampler(bank_of([20] * 6, shape=(1, 28, 28)), 4, 2, 3)

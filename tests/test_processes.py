@@ -17,9 +17,9 @@ from hydra.core.config_store import ConfigStore
 from metacv import MetacvError
 from metacv.config import TrainConfig
 from metacv.config_dir import config_dir
-from metacv.data.augment import Augment
-from metacv.data.episodes import EpisodeSampler
-from metacv.processes import Processes
+from metacv.data.sampler import EpisodeSampler
+from metacv.data.transforms import Augment
+from metacv.distributed import Processes
 from metacv.run import plain
 from metacv.train import prepare
 

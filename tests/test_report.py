@@ -14,7 +14,7 @@ import torch
 from conftest import quick
 
 from metacv.files import csv_safe
-from metacv.page import chart, point, ticks
+from metacv.report.page import chart, point, ticks
 
 ROOT = Path(__file__).resolve().parent.parent
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

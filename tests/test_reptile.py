@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from conftest import Identity, SmoothNet, random_tasks
 
-from metacv.algorithms.reptile import Reptile, _batches
+from metacv.algorithms.gradient.reptile import Reptile, _batches
 
 
 def reptile(backbone=None, **settings) -> Reptile:

@@ -16,10 +16,10 @@ import torch
 from omegaconf import OmegaConf
 
 from metacv import checkpoint
-from metacv.build import build_dataset
-from metacv.config import as_now
 from metacv.data.bank import ImageBank
 from metacv.data.omniglot import Omniglot
+from metacv.model import build_dataset
+from metacv.upgrade import upgrade
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "outputs/reference"
@@ -315,7 +315,7 @@ def test_models_of_one_task_were_compared_on_the_same_episodes():
 @pytest.mark.parametrize("method", results_table.LOSS_SCALE)
 def test_the_two_runs_of_the_loss_scale_differ_in_that_alone(method):
     folders = (REFERENCE / "omniglot" / folder for folder in results_table.LOSS_SCALE[method])
-    one, other = (as_now(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))) for folder in folders)
+    one, other = (upgrade(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))) for folder in folders)
     assert [config["algo"].pop("inner_loss") for config in (one, other)] == ["mean", "sum_per_shot"]
     assert [config.pop("eval_every") for config in (one, other)] == [400, 400]
     assert {**one, "steps": 0} == {**other, "steps": 0}

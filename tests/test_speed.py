@@ -12,11 +12,11 @@ import torch
 import torch._inductor.config
 from conftest import TRAIN, SmoothNet, random_tasks
 
-from metacv.algorithms.maml import MAML
-from metacv.algorithms.protonet import ProtoNet
-from metacv.algorithms.relationnet import RelationNet
-from metacv.algorithms.reptile import Reptile
-from metacv.speed import precision
+from metacv.algorithms.gradient.maml import MAML
+from metacv.algorithms.gradient.reptile import Reptile
+from metacv.algorithms.metric.protonet import ProtoNet
+from metacv.algorithms.metric.relationnet import RelationNet
+from metacv.precision import precision
 
 BUILD = {
     "maml": lambda: MAML(SmoothNet(), 3, inner_lr=0.1, inner_steps=2, eval_inner_steps=2),
@@ -192,7 +192,7 @@ def test_freed_memory_is_kept_for_the_next_step():
     """Of twenty tensors of 64 MB, one after the other, those whose memory is new: the first few, or all of them."""
     program = """
 import resource, sys, torch
-from metacv.speed import keep_freed_memory
+from metacv.precision import keep_freed_memory
 if sys.argv[1] == "kept":
     keep_freed_memory()
 new = 0
@@ -220,7 +220,7 @@ import torch
 from conftest import random_tasks
 from test_benchmark import benchmark
 from test_speed import BUILD
-from metacv.speed import keep_freed_memory
+from metacv.precision import keep_freed_memory
 
 keep_freed_memory()
 algorithm = BUILD[sys.argv[1]]().train()

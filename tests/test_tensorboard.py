@@ -12,9 +12,9 @@ import pytest
 from conftest import ALGORITHMS, quick
 
 from metacv import checkpoint
-from metacv.build import build_algorithm, build_dataset
-from metacv.data.episodes import EpisodeList, EpisodeSampler
+from metacv.data.sampler import EpisodeList, EpisodeSampler
 from metacv.evaluate import evaluate_episodes
+from metacv.model import build_algorithm, build_dataset
 
 
 @pytest.fixture(scope="module")

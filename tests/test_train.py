@@ -112,7 +112,7 @@ def test_resuming_equals_never_having_stopped(metacv, algo, monkeypatch):
     train = ("train", *quick(algo), "steps=9", "log_every=4", "eval_every=3")
     assert metacv(*train, "hydra.run.dir=whole")[0] == 0
 
-    from metacv.data.episodes import EpisodeSampler
+    from metacv.data.sampler import EpisodeSampler
 
     sample, drawn = EpisodeSampler.sample, []
 
@@ -183,7 +183,7 @@ def test_resuming_refuses_what_would_make_it_another_run(metacv):
 
 
 def test_a_signal_in_validation_is_obeyed_at_once_and_the_validation_made_up_for(metacv, monkeypatch):
-    from metacv.algorithms.protonet import ProtoNet
+    from metacv.algorithms.metric.protonet import ProtoNet
 
     train = ("train", *quick("protonet"), "eval_episodes=40")
     assert metacv(*train, "hydra.run.dir=whole")[0] == 0
@@ -279,7 +279,7 @@ def test_best_is_the_best_validation_and_patience_ends_the_run(metacv, monkeypat
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_the_step_and_the_last_good_checkpoint(metacv, monkeypatch):
-    from metacv.algorithms.protonet import ProtoNet
+    from metacv.algorithms.metric.protonet import ProtoNet
 
     loss, calls = ProtoNet.loss, []
 
@@ -341,7 +341,7 @@ def test_training_never_loads_the_test_split(metacv, monkeypatch):
 
 
 def test_gradients_are_clipped_by_value_and_by_the_norm_of_each_network():
-    from metacv.algorithms.relationnet import RelationNet
+    from metacv.algorithms.metric.relationnet import RelationNet
     from metacv.backbones.conv4 import Conv4
     from metacv.train import clip
 
@@ -380,7 +380,7 @@ def test_every_experiment_composes_and_builds(metacv, experiment):
     code, out, err = metacv("train", f"experiment={experiment}", "--cfg", "job", "--resolve")
     assert (code, err) == (0, "")
     config = OmegaConf.to_container(OmegaConf.create(out))
-    from metacv.build import build_algorithm, build_dataset, build_optimizer
+    from metacv.model import build_algorithm, build_dataset, build_optimizer
 
     build_dataset(config, "unused")
     shape = (3, 84, 84) if experiment.startswith("miniimagenet/") else (1, 28, 28)

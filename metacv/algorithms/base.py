@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metacv.data.episodes import TaskBatch
-from metacv.speed import CompiledBackward, precision
+from metacv.data.sampler import TaskBatch
+from metacv.precision import CompiledBackward, precision
 
 Norm = Literal["inductive", "transductive"]
 

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from metacv.backbones import Backbone, GlobalMean
+from metacv.backbones.base import Backbone, GlobalMean
 from metacv.backbones.batch_norm import BatchNorm
 
 BLOCKS = 4

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metacv.backbones import Backbone, GlobalMean
+from metacv.backbones.base import Backbone, GlobalMean
 
 CHANNELS = (64, 160, 320, 640)
 BLOCK = 5  # side of what DropBlock drops

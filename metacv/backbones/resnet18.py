@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
-from metacv.backbones import Backbone, GlobalMean
+from metacv.backbones.base import Backbone, GlobalMean
 
 
 class ResNet18(Backbone):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from metacv import MetacvError
-from metacv.data.pictures import on_threads
+from metacv.data.image_files import on_threads
 from metacv.files import read_checked, write_atomically
 
 Rotation = Literal["none", "per_class", "per_episode", "as_classes"]

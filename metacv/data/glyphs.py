@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from metacv.data.bank import SPLITS, Dataset, ImageBank, Rotation, cached_bank, check_split
-from metacv.data.pictures import as_tensor, open_picture
+from metacv.data.image_files import as_tensor, open_picture
 
 SIZE = 28
 STROKES, KNOTS, DOTS = 4, 5, 12  # at most: strokes a glyph, knots a stroke; dots computed from knot to knot

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from metacv import MetacvError, clean
 from metacv.data.bank import SPLITS, Dataset, ImageBank, Rotation, cached_bank, check_split
-from metacv.data.pictures import (
+from metacv.data.image_files import (
     DECODING,
     Fit,
     as_tensor,

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from metacv import MetacvError
 from metacv.data.bank import SPLITS, Dataset, ImageBank, Rotation, cached_bank, check_split, read_images
-from metacv.data.pictures import as_tensor, open_picture, squared
+from metacv.data.image_files import as_tensor, open_picture, squared
 from metacv.files import rename_unless_there
 
 SIZE, IMAGES = 84, 600

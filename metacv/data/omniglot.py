@@ -10,7 +10,7 @@ from torch import Tensor
 
 from metacv import MetacvError
 from metacv.data.bank import Dataset, ImageBank, Rotation, cached_bank, check_split, read_images
-from metacv.data.pictures import as_tensor, open_picture
+from metacv.data.image_files import as_tensor, open_picture
 from metacv.files import rename_unless_there
 
 CHARACTERS = {"images_background": 964, "images_evaluation": 659}

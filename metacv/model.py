@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from metacv import MetacvError
 from metacv.algorithms.base import Algorithm
-from metacv.backbones import Backbone
+from metacv.backbones.base import Backbone
 from metacv.config import AS_THEY_ARE
 from metacv.data.bank import Dataset
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from metacv import MetacvError
-from metacv.data.episodes import TaskBatch
+from metacv.data.sampler import TaskBatch
 
 Precision = Literal["fp32", "tf32", "bf16"]
 

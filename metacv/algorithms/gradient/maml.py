@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from metacv.algorithms.base import batch_norms, keeps_running_statistics
-from metacv.algorithms.inner_loop import InnerLoop, Params, TaskBatching
-from metacv.backbones import Backbone
+from metacv.algorithms.gradient.inner_loop import InnerLoop, Params, TaskBatching
+from metacv.backbones.base import Backbone
 from metacv.backbones.batch_norm import BatchNorm
-from metacv.data.episodes import TaskBatch
+from metacv.data.sampler import TaskBatch
 
 
 class MAML(InnerLoop):

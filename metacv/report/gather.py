@@ -16,14 +16,14 @@ import yaml
 from omegaconf import DictConfig
 
 from metacv import MetacvError, checkpoint, clean
-from metacv.build import check_settings
 from metacv.compare import shortened
 from metacv.config import ReportConfig
 from metacv.config_dir import config_dir
 from metacv.evaluate import NORMS
 from metacv.files import csv_safe, write_bytes_atomically
 from metacv.logger import ELSEWHERE, flat
-from metacv.page import page
+from metacv.model import check_settings
+from metacv.report.page import page
 
 EXPERIMENTS = config_dir() / "experiment"
 RUNNERS = {"hydra", "launcher", "sweeper"}

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metacv.algorithms.base import Algorithm, in_fixed_chunks, per_task
-from metacv.backbones import Backbone
-from metacv.data.episodes import TaskBatch
+from metacv.backbones.base import Backbone
+from metacv.data.sampler import TaskBatch
 
 
 class ConvRelation(nn.Module):

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from metacv import MetacvError
-from metacv.data.augment import Augment
 from metacv.data.bank import ImageBank, Rotation
+from metacv.data.transforms import Augment
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from metacv.data.episodes import TaskBatch
-from metacv.data.pictures import as_tensor
+from metacv.data.image_files import as_tensor
+from metacv.data.sampler import TaskBatch
 
 PAPER, LINE, INK, RIGHT, WRONG = (255, 255, 255), (200, 200, 200), (60, 60, 60), (46, 139, 87), (200, 40, 40)
 GAP, CAPTION = 6, 14

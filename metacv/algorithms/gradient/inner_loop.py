@@ -11,8 +11,8 @@ from torch.func import functional_call, vmap
 
 from metacv import MetacvError
 from metacv.algorithms.base import Algorithm, in_fixed_chunks, keeps_running_statistics, uses_batch_statistics
-from metacv.backbones import Backbone
-from metacv.data.episodes import TaskBatch
+from metacv.backbones.base import Backbone
+from metacv.data.sampler import TaskBatch
 
 Params = dict[str, Tensor]
 TaskBatching = Literal["auto", "loop", "vmap"]

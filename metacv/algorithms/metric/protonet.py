@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metacv.algorithms.base import Algorithm, per_task
-from metacv.backbones import Backbone
-from metacv.data.episodes import TaskBatch
+from metacv.backbones.base import Backbone
+from metacv.data.sampler import TaskBatch
 
 
 class ProtoNet(Algorithm):

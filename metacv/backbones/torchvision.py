@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torchvision import models
 
 from metacv import MetacvError
-from metacv.backbones import Backbone
+from metacv.backbones.base import Backbone
 
 
 class Torchvision(Backbone):

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metacv.algorithms.base import accuracies
-from metacv.algorithms.inner_loop import InnerLoop, Params, TaskBatching
-from metacv.backbones import Backbone
-from metacv.data.episodes import TaskBatch
-from metacv.speed import Compiled
+from metacv.algorithms.gradient.inner_loop import InnerLoop, Params, TaskBatching
+from metacv.backbones.base import Backbone
+from metacv.data.sampler import TaskBatch
+from metacv.precision import Compiled
 
 BETA2, EPSILON = 0.999, 1e-8
 

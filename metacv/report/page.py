@@ -17,7 +17,7 @@ from metacv.compare import t_interval
 from metacv.logger import flat
 
 if TYPE_CHECKING:
-    from metacv.report import Row, RunFound
+    from metacv.report.gather import Row, RunFound
 
 CURVES, EPISODES, POINTS = 10, 6, 150  # at most: runs with curves, runs with a sample episode, points a curve
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 400, 230, 56, 30, 8, 20  # so that text can be read on a phone

@@ -1,0 +1,3 @@
+from metacv.report.gather import report
+
+__all__ = ["report"]
