@@ -1,9 +1,10 @@
-# make train: a first model and its accuracy.   make test: what a change must pass.
+# make train: a first model and its accuracy.   make test: what a change must pass, in minutes.
+# make test-all: the slow tests too.
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := outputs/train/first_$(shell date +%Y-%m-%d_%H-%M-%S)
 
-.PHONY: train test
+.PHONY: train test test-slow test-all
 
 train: .venv/installed
 	$(BIN)/metacv train algo=maml way=5 shot=1 hydra.run.dir=$(RUN)
@@ -16,7 +17,12 @@ test: .venv/installed-for-tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+test-slow: .venv/installed-for-tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+test-all: test test-slow
 
 .venv/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("metacv needs Python 3.10 or newer: make PYTHON=python3.12 ...") if sys.version_info < (3, 10) else None'

@@ -1,178 +1,216 @@
-"""From a checkpoint, or a model in training, to an accuracy and its 95 % interval over episodes."""
+"""From a trained model, or one in training, to its accuracy over episodes with a 95 % interval."""
 
-import json
+import dataclasses
+import io
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
-from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
-from metacv import MetacvError, checkpoint
-from metacv.algorithms.base import Algorithm, Norm, accuracies
-from metacv.cli import setting
-from metacv.config import EvaluateConfig
-from metacv.data.bank import ImageBank, check_split
+from metacv.algorithms.base import Algorithm, MetricMethod, accuracies, evaluating
+from metacv.config import CHOICES, EvaluateConfig, TestConfig, TrainConfig, merged
+from metacv.data.bank import Dataset, ImageBank
 from metacv.data.sampler import EpisodeList, EpisodeSampler
+from metacv.errors import UserError
 from metacv.files import write_bytes_atomically
-from metacv.model import build_algorithm, build_dataset, check_settings, describe_device, pick_device
+from metacv.model import Checkpoint, build_dataset, describe_device, load_checkpoint, pick_device
 from metacv.precision import keep_freed_memory
-from metacv.upgrade import upgrade
+from metacv.results import Result, ResultFile, summary
+from metacv.text import setting
 
-NORMS: tuple[Norm, ...] = ("inductive", "transductive")
 IMAGES_AT_ONCE = 1024
+FEATURES_AT_ONCE = 2**24  # numbers in the features of a batch of episodes, 64 MB
+FEATURES_KEPT = 2**29  # numbers at most in the cached features, 2 GB
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A checkpoint and the episodes that it is evaluated on."""
+
+    checkpoint: Checkpoint
+    config: TrainConfig  # of the checkpoint, with what the command line changed
+    dataset: Dataset
+    episodes: EpisodeList
+    split: str
+    algorithm: Algorithm
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """Settings of the algorithm that differ from those of training, without those that change its speed only."""
+        trained, execution = self.checkpoint.config.algo, type(self.algorithm).execution_settings
+        return {k: v for k, v in self.config.algo.items() if v != trained.get(k) and k not in execution}
+
+    def run(self, batch_norm: str) -> tuple[Tensor, Result]:
+        """The accuracy of each episode, [E], and the record of the evaluation."""
+        start = time.perf_counter()
+        accuracy = evaluate_episodes(self.algorithm, self.episodes, batch_norm)
+        seconds = time.perf_counter() - start
+        mean, sampler = summary(accuracy), self.episodes.sampler
+        task: dict[str, Any] = {name: getattr(self.config, name) for name in ("way", "shot", "query", "seed")}
+        result = Result(
+            **task,
+            accuracy=mean["accuracy"],
+            ci95=mean["ci95"],
+            dataset=type(self.dataset).__name__,
+            split=self.split,
+            rotation=self.dataset.rotation(self.split),
+            episodes=len(self.episodes),
+            batch_norm=batch_norm,
+            episodes_sha256=self.episodes.fingerprint,
+            method=type(self.algorithm).__name__,
+            changes=self.changes,
+            checkpoint=str(self.checkpoint.path),
+            checkpoint_sha256=self.checkpoint.sha256,
+            step=self.checkpoint.step,
+            device=describe_device(sampler.device),
+            tasks_per_second=len(accuracy) / seconds,
+        )
+        return accuracy, result
+
+
+def evaluate(cfg: EvaluateConfig, folder: Path) -> list[Result]:
+    """Evaluate a checkpoint, and write result.json and accuracies.npy into `folder`."""
+    modes = CHOICES["batch_norm"] if cfg.batch_norm == "both" else (cfg.batch_norm,)
+    evaluation = prepare(load_checkpoint(cfg.checkpoint), dataclasses.replace(cfg, batch_norm=modes[0]))
+    measured = [evaluation.run(mode or evaluation.config.batch_norm) for mode in modes]
+    results = [result for _, result in measured]
+    write_evaluation(folder, ResultFile(results), [accuracy for accuracy, _ in measured])
+    for result in results:
+        print(result.describe())
+    print(f"result: {folder / 'result.json'}")
+    return results
+
+
+def prepare(checkpoint: Checkpoint, given: TestConfig) -> Evaluation:
+    """Load data and model. Settings that `given` leaves null are those that the model was trained with.
+
+    Raises:
+        UserError: the data set does not fit the model or the task, or has test classes that were used in training.
+    """
+    config = with_changes(checkpoint, given)
+    device = pick_device(given.device)
+    dataset = build_dataset(config.dataset, given.data_dir)
+    bank = dataset.load(given.split)
+    if bank.image_shape != checkpoint.image_shape:
+        raise UserError(
+            f"{bank.name} has images of {_by(bank.image_shape)} but {checkpoint.path} was trained on "
+            f"{_by(checkpoint.image_shape)}"
+        )
+    if given.split == "test":
+        check_unseen(bank, config, checkpoint)
+    rotation = dataset.rotation(given.split)
+    sampler = EpisodeSampler(bank, config.way, config.shot, config.query, rotation, config.seed, device)
+    episodes = EpisodeList(sampler, config.episodes)
+    algorithm = checkpoint.build(config).to(device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    return Evaluation(checkpoint, config, dataset, episodes, given.split, algorithm)
 
 
 def evaluate_episodes(
     algorithm: Algorithm,
     episodes: EpisodeList,
-    norm: Norm,
+    batch_norm: str,
     label: str = "evaluating",
-    go_on: Callable[[], None] = lambda: None,
+    check: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """The accuracy of each episode, [episodes], with a progress bar on a terminal.
+    """The accuracy of each episode, float64 [E], with a progress bar on a terminal.
 
-    `go_on` is called now and then; what it raises ends the evaluation.
+    `check` is called now and then; what it raises ends the evaluation. Where features of an image do not depend on
+    other images, each image that the episodes use passes through the network once.
     """
-    tasks_at_once = max(1, IMAGES_AT_ONCE // episodes.rows[0].numel())
+    if isinstance(algorithm, MetricMethod) and algorithm.embeds_each_image_alone(batch_norm):
+        cached = _from_features(algorithm, episodes, batch_norm, label, check)
+        if cached is not None:
+            return cached
+    batch = max(1, IMAGES_AT_ONCE // episodes.rows[0].numel())
     results = []
     with tqdm(total=len(episodes), desc=label, unit="task", leave=False, disable=None) as bar:
-        for tasks in episodes.batches(tasks_at_once):
-            go_on()
-            results.append(accuracies(algorithm.predict(tasks, norm), tasks.query_y))
+        for tasks in episodes.batches(batch):
+            check()
+            results.append(accuracies(algorithm.predict(tasks, batch_norm), tasks.query_y))
             bar.update(len(tasks))
     return torch.cat(results).double().cpu()
 
 
-def interval(accuracy: Tensor) -> float:
-    """Half the 95 % interval of the mean over episodes [E]: 1.96 * std(ddof=1) / sqrt(E)."""
-    return float(1.96 * accuracy.std(correction=1) / len(accuracy) ** 0.5)
+def _from_features(
+    algorithm: MetricMethod, episodes: EpisodeList, batch_norm: str, label: str, check: Callable[[], None]
+) -> Tensor | None:
+    """`evaluate_episodes` with each image embedded once; None if the features would take too much memory."""
+    sampler = episodes.sampler
+    rows, index = episodes.rows.unique(return_inverse=True)
+    device = sampler.device
+    results = []
+    with (
+        evaluating(algorithm, batch_norm, device),
+        tqdm(total=len(rows), desc=label, unit="image", leave=False, disable=None) as bar,
+    ):
+        features = torch.empty(0)
+        for start in range(0, len(rows), IMAGES_AT_ONCE // 4):
+            check()
+            some = rows[start : start + IMAGES_AT_ONCE // 4].to(device)
+            embedded = algorithm.embed(sampler.images[some].float().div_(255))
+            if start == 0:
+                if len(rows) * embedded[0].numel() > FEATURES_KEPT:
+                    return None
+                features = embedded.new_empty(len(rows), *embedded.shape[1:])
+            features[start : start + len(some)] = embedded
+            bar.update(len(some))
+        batch = max(1, FEATURES_AT_ONCE // (index[0].numel() * features[0].numel()))
+        for some, places in zip(episodes.rows.split(batch), index.to(device).split(batch), strict=True):
+            check()
+            tasks = sampler.tasks(features, some, places)
+            results.append(accuracies(algorithm.head(tasks), tasks.query_y))
+    return torch.cat(results).double().cpu()
 
 
-def summary(accuracy: Tensor) -> dict[str, float]:
-    return {"accuracy": float(accuracy.mean()), "ci95": interval(accuracy)}
+def with_changes(checkpoint: Checkpoint, given: Any) -> TrainConfig:
+    """The settings of a checkpoint, with those that `given` does not leave null."""
+    names = ("way", "shot", "query", "episodes", "batch_norm", "seed")
+    changes = {name: value for name in names if (value := getattr(given, name, None)) is not None}
+    for group in ("algo", "dataset"):
+        trained, changed = getattr(checkpoint.config, group), getattr(given, group)
+        if "_target_" in changed:  # another data set
+            changes[group] = changed
+            continue
+        if unknown := changed.keys() - trained.keys():
+            raise UserError(f"{group}.{min(unknown)}: {checkpoint.path} has no such setting")
+        changes[group] = merged(trained, changed)
+    return dataclasses.replace(checkpoint.config, **changes)
 
 
-def check_norm(norm: str, choices: tuple[str, ...] = NORMS) -> None:
-    if norm not in choices:
-        raise MetacvError(f"norm={norm}: one of {', '.join(choices)}")
+def check_unseen(bank: ImageBank, config: TrainConfig, checkpoint: Checkpoint) -> None:
+    """Refuse test classes from folders of images whose names were among those of training.
 
-
-def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
-    """Rebuilds the model from its checkpoint, evaluates it and writes result.json into `folder`."""
-    check_settings(cfg, EvaluateConfig)
-    given: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-    results = {found["norm"]: found for _, found in measure(cfg.checkpoint, given)}
-    result = results if len(results) > 1 else next(iter(results.values()))
-    write_result(folder, result)
-    for found in results.values():
-        print(describe(found))
-    print(f"result: {folder / 'result.json'}")
-    return result
-
-
-def measure(place: str, given: dict[str, Any]) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-    """For each way of batch norm the accuracies of the episodes, [E], and what is to be said of them.
-
-    `given` is laid over the config of the checkpoint at `place`.
+    The folder may have changed, or may be split in another way, since the training.
     """
-    path = checkpoint.find(place, "best.pt")
-    saved = checkpoint.load(path)
-    config = with_changes(saved["config"], given, path)
-    check_split(config["split"])
-    check_norm(config["norm"], (*NORMS, "both"))
-    device = pick_device(config["device"])
-
-    dataset = build_dataset(config, config["data_dir"])
-    bank = dataset.load(config["split"])
-    if list(bank.image_shape) != list(saved["image_shape"]):
-        raise MetacvError(
-            f"{bank.name} has images of {_by(bank.image_shape)} but {path} was trained on {_by(saved['image_shape'])}"
-        )
-    if config["split"] == "test":
-        check_unseen(bank, config, saved, path)
-    rotation = dataset.rotation(config["split"])
-    sampler = EpisodeSampler(bank, config["way"], config["shot"], config["query"], rotation, config["seed"], device)
-    episodes = EpisodeList(sampler, config["episodes"])
-    algorithm = build_algorithm(config, bank.image_shape)
-    checkpoint.load_weights(algorithm, saved, path)
-    algorithm.to(device)
-    if device.type == "cpu":
-        keep_freed_memory()
-
-    common = {
-        "algorithm": type(algorithm).__name__,
-        "algo": {
-            name: value
-            for name, value in config["algo"].items()
-            if value != upgrade(saved["config"])["algo"].get(name) and name not in ("task_batching", "task_chunk")
-        },  # what was changed since the training, and changes what comes out
-        "dataset": type(dataset).__name__,
-        "split": config["split"],
-        "rotation": rotation,
-        "episodes": len(episodes),
-        "way": config["way"],
-        "shot": config["shot"],
-        "query": config["query"],
-        "seed": config["seed"],
-        "episodes_sha256": episodes.fingerprint,
-        "checkpoint": str(path),
-        "checkpoint_sha256": checkpoint.file_hash(path),
-        "step": saved["step"],
-        "device": describe_device(device),
-        "torch": torch.__version__,
-    }
-    for norm in NORMS if config["norm"] == "both" else (config["norm"],):
-        start = time.perf_counter()
-        accuracy = evaluate_episodes(algorithm, episodes, norm)
-        seconds = time.perf_counter() - start
-        yield accuracy, summary(accuracy) | {"norm": norm} | common | {"tasks_per_second": len(accuracy) / seconds}
-
-
-def write_result(folder: Path, result: dict[str, Any]) -> None:
-    try:
-        write_bytes_atomically(folder / "result.json", (json.dumps(result, indent=2) + "\n").encode())
-    except OSError as error:
-        raise MetacvError(f"{folder / 'result.json'} cannot be written: {error.strerror}") from error
-
-
-def check_unseen(bank: ImageBank, config: dict[str, Any], saved: dict[str, Any], path: Path) -> None:
-    """Refuses test classes of a user's folder that were among those of training, before it changed or was moved."""
-    trained = saved.get("splits")
-    if not trained or config["dataset"]["_target_"] != saved["config"]["dataset"]["_target_"]:
+    trained = checkpoint.content.get("splits")
+    if not trained or config.dataset["_target_"] != checkpoint.config.dataset["_target_"]:
         return
     if seen := sorted({*trained["train"], *trained["val"]} & {*bank.class_names}):
-        split_file = setting("dataset.split_file", path.with_name("split.json"))
-        raise MetacvError(
-            f"{bank.name}: {len(seen)} of its classes ({seen[0]}, ...) bear names that were trained or validated on; "
-            f"{split_file} keeps to the split of then, and what are other classes must be renamed"
+        split_file = setting("dataset.split_file", checkpoint.path.with_name("split.json"))
+        raise UserError(
+            f"{bank.name}: {len(seen)} of its classes ({seen[0]}, ...) were used in training or validation; "
+            f"{split_file} keeps the split of the training, and classes that are new need other names"
         )
 
 
-def describe(result: dict[str, Any]) -> str:
-    return (
-        f"accuracy {100 * result['accuracy']:.2f} ± {100 * result['ci95']:.2f} %: {result['algorithm']}, "
-        f"{result['way']}-way {result['shot']}-shot, {result['query']} queries a class, {result['episodes']} episodes "
-        f"of {result['dataset']} {result['split']}, {result['norm']} ({result['tasks_per_second']:.0f} tasks/s)"
-    )
-
-
-def with_changes(saved: dict[str, Any], given: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The trained config with what the command line gave, and did not leave null, laid over it."""
-    saved = upgrade(saved)
-    config = saved | {name: value for name, value in given.items() if value is not None}
-    for group in ("algo", "dataset"):
-        changes = given.get(group) or {}
-        if "_target_" in changes:
-            config[group] = changes
-            continue
-        if unknown := changes.keys() - saved[group].keys():
-            raise MetacvError(f"{group}.{min(unknown)}: {path} has no such setting")
-        config[group] = OmegaConf.to_container(OmegaConf.merge(saved[group], changes))
-    return config
+def write_evaluation(folder: Path, file: ResultFile, accuracy: list[Tensor]) -> None:
+    """result.json, and accuracies.npy [results, E]: the accuracy of every episode, in the order of the results."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = io.BytesIO()
+    numpy.save(content, torch.stack(accuracy).numpy())
+    try:
+        write_bytes_atomically(folder / "accuracies.npy", content.getvalue())
+    except OSError as error:
+        raise UserError(f"{folder / 'accuracies.npy'} cannot be written: {error.strerror}") from error
+    file.write(folder / "result.json")
 
 
 def _by(shape: tuple[int, ...]) -> str:

@@ -1,7 +1,7 @@
 """Files that are whole at every instant, whenever the program is killed, and safe to read, here and elsewhere."""
 
+import hashlib
 import os
-import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -39,10 +39,14 @@ def write_bytes_atomically(path: Path, content: bytes) -> None:
     _atomically(path, lambda file: file.write(content))
 
 
-def csv_safe(text: str) -> str:
-    """What a spreadsheet would compute gets a ' before it; numbers stay numbers."""
-    computed = re.match(r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]|[\t\r\n]", text)
-    return f"'{text}" if computed and not re.fullmatch(r"[+-]?[\d.]+(e[+-]?\d+)?", text, re.IGNORECASE) else text
+def user_path(place: str | Path) -> Path:
+    """`place` with the home folder for a leading ~; unchanged if there is no such user."""
+    return Path(os.path.expanduser(place))
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content, in hexadecimal."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:

@@ -1,36 +1,23 @@
-"""What a run writes down: metrics.jsonl and TensorBoard, under the same names (train/loss, val/accuracy, ...)."""
+"""The log of a run: metrics.jsonl and TensorBoard, under the same names (train/loss, val/accuracy, ...)."""
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
 
+from metacv.config import flat
 from metacv.files import write_bytes_atomically
-
-ELSEWHERE = {"data_dir", "device", "resume", "log_every", "projector"}  # settings that do not change what comes out
-
-
-def flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Settings by their full names; of a class the name alone, without what does not change a run."""
-    for name, value in config.items():
-        if isinstance(value, dict):
-            yield from flat(value, f"{prefix}{name}.")
-        elif name == "_target_":
-            yield prefix.rstrip("."), str(value).rpartition(".")[2]
-        elif prefix or name not in ELSEWHERE:
-            yield f"{prefix}{name}", value
 
 
 class Logger:
-    """Appends to a run's folder; what an interrupted run wrote after `step`, or `validated`, is taken back."""
+    """Appends to a run's folder; removes what an interrupted run wrote after `step`, or after step `validated`."""
 
     def __init__(self, folder: Path, step: int, validated: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+
         path = folder / "metrics.jsonl"
         kept = []
         for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
@@ -39,7 +26,7 @@ class Logger:
                 if content["step"] <= (step if "train/loss" in content else validated):
                     kept.append(line + "\n")
             except (ValueError, KeyError, TypeError):
-                continue  # the line that a kill cut short
+                continue  # a line that a kill cut short
         write_bytes_atomically(path, "".join(kept).encode())
         self.file = path.open("a")
         self.tensorboard = SummaryWriter(str(folder), purge_step=step + 1)
@@ -53,11 +40,11 @@ class Logger:
         self.file.close()
         self.tensorboard.close()
 
-    def scalars(self, step: int, split: str, **values: float) -> None:
-        named = {f"{split}/{name}": value for name, value in values.items()}
-        self.file.write(json.dumps({"step": step} | {name: float(f"{v:.6g}") for name, v in named.items()}) + "\n")
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """One line and one point of each curve, of values by their tags, such as train/loss."""
+        self.file.write(json.dumps({"step": step} | {name: float(f"{v:.6g}") for name, v in values.items()}) + "\n")
         self.file.flush()
-        for name, value in named.items():
+        for name, value in values.items():
             self.tensorboard.add_scalar(name, value, step)
 
     def picture(self, step: int, name: str, image: Tensor) -> None:
@@ -66,7 +53,9 @@ class Logger:
         self.tensorboard.flush()
 
     def hparams(self, config: dict[str, Any], step: int, **metrics: float) -> None:
-        """A row of TensorBoard's table of runs: every setting, and how it ended."""
+        """A row in TensorBoard's table of runs: every setting, and the final metrics."""
+        from torch.utils.tensorboard.summary import hparams
+
         values = {name: value if isinstance(value, bool | int | float) else str(value) for name, value in flat(config)}
         for summary in hparams(values, metrics):
             self.tensorboard._get_file_writer().add_summary(summary)
@@ -74,10 +63,10 @@ class Logger:
             self.tensorboard.add_scalar(name, metric, step)
 
     def embedding(self, step: int, features: Tensor, names: list[str], images: Tensor) -> None:
-        """features [B, D] of images [B, C, H, W], 0 to 1, by the names of their classes, for the projector."""
+        """Features [B, D] of images [B, C, H, W] from 0 to 1, with the names of their classes, for the projector."""
         self.tensorboard.add_embedding(features, names, images, step, tag="val/features")
 
     def sync(self) -> None:
-        """Puts on disk what the checkpoint about to be written counts on."""
+        """Write to disk everything that the next checkpoint relies on."""
         self.file.flush()
         os.fsync(self.file.fileno())

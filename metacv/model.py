@@ -1,136 +1,213 @@
-"""From a config to objects: `_target_` is the registry, for classes of this program and of torch.optim alone."""
+"""From settings and checkpoints to objects: the only place where either becomes a model.
 
-import dataclasses
+A checkpoint holds tensors and plain values only, so that loading one runs no code of whoever wrote it.
+"""
+
 import importlib
 import platform
 import re
-import types
 import typing
-from collections.abc import Mapping
+import warnings
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from metacv import MetacvError
 from metacv.algorithms.base import Algorithm
 from metacv.backbones.base import Backbone
-from metacv.config import AS_THEY_ARE
+from metacv.config import NormalizeConfig, TrainConfig, check_choices, describe_type, fits, from_dict
 from metacv.data.bank import Dataset
+from metacv.errors import UserError
+from metacv.files import read_checked, sha256, user_path, write_atomically
+from metacv.upgrade import upgrade_checkpoint
 
 T = TypeVar("T")
+FORMAT = 2
+WEIGHTS = {"config", "image_shape", "step", "algorithm"}
 
 
-def build(name: str, node: dict[str, Any], base: type[T], **given: Any) -> T:
-    """The object that a config node describes: its `_target_`, a `base`, called with its other entries and `given`.
+@dataclass(frozen=True)
+class Checkpoint:
+    """A file with a trained model: its settings and weights, and in last.pt all that a run needs to continue."""
 
-    A checkpoint brings its own config, and whoever wrote it chose the targets. So a target must lie in a module of
-    `metacv.` or `torch.optim.` and be a class of the kind that is asked for here: nothing else is called.
+    path: Path
+    config: TrainConfig
+    content: dict[str, Any]
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        channels, height, width = self.content["image_shape"]
+        return channels, height, width
+
+    @property
+    def step(self) -> int:
+        step: int = self.content["step"]
+        return step
+
+    @cached_property
+    def sha256(self) -> str:
+        return sha256(self.path)
+
+    def build(self, config: TrainConfig | None = None) -> Algorithm:
+        """The trained model on the CPU, with settings that `config` may have changed since.
+
+        Raises:
+            UserError: the settings are invalid, or the weights do not fit them.
+        """
+        algorithm = build(config or self.config, self.image_shape)
+        self.load_weights(algorithm)
+        return algorithm
+
+    def load_weights(self, algorithm: Algorithm) -> None:
+        try:
+            algorithm.load_state_dict(self.content["algorithm"])
+        except (RuntimeError, TypeError, AttributeError) as error:
+            reason = str(error).splitlines()[-1].strip()
+            raise UserError(f"{self.path}: its weights do not fit its config ({reason})") from error
+
+
+def load_checkpoint(place: str | Path, name: str = "best.pt") -> Checkpoint:
+    """The checkpoint at `place`: a file, or the folder of a run, of which it takes the file `name`.
+
+    Raises:
+        UserError: the file is missing, damaged, or not a checkpoint of metacv.
+    """
+    path = checkpoint_path(place, name)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of pickles that are not its own
+            content = read_checked(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file") from None
+    except PermissionError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except Exception as error:  # torch raises many kinds of errors for a file that is cut short, foreign or holds code
+        raise UserError(f"{path} is not a checkpoint of metacv, or is damaged") from error
+    if not isinstance(content, dict) or WEIGHTS - content.keys() or "format" not in content:
+        raise UserError(f"{path} is not a checkpoint of metacv")
+    if content["format"] not in (1, FORMAT):
+        raise UserError(f"{path} has format {content['format']}; this version reads 1 to {FORMAT}")
+    try:
+        if content["format"] == 1:
+            content = upgrade_checkpoint(content)
+        config = from_dict(TrainConfig, content["config"])
+        check_choices(config)
+        shape_is_valid = [type(side) for side in content["image_shape"]] == [int] * 3
+        tensors = [*content["algorithm"].values()]
+        if not shape_is_valid or any(not isinstance(value, Tensor) or value.is_complex() for value in tensors):
+            raise ValueError
+        if type(content["step"]) is not int:
+            raise ValueError
+    except (UserError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not a checkpoint of metacv, or is damaged") from error
+    return Checkpoint(path, config, content)
+
+
+def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
+    """Replaces `path` in one step; on an error the old file stays.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    try:
+        write_atomically(path, content | {"format": FORMAT})
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def checkpoint_path(place: str | Path, name: str = "best.pt") -> Path:
+    """`place` itself if it is a file, otherwise the checkpoint `name` of the run in that folder."""
+    path = user_path(place)
+    if not path.is_dir():
+        return path
+    if not (path / name).is_file():
+        raise UserError(f"{path} has no {name}: it is not the folder of a run")
+    return path / name
+
+
+def build(config: TrainConfig, image_shape: tuple[int, int, int]) -> Algorithm:
+    """The algorithm that `config` describes, with initial weights, for images [C, H, W].
+
+    Raises:
+        UserError: a setting is unknown, of the wrong type, or refused by its class.
+    """
+    backbone = build_node("backbone", config.backbone, Backbone, image_shape=image_shape)
+    if config.normalize != NormalizeConfig():
+        for name, values in asdict(config.normalize).items():
+            if len(values) not in (1, image_shape[0]):
+                raise UserError(f"normalize.{name}={values}: the images have {image_shape[0]} channels")
+        try:
+            backbone.set_normalization(config.normalize.mean, config.normalize.std)
+        except ValueError as error:
+            raise UserError(f"normalize: {error}") from None
+    return build_node("algo", config.algo, Algorithm, backbone=backbone)
+
+
+def build_dataset(node: dict[str, Any], data_dir: str) -> Dataset:
+    if not data_dir:
+        raise UserError("data_dir is empty")
+    return build_node("dataset", node, Dataset, data_dir=user_path(data_dir))
+
+
+def build_optimizer(config: TrainConfig, algorithm: Algorithm) -> tuple[Optimizer, LRScheduler] | None:
+    """The optimizer with its schedule; None if no parameter of the algorithm is trained."""
+    parameters = [parameter for parameter in algorithm.parameters() if parameter.requires_grad]
+    if not parameters:
+        return None
+    optimizer = build_node("optimizer", config.optimizer, Optimizer, params=parameters)
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise UserError("optimizer: LBFGS needs to compute the loss itself; use another")
+    schedule = build_node("schedule", config.schedule, LRScheduler, optimizer=optimizer)
+    if isinstance(schedule, ReduceLROnPlateau):
+        raise UserError("schedule: ReduceLROnPlateau is not a function of the step; use another")
+    return optimizer, schedule
+
+
+def target_class(name: str, node: dict[str, Any], base: type[T]) -> type[T]:
+    """The class that `_target_` of a config node names.
+
+    A checkpoint brings its own config, and whoever wrote it chose the targets. So a target must be a class in a module
+    of metacv or torch.optim, and a subclass of `base`: nothing else is imported or called.
     """
     target = str(node.get("_target_"))
     module, _, attribute = target.rpartition(".")
     if not target.startswith(("metacv.", "torch.optim.")):
-        raise MetacvError(f"{name}._target_={target}: only classes of metacv and torch.optim may be named")
+        raise UserError(f"{name}._target_={target}: only classes of metacv and torch.optim may be named")
     try:
         cls = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise MetacvError(f"{name}._target_={target}: there is no such class ({error})") from error
+        raise UserError(f"{name}._target_={target}: there is no such class ({error})") from error
     if not (isinstance(cls, type) and issubclass(cls, base)):
-        raise MetacvError(f"{name}._target_={target}: not a {base.__name__} of metacv or torch.optim")
+        raise UserError(f"{name}._target_={target}: not a {base.__name__} of metacv or torch.optim")
+    return cls
 
+
+def build_node(name: str, node: dict[str, Any], base: type[T], **given: Any) -> T:
+    """The object that a config node describes: its `_target_`, called with its other entries and `given`."""
+    cls = target_class(name, node, base)
     settings = {key: value for key, value in node.items() if key != "_target_"}
     try:
         hints = typing.get_type_hints(cls.__init__)
-    except NameError:  # of classes whose annotations are for type checkers alone
+    except NameError:  # some classes have annotations for type checkers only
         hints = {}
     for key, value in settings.items():
         if key in given:
-            raise MetacvError(f"{name}.{key}: is not a setting")
-        if key in hints and not _fits(value, hints[key]):
-            raise MetacvError(f"{name}.{key}={value}: not {_describe(hints[key])}")
+            raise UserError(f"{name}.{key}: is not a setting")
+        if key in hints and not fits(value, hints[key]):
+            raise UserError(f"{name}.{key}={value}: not {describe_type(hints[key])}")
     try:
         return cls(**given, **settings)
     except (TypeError, ValueError, ArithmeticError, AssertionError, RuntimeError) as error:
-        raise MetacvError(f"{name}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is typing.Literal:
-        return value in args
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, arg) for arg in args)
-    if origin is list:
-        return isinstance(value, list) and all(_fits(item, args[0]) for item in value)
-    if origin is dict:
-        return isinstance(value, dict) and all(_fits(item, args[1]) for item in value.values())
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**31
-    return origin is not None or not isinstance(hint, type) or isinstance(value, hint)
-
-
-def _describe(hint: Any) -> str:
-    args = typing.get_args(hint)
-    if typing.get_origin(hint) is typing.Literal:
-        return "one of " + ", ".join(args)
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return " or ".join(_describe(arg) for arg in args if arg is not torch.Tensor)
-    if typing.get_origin(hint) is list:
-        return f"a list of {_describe(args[0])}"
-    if typing.get_origin(hint) is dict:
-        return f"all {_describe(args[1])}"
-    names = {float: "a finite number", int: "a whole number", bool: "true or false", str: "text"}
-    return names.get(hint, str(getattr(hint, "__name__", hint)))
-
-
-def check_settings(cfg: Mapping[Any, Any], schema: type) -> None:
-    """Refuses what `+name=value` adds and `~name` deletes at the top level, which Hydra lets pass."""
-    known = {field.name for field in dataclasses.fields(schema)}
-    if unknown := cfg.keys() - known:
-        raise MetacvError(f"{min(map(str, unknown))}: there is no such setting")
-    if deleted := known - cfg.keys():
-        raise MetacvError(f"~{min(deleted)}: this setting cannot be deleted")
-
-
-def build_dataset(config: dict[str, Any], data_dir: str) -> Dataset:
-    if not data_dir:
-        raise MetacvError("data_dir is empty")
-    return build("dataset", config["dataset"], Dataset, data_dir=Path(data_dir).expanduser())  # type: ignore[type-abstract]
-
-
-def build_algorithm(config: dict[str, Any], image_shape: tuple[int, int, int]) -> Algorithm:
-    backbone = build("backbone", config["backbone"], Backbone, image_shape=image_shape)
-    normalize = config["normalize"]
-    for name, values in normalize.items():
-        if len(values) not in (1, image_shape[0]):
-            raise MetacvError(f"normalize.{name}={values}: the images have {image_shape[0]} channels")
-    if normalize != AS_THEY_ARE:
-        try:
-            backbone.normalize(**normalize)
-        except ValueError as error:
-            raise MetacvError(f"normalize: {error}") from None
-    return build("algo", config["algo"], Algorithm, backbone=backbone)  # type: ignore[type-abstract]
-
-
-def build_optimizer(config: dict[str, Any], algorithm: Algorithm) -> tuple[Optimizer, LRScheduler]:
-    parameters = [parameter for parameter in algorithm.parameters() if parameter.requires_grad]
-    parameters = parameters or [nn.Parameter(torch.zeros(()))]  # all is frozen, and an optimizer wants something
-    optimizer = build("optimizer", config["optimizer"], Optimizer, params=parameters)
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise MetacvError("optimizer: LBFGS wants to compute the loss itself; take another")
-    schedule = build("schedule", config["schedule"], LRScheduler, optimizer=optimizer)
-    if isinstance(schedule, ReduceLROnPlateau):
-        raise MetacvError("schedule: ReduceLROnPlateau is not a function of the step; take another")
-    return optimizer, schedule
+        raise UserError(f"{name}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
 
 
 def describe_device(device: torch.device) -> str:
-    """The hardware, for a result's reader."""
+    """Name of the processor or GPU, and the number of threads on a CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -142,15 +219,19 @@ def describe_device(device: torch.device) -> str:
 
 
 def pick_device(name: str) -> torch.device:
-    """`device` as a torch device that is there; `auto` is a GPU where there is one."""
+    """The torch device for the setting `device`; `auto` is a GPU if there is one.
+
+    Raises:
+        UserError: the name is not that of a CPU or of a CUDA device of this machine.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise MetacvError(f"device={name}: not a device; take auto, cpu, cuda or cuda:N") from None
+        raise UserError(f"device={name}: not a device; use auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise MetacvError(f"device={name}: this machine has {torch.cuda.device_count()} CUDA devices")
+        raise UserError(f"device={name}: this machine has {torch.cuda.device_count()} CUDA devices")
     if device.type not in ("cpu", "cuda"):
-        raise MetacvError(f"device={name}: only cpu and cuda are supported")
+        raise UserError(f"device={name}: only cpu and cuda are supported")
     return device

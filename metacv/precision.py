@@ -1,40 +1,38 @@
-"""What makes a step faster and leaves what it computes as it is, but for rounding."""
+"""Precision, compiled steps and memory: they make a step faster, and change what it computes by rounding only."""
 
 import ctypes
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from metacv import MetacvError
-from metacv.data.sampler import TaskBatch
+from metacv.data.task import TaskBatch
+from metacv.errors import UserError
 
 Precision = Literal["fp32", "tf32", "bf16"]
 
 
 def check_precision(name: str, device: torch.device) -> None:
-    if name not in (known := get_args(Precision)):
-        raise MetacvError(f"precision={name}: one of {', '.join(known)}")
     if name == "tf32" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)):
-        raise MetacvError(f"precision=tf32: wants a GPU from Ampere on, not {device}")
+        raise UserError(f"precision=tf32: needs a GPU of the Ampere generation or later, not {device}")
 
 
 @contextmanager
-def precision(name: Precision, device: torch.device) -> Iterator[None]:
-    """What convolutions and matrix products multiply in; parameters, sums and losses stay as they are.
+def precision(name: str, device: torch.device) -> Iterator[None]:
+    """Convolutions and matrix products multiply in fp32, tf32 or bf16; parameters, sums and losses stay in fp32.
 
-    tf32 (GPUs from Ampere on) keeps 10 bits of a factor's mantissa, bf16 7.
+    tf32 (GPUs of the Ampere generation and later) keeps 10 bits of a factor's mantissa, bf16 7.
     """
     products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
     before = products.allow_tf32, convolutions.allow_tf32
     products.allow_tf32 = convolutions.allow_tf32 = name == "tf32"
     try:
-        # Weights change within a step, so that casts of them are not to be kept.
+        # No cache of casts: weights change within a step.
         with torch.autocast(device.type, torch.bfloat16, enabled=name == "bf16", cache_enabled=False):
             yield
     finally:
@@ -42,10 +40,10 @@ def precision(name: Precision, device: torch.device) -> Iterator[None]:
 
 
 def keep_freed_memory() -> None:
-    """Lets glibc keep what tensors leave for those of the next step.
+    """Let glibc keep freed memory for the tensors of the next step, instead of returning it to the system.
 
-    What goes back to the system is fetched again, page by page and cleared, in every step, which can take a quarter of
-    its time on a CPU. Does nothing beside another C library.
+    Otherwise every step gets new, cleared pages, which can take a quarter of its time on a CPU. Does nothing with
+    another C library.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
@@ -55,15 +53,14 @@ def keep_freed_memory() -> None:
 
 
 class Compiled:
-    """A function of tensors, and all that autograd does in it, as one compiled graph for each shape of its inputs.
+    """A function of tensors, with everything that autograd does in it, as one compiled graph per shape of its inputs.
 
-    torch.compile differentiates once at most. So the operations are recorded as they come out of autograd, and what
-    is left to compile has no derivatives in it. On a GPU they are launched together, as a CUDA graph: an output is
-    good until the next call.
+    torch.compile differentiates at most once. So the operations that autograd produces are recorded first, and the
+    graph to compile has no derivatives. On a GPU it runs as a CUDA graph: an output is valid until the next call.
     """
 
     def __init__(self, function: Callable[..., Sequence[Tensor]]) -> None:
-        """All tensors that change between calls must be among the arguments; those that `function` changes may be."""
+        """All tensors that change between calls must be arguments, also those that `function` itself changes."""
         self.function = function
         self.graphs: dict[object, Callable[..., Sequence[Tensor]]] = {}
 
@@ -78,10 +75,10 @@ class Compiled:
         try:
             return self(*tensors)
         except RuntimeError as error:  # no compiler, or one that fails
-            raise MetacvError(f"compile=true: {str(error).strip().splitlines()[0]}") from error
+            raise UserError(f"compile=true: {str(error).strip().splitlines()[0]}") from error
 
     def _recorded(self, tensors: Sequence[Tensor]) -> torch.fx.GraphModule:
-        """By running `function`, whose changes to the tensors and to the random state are taken back."""
+        """The operations of `function`. It is run once; its changes to tensors and to the random state are undone."""
         before = [t.detach().clone() for t in tensors]
         devices = [tensors[0].device] if tensors[0].is_cuda else []
         with torch.random.fork_rng(devices):
@@ -95,27 +92,30 @@ class Compiled:
         return graph
 
 
-class CompiledBackward:
-    """An algorithm's `backward_part`, compiled."""
+class CompiledGradient:
+    """An algorithm's `add_gradient`, compiled."""
 
-    def __init__(self, algorithm: nn.Module, backward_part: Callable[[TaskBatch, float], Tensor]) -> None:
+    def __init__(self, algorithm: nn.Module, add_gradient: Callable[[TaskBatch, float], dict[str, Tensor]]) -> None:
         self.learned = [p for p in algorithm.parameters() if p.requires_grad]
-        self.held = [*algorithm.parameters(), *algorithm.buffers()]
-        self.backward_part = backward_part
+        self.state = [*algorithm.parameters(), *algorithm.buffers()]
+        self.add_gradient = add_gradient
         self.compiled = Compiled(self._step)
+        self.names: list[str] = []  # of the scalars
 
-    def __call__(self, tasks: TaskBatch, share: float) -> Tensor:
+    def __call__(self, tasks: TaskBatch, share: float) -> dict[str, Tensor]:
         self.tasks, before = tasks, [p.grad for p in self.learned]
-        images_and_labels = (tasks.support_x, tasks.support_y, tasks.query_x, tasks.query_y)
-        found, *grads = self.compiled(*self.held, *(t.contiguous() for t in images_and_labels))
-        for p, grad, sum_ in zip(self.learned, grads, before, strict=True):
-            p.grad = grad * share if sum_ is None else sum_ + grad * share
-        return found * share
+        inputs = (tasks.support_x, tasks.support_y, tasks.query_x, tasks.query_y, tasks.classes)
+        outputs = self.compiled(*self.state, *(tensor.contiguous() for tensor in inputs))
+        grads, scalars = outputs[: len(self.learned)], outputs[len(self.learned) :]
+        for p, grad, earlier in zip(self.learned, grads, before, strict=True):
+            p.grad = grad * share if earlier is None else earlier + grad * share
+        return {name: scalar * share for name, scalar in zip(self.names, scalars, strict=True)}
 
     def _step(self, *tensors: Tensor) -> list[Tensor]:
         for p in self.learned:
             p.grad = None
-        support_x, support_y, query_x, query_y = tensors[len(self.held) :]
-        tasks = replace(self.tasks, support_x=support_x, support_y=support_y, query_x=query_x, query_y=query_y)
-        found = self.backward_part(tasks, 1.0)
-        return [found, *(torch.zeros_like(p) if p.grad is None else p.grad for p in self.learned)]
+        names = ("support_x", "support_y", "query_x", "query_y", "classes")
+        tasks = replace(self.tasks, **dict[str, Any](zip(names, tensors[len(self.state) :], strict=True)))
+        scalars = self.add_gradient(tasks, 1.0)
+        self.names = list(scalars)
+        return [*(torch.zeros_like(p) if p.grad is None else p.grad for p in self.learned), *scalars.values()]

@@ -1,6 +1,7 @@
-"""From a few examples of each class, and a trained model, to the labels of other images."""
+"""Label images, after a few examples of each class."""
 
 import csv
+import dataclasses
 import io
 import json
 from dataclasses import dataclass
@@ -8,117 +9,116 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from metacv import MetacvError, checkpoint, clean
-from metacv.algorithms.base import Algorithm, Norm
-from metacv.cli import setting
-from metacv.config import PredictConfig
+from metacv.algorithms.base import Algorithm
+from metacv.config import PredictConfig, check_choices, is_path, to_dict
 from metacv.data.bank import SPLITS, Dataset
-from metacv.data.image_files import files_below, folders_in, holds_folders_alone, read_or_tell, tell_left_out
-from metacv.data.sampler import TaskBatch
+from metacv.data.image_files import files_below, folders_in, has_only_folders, read_readable, report_skipped
+from metacv.data.task import TaskBatch
 from metacv.drawing import LINE, RIGHT, WRONG, captioned_picture, legible
-from metacv.evaluate import check_norm, with_changes
-from metacv.files import csv_safe, write_bytes_atomically
-from metacv.model import build_algorithm, build_dataset, check_settings, pick_device
+from metacv.errors import UserError
+from metacv.evaluate import with_changes
+from metacv.files import user_path, write_bytes_atomically
+from metacv.model import WEIGHTS, Checkpoint, build_dataset, load_checkpoint, pick_device, save_checkpoint
+from metacv.text import csv_safe, printable, setting
 
-SHOWN = 40  # lines of the table on the terminal
+LINES = 40  # of the table on the terminal
 PICTURED = 200  # support images at most, and queries
 QUERIES_AT_ONCE = 100
 
 
 @dataclass(frozen=True)
 class Support:
-    """Labelled images [S, C, H, W] (uint8), class after class, `shots` of each of `classes`."""
+    """Labelled images [S, C, H, W] (uint8), class after class, with `shots` images of each of `classes`."""
 
     images: Tensor
     shots: tuple[int, ...]
     classes: tuple[str, ...]
 
     def task(self, queries: Tensor, device: torch.device) -> TaskBatch:
-        """One task, with these uint8 images [B, C, H, W] as queries."""
+        """One task, with uint8 images [B, C, H, W] as queries."""
         way = len(self.classes)
         labels = torch.arange(way).repeat_interleave(torch.tensor(self.shots))
         return TaskBatch(
             support_x=self.images.to(device).float().div(255).unsqueeze(0),
             support_y=labels.to(device).unsqueeze(0),
             query_x=queries.to(device).float().div(255).unsqueeze(0),
-            query_y=torch.zeros(1, len(queries), dtype=torch.long, device=device),  # not known
+            query_y=torch.zeros(1, len(queries), dtype=torch.long, device=device),  # unknown
             way=way,
-            shots=None if len({*self.shots}) == 1 else self.shots,
+            classes=torch.arange(way, device=device).unsqueeze(0),
         )
 
 
-def predict(cfg: DictConfig, folder: Path) -> list[dict[str, Any]]:
-    """Labels `cfg.query` and writes predictions.csv, .json and .png into `folder`."""
-    check_settings(cfg, PredictConfig)
-    if cfg.save:
-        check_place_to_save(Path(cfg.save).expanduser())
-    path, saved = _model(cfg)
-    given: dict[str, Any] = OmegaConf.to_container(cfg)  # type: ignore[assignment]
-    changes = {name: given[name] for name in ("norm", "algo", "dataset")}
-    config = checkpoint.without_places(with_changes(saved["config"], changes, path))
-    check_norm(config["norm"])
+def predict(cfg: PredictConfig, folder: Path) -> list[dict[str, Any]]:
+    """Label the images at `cfg.query`, and write predictions.csv, .json and .png into `folder`."""
+    save = user_path(cfg.save) if cfg.save else None
+    if save:
+        check_place_to_save(save)
+    checkpoint = load_model(cfg)
+    config = with_changes(checkpoint, cfg)
+    check_choices(config)
     device = pick_device(cfg.device)
-    dataset = build_dataset(config, ".")
-    support = _kept_support(saved, path) if cfg.adapted else read_support(Path(cfg.support).expanduser(), dataset)
-    queries, images = read_queries(Path(cfg.query).expanduser(), dataset)
-    for kind, found in (("support", support.images), ("query", images)):
-        if list(found.shape[1:]) != saved["image_shape"]:
-            raise MetacvError(f"{kind}: its images become {tuple(found.shape[1:])}, and {path} was trained on "
-                              f"{tuple(saved['image_shape'])}")  # fmt: skip
-    algorithm = build_algorithm(config, tuple(saved["image_shape"]))
-    checkpoint.load_weights(algorithm, saved, path)
-    algorithm.to(device)
-    logits = label(algorithm, support, images, config["norm"], device)
+    dataset = build_dataset(config.dataset, ".")
+    support = kept_support(checkpoint) if cfg.adapted else read_support(user_path(str(cfg.support)), dataset)
+    place = user_path(cfg.query)
+    queries, images = read_queries(place, dataset)
+    for kind, own in (("support", support.images), ("query", images)):
+        if tuple(own.shape[1:]) != checkpoint.image_shape:
+            shape, trained = tuple(own.shape[1:]), checkpoint.image_shape
+            raise UserError(f"{kind}: its images become {shape}, and {checkpoint.path} was trained on {trained}")
+    algorithm = checkpoint.build(config).to(device)
+    mode = config.batch_norm
+    logits = label(algorithm, support, images, mode, device)
     probabilities = algorithm.probabilities(logits).cpu()
     if not probabilities.isfinite().all():
-        raise MetacvError(f"{path}: the probabilities are not finite; the weights are not, or adaptation diverges")
-
+        raise UserError(
+            f"{checkpoint.path}: the probabilities are not finite; the weights are not, or adaptation diverged"
+        )
     predictions: list[dict[str, Any]] = [
         {"file": str(query), "label": support.classes[int(row.argmax())], "probability": float(row.max())}
         | {"probabilities": dict(zip(support.classes, row.tolist(), strict=True))}
         for query, row in zip(queries, probabilities, strict=True)
     ]
-    _write(folder, predictions, support, path)
-    truth = _folders_of(queries, Path(cfg.query).expanduser(), support.classes)
-    write_bytes_atomically(folder / "predictions.png", _picture(images, predictions, support, truth))
-    if cfg.save:
-        keep = {"images": support.images, "shots": list(support.shots), "classes": list(support.classes)}
-        content = {name: saved[name] for name in checkpoint.WEIGHTS} | {
-            "config": checkpoint.without_folders(config),
-            "support": keep,
-        }
-        checkpoint.save(Path(cfg.save).expanduser(), content)
-    _show(folder, predictions, truth, cfg, config["norm"])
+    truth = labels_of_folders(queries, place, support.classes)
+    folder.mkdir(parents=True, exist_ok=True)
+    write(folder, predictions, support, checkpoint)
+    write_bytes_atomically(folder / "predictions.png", picture(images, predictions, support, truth))
+    if save:
+        paths = {name: None for name in config.dataset if is_path(name)}
+        portable = dataclasses.replace(config, dataset=config.dataset | paths)
+        kept = {"images": support.images, "shots": list(support.shots), "classes": list(support.classes)}
+        content = {name: checkpoint.content[name] for name in WEIGHTS}
+        save_checkpoint(save, content | {"config": to_dict(portable), "support": kept})
+    show(folder, predictions, truth, cfg, config.batch_norm)
     return predictions
 
 
-def label(algorithm: Algorithm, support: Support, images: Tensor, norm: Norm, device: torch.device) -> Tensor:
+def label(algorithm: Algorithm, support: Support, images: Tensor, batch_norm: str, device: torch.device) -> Tensor:
     """Logits [B, N] of query images [B, C, H, W] (uint8); transductive ones are of one task, as in evaluation."""
-    parts = images.split(QUERIES_AT_ONCE if norm == "inductive" else len(images))
+    groups = images.split(QUERIES_AT_ONCE if batch_norm == "inductive" else len(images))
     try:
-        return torch.cat([algorithm.predict(support.task(part, device), norm)[0] for part in parts])
-    except (RuntimeError, ValueError) as error:  # no memory for so many, or a single one has no statistics
-        if norm == "inductive":
+        return torch.cat([algorithm.predict(support.task(group, device), batch_norm)[0] for group in groups])
+    except (RuntimeError, ValueError) as error:  # too many for the memory, or a single one has no statistics
+        if batch_norm == "inductive":
             raise
-        said = str(error).splitlines()[0]
-        raise MetacvError(f"norm=transductive with {len(images)} query images: {said}; try norm=inductive") from error
+        reason = str(error).splitlines()[0]
+        text = f"batch_norm=transductive with {len(images)} query images: {reason}; try batch_norm=inductive"
+        raise UserError(text) from error
 
 
-def _model(cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
+def load_model(cfg: PredictConfig) -> Checkpoint:
     if (cfg.adapted is None) == (cfg.checkpoint is None and cfg.support is None):
-        raise MetacvError("give checkpoint=RUN and support=FOLDER, or adapted=FILE alone")
+        raise UserError("give checkpoint=RUN and support=FOLDER, or adapted=FILE alone")
     if cfg.adapted is None and (cfg.checkpoint is None or cfg.support is None):
-        raise MetacvError(f"{'checkpoint' if cfg.checkpoint is None else 'support'}=... is missing")
-    path = checkpoint.find(str(cfg.adapted or cfg.checkpoint), "best.pt")
-    return path, checkpoint.load(path)
+        raise UserError(f"{'checkpoint' if cfg.checkpoint is None else 'support'}=... is missing")
+    return load_checkpoint(str(cfg.adapted or cfg.checkpoint))
 
 
-def _kept_support(saved: dict[str, Any], path: Path) -> Support:
+def kept_support(checkpoint: Checkpoint) -> Support:
+    """The support set in a file that `save` wrote."""
     try:
-        kept = saved["support"]
+        kept = checkpoint.content["support"]
         support = Support(kept["images"], tuple(map(int, kept["shots"])), tuple(map(str, kept["classes"])))
         images, shots, classes = support.images, support.shots, support.classes
         plain = images.dtype == torch.uint8 and images.layout == torch.strided and images.is_contiguous()
@@ -126,28 +126,34 @@ def _kept_support(saved: dict[str, Any], path: Path) -> Support:
         if not plain or not named or min(shots) < 1 or sum(shots) != len(images):
             raise ValueError
     except KeyError:
-        raise MetacvError(f"adapted={path}: holds no support set; save=FILE beside support=FOLDER makes one") from None
+        text = "has no support set; save=FILE together with support=FOLDER makes one"
+        raise UserError(f"adapted={checkpoint.path}: {text}") from None
     except (TypeError, ValueError, AttributeError):
-        raise MetacvError(f"adapted={path} is damaged") from None
+        raise UserError(f"adapted={checkpoint.path} is damaged") from None
     return support
 
 
 def read_support(folder: Path, dataset: Dataset) -> Support:
+    """Examples from a folder with a folder for each class.
+
+    Raises:
+        UserError: there are fewer than two classes, or one without a readable image.
+    """
     if not folder.is_dir():
-        raise MetacvError(f"support={folder}: there is no such folder")
+        raise UserError(f"support={folder}: there is no such folder")
     folders = folders_in(folder)
     if len(folders) < 2:
-        raise MetacvError(f"support={folder} holds {len(folders)} folders: it wants one for each class, and at least 2")
-    names = [clean(path.name) for path in folders]
-    if {*names} <= {*SPLITS} and all(map(holds_folders_alone, folders)):
-        raise MetacvError(f"support={folder} holds {' and '.join(names)}: give one of them")
+        raise UserError(f"support={folder} has {len(folders)} folders: it needs one for each class, and at least 2")
+    names = [printable(path.name) for path in folders]
+    if {*names} <= {*SPLITS} and all(map(has_only_folders, folders)):
+        raise UserError(f"support={folder} holds {' and '.join(names)}: give one of them")
     if len({*names}) < len(names):
-        raise MetacvError(f"support={folder}: two classes whose names cannot be printed look the same; rename one")
+        raise UserError(f"support={folder}: two class names look the same without unprintable characters; rename one")
     images, shots = [], []
     for name, path in zip(names, folders, strict=True):
         _, own = _read(files_below(path), dataset, str(path))
         if not own:
-            raise MetacvError(f"support={folder}: the class {name} has no readable image")
+            raise UserError(f"support={folder}: the class {name} has no readable image")
         images += own
         shots.append(len(own))
     return Support(torch.stack(images), tuple(shots), tuple(names))
@@ -155,92 +161,103 @@ def read_support(folder: Path, dataset: Dataset) -> Support:
 
 def read_queries(place: Path, dataset: Dataset) -> tuple[list[Path], Tensor]:
     if not place.exists():
-        raise MetacvError(f"query={place}: there is no such file or folder")
+        raise UserError(f"query={place}: there is no such file or folder")
     files, images = _read(files_below(place) if place.is_dir() else [place], dataset, str(place))
     if not files:
-        raise MetacvError(f"query={place}: no readable image")
+        raise UserError(f"query={place}: no readable image")
     return files, torch.stack(images)
 
 
 def _read(files: list[Path], dataset: Dataset, label: str) -> tuple[list[Path], list[Tensor]]:
-    kept, images = read_or_tell(label, files, dataset.read)
-    tell_left_out(label, len(kept), len(files))
-    return kept, images
+    readable, images = read_readable(label, files, dataset.read)
+    report_skipped(label, len(readable), len(files))
+    return readable, images
 
 
-def _folders_of(queries: list[Path], place: Path, classes: tuple[str, ...]) -> list[str] | None:
-    """The class of each query by the folder of `place` that it lies in, if all of them lie so."""
+def labels_of_folders(queries: list[Path], place: Path, classes: tuple[str, ...]) -> list[str] | None:
+    """The class of each query, if all of them are in folders of `place` with names of classes."""
     if not place.is_dir():
         return None
     inside = [query.relative_to(place).parts for query in queries]
-    found = [clean(parts[0]) if len(parts) > 1 else "" for parts in inside]
-    return found if {*found} <= {*classes} else None
+    names = [printable(parts[0]) if len(parts) > 1 else "" for parts in inside]
+    return names if {*names} <= {*classes} else None
 
 
-def _picture(images: Tensor, found: list[dict[str, Any]], support: Support, truth: list[str] | None) -> bytes:
-    """As PNG: examples of each class, and the queries, in green or red where their class is known."""
+def picture(images: Tensor, predictions: list[dict[str, Any]], support: Support, truth: list[str] | None) -> bytes:
+    """A PNG of examples of each class and of the queries, in green or red where their class is known."""
     captions = {name: legible(name, f"class {i}") for i, name in enumerate(support.classes, start=1)}
     each = max(1, min(8, PICTURED // len(support.classes)))
-    rows = [(sum(support.shots[:c]) + i, name) for c, name in enumerate(support.classes)
-            for i in range(min(each, support.shots[c]))][:PICTURED]  # fmt: skip
+    rows = [
+        (sum(support.shots[:c]) + i, name)
+        for c, name in enumerate(support.classes)
+        for i in range(min(each, support.shots[c]))
+    ][:PICTURED]
     examples = [(support.images[row], captions[name], LINE) for row, name in rows]
-    colours = [RIGHT if own == one["label"] else WRONG for own, one in zip(truth, found, strict=True)] if truth else []
+    colours = [LINE] * len(predictions)
+    if truth:
+        colours = [RIGHT if own == one["label"] else WRONG for own, one in zip(truth, predictions, strict=True)]
     labelled = [
         (image, f"{captions[one['label']]} {one['probability']:.0%}", colour)
-        for image, one, colour in zip(images[:PICTURED], found, colours or [LINE] * len(found), strict=False)
+        for image, one, colour in zip(images[:PICTURED], predictions, colours, strict=False)
     ]
-    picture = captioned_picture(
+    content = io.BytesIO()
+    captioned_picture(
         [
             (f"support: {len(examples)} of {len(support.images)} images", examples),
-            (f"query: {len(labelled)} of {len(found)} images", labelled),
+            (f"query: {len(labelled)} of {len(predictions)} images", labelled),
         ]
-    )
-    content = io.BytesIO()
-    picture.save(content, "png")
+    ).save(content, "png")
     return content.getvalue()
 
 
 def check_place_to_save(path: Path) -> None:
-    """Refuses to write over anything but an earlier kept model."""
+    """Refuse to overwrite anything but an earlier kept model."""
     try:
-        if not path.exists() or "support" in checkpoint.load(path):
+        if not path.exists() or "support" in load_checkpoint(path).content:
             return
-    except MetacvError:
+    except UserError:
         pass
-    raise MetacvError(f"save={path}: is there already, and is not a model that `save` kept")
+    raise UserError(f"save={path}: exists already, and is not a model that `save` wrote")
 
 
-def _write(folder: Path, found: list[dict[str, Any]], support: Support, path: Path) -> None:
+def write(folder: Path, predictions: list[dict[str, Any]], support: Support, checkpoint: Checkpoint) -> None:
     table = io.StringIO(newline="")
     writer = csv.writer(table)
     writer.writerow(["file", "label", "probability", *(f"P({name})" for name in support.classes)])
-    for one in found:
+    for one in predictions:
         names = map(csv_safe, (one["file"], one["label"]))
         writer.writerow([*names, one["probability"], *one["probabilities"].values()])
     content = {
-        "checkpoint": str(path),
-        "checkpoint_sha256": checkpoint.file_hash(path),
+        "checkpoint": str(checkpoint.path),
+        "checkpoint_sha256": checkpoint.sha256,
         "support": dict(zip(support.classes, support.shots, strict=True)),
-        "predictions": found,
+        "predictions": predictions,
     }
     write_bytes_atomically(folder / "predictions.csv", table.getvalue().encode(errors="surrogateescape"))
     write_bytes_atomically(folder / "predictions.json", (json.dumps(content, indent=1) + "\n").encode())
 
 
-def _show(folder: Path, found: list[dict[str, Any]], truth: list[str] | None, cfg: DictConfig, norm: Norm) -> None:
-    base = Path(cfg.query).expanduser()
-    names = [clean(str(Path(one["file"]).relative_to(base)) if base.is_dir() else one["file"]) for one in found]
-    wide, label = (max(map(len, words)) for words in (names[:SHOWN], [one["label"] for one in found]))
-    for name, one in zip(names[:SHOWN], found, strict=False):
-        print(f"{name:<{wide}}  {one['label']:<{label}}  {100 * one['probability']:5.1f} %")
-    if len(found) > SHOWN:
-        print(f"... and {len(found) - SHOWN} more")
+def show(
+    folder: Path, predictions: list[dict[str, Any]], truth: list[str] | None, cfg: PredictConfig, batch_norm: str
+) -> None:
+    """Print the labels, the accuracy where the classes are known, and what was written."""
+    base = user_path(cfg.query)
+    names = [
+        printable(str(Path(one["file"]).relative_to(base)) if base.is_dir() else one["file"]) for one in predictions
+    ]
+    labels = [one["label"] for one in predictions]
+    name_width, label_width = (max(map(len, words)) for words in (names[:LINES], labels))
+    for name, one in zip(names[:LINES], predictions, strict=False):
+        print(f"{name:<{name_width}}  {one['label']:<{label_width}}  {100 * one['probability']:5.1f} %")
+    if len(predictions) > LINES:
+        print(f"... and {len(predictions) - LINES} more")
     if truth:
-        right = sum(one["label"] == own for one, own in zip(found, truth, strict=True))
-        print(f"accuracy {100 * right / len(found):.2f} %: {right} of {len(found)}, by the folders that they lie in")
-    if norm == "transductive":
-        print("norm=transductive: each label depends on the other query images; norm=inductive labels each for itself")
+        correct = sum(one == own for one, own in zip(labels, truth, strict=True))
+        share = 100 * correct / len(predictions)
+        print(f"accuracy {share:.2f} %: {correct} of {len(predictions)}, by the names of their folders")
+    if batch_norm == "transductive":
+        print("batch_norm=transductive: each label depends on all query images; batch_norm=inductive labels each alone")
     for kind in ("csv", "json", "png"):
         print(f"{'written:' if kind == 'csv' else '':<8} {folder / f'predictions.{kind}'}")
     if cfg.save:
-        print(f"kept:    {cfg.save}; go on with: metacv predict {setting('adapted', Path(cfg.save))} query=...")
+        print(f"kept:    {cfg.save}; continue with: metacv predict {setting('adapted', Path(cfg.save))} query=...")

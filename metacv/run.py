@@ -1,7 +1,7 @@
-"""A training run: its state, its folder, how it is stopped and how it goes on."""
+"""A training run: its state, its folder, how it stops and how it resumes."""
 
 import contextlib
-import os
+import random
 import shutil
 import signal
 import sys
@@ -14,77 +14,69 @@ from types import FrameType
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from hydra import compose
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from metacv import MetacvError, checkpoint
 from metacv.algorithms.base import Algorithm
-from metacv.cli import setting
-from metacv.config import TrainConfig
+from metacv.config import TrainConfig, differences, is_path, is_resumable, to_dict, typed
 from metacv.data.sampler import EpisodeSampler
+from metacv.errors import UserError
 from metacv.files import write_bytes_atomically
 from metacv.logger import Logger
-from metacv.model import check_settings
-from metacv.upgrade import upgrade
+from metacv.model import Checkpoint, checkpoint_path, load_checkpoint, save_checkpoint, target_class
+from metacv.text import setting
 
-# What may change when a run goes on: none of it changes what a step computes, but for the last bits on another device.
-RESUMABLE = {"resume", "steps", "eval_every", "patience", "log_every", "projector", "device", "compile", "data_dir"}
-RESUMABLE |= {"algo.task_batching", "algo.task_chunk", "algo.gradient_checkpointing"}
-RESUMABLE |= {"dataset.split_file", "dataset.root"}
+STATE = ("overrides", "optimizer", "schedule", "sampler", "random", "validated", "best", "since_best", "window")
 
 
 @dataclass
 class Run:
-    """All that changes in training, and so all that a checkpoint must hold."""
+    """Everything that changes in training, and so everything that a checkpoint must hold."""
 
-    config: dict[str, Any]
+    config: TrainConfig
     overrides: list[str]
     algorithm: Algorithm
-    optimizer: Optimizer
-    schedule: LRScheduler
+    optimizer: Optimizer | None  # None if nothing is trained
+    schedule: LRScheduler | None
     sampler: EpisodeSampler
     hardware: str
-    splits: dict[str, list[str]] | None  # the classes of each, of a user's own images
+    splits: dict[str, list[str]] | None  # classes of each split, of a data set that changes from user to user
     step: int = 0
-    validated: int = 0  # the step of the last validation
+    validated: int = -1  # the step of the last validation
     best: dict[str, float] = field(default_factory=lambda: {"accuracy": -1.0})
     since_best: int = 0  # validations
-    window: list[Tensor] = field(default_factory=list)  # loss and accuracy of the steps not logged yet
+    window: list[dict[str, Tensor]] = field(default_factory=list)  # scalars of the steps that are not logged yet
     began: float = field(default_factory=time.perf_counter)
 
-    def __post_init__(self) -> None:
-        if self.splits is None:
-            return
-        turns = 4 if self.config["dataset"].get("test_rotation") == "as_classes" else 1
-        way, classes = self.config["way"], turns * len(self.splits["test"])
-        if classes < way:  # which evaluation will refuse
-            said = f"way={way} but the test split has only {classes} classes"
-            print(f"metacv: {said}: dataset.fractions may give it more", file=sys.stderr)
+    @property
+    def steps(self) -> int:
+        return self.config.steps if self.optimizer else 0
 
     @property
     def seconds(self) -> float:
-        """Of work, without the time between a stop and a resume."""
+        """Time spent training, without the time between a stop and a resume."""
         return time.perf_counter() - self.began
 
     @property
     def validation_due(self) -> bool:
-        last = self.step >= self.config["steps"]
-        return self.step > self.validated and (self.step % self.config["eval_every"] == 0 or last)
+        regular = self.step > 0 and self.step % self.config.eval_every == 0
+        return self.step > self.validated and (regular or self.step >= self.steps)
 
     @property
     def finished(self) -> bool:
-        patience = self.config["patience"]
+        patience = self.config.patience
         if patience is not None and self.since_best >= patience:
             return True
-        return self.step >= self.config["steps"] and not self.validation_due
+        return self.step >= self.steps and not self.validation_due
 
     def weights(self) -> dict[str, Any]:
-        """What it takes to evaluate."""
+        """What evaluation needs."""
         return {
-            "config": checkpoint.without_places(self.config),
+            "config": to_dict(self.config),
             "image_shape": list(self.sampler.bank.image_shape),
             "step": self.step,
             "algorithm": self.algorithm.state_dict(),
@@ -92,68 +84,81 @@ class Run:
         }
 
     def state(self) -> dict[str, Any]:
-        """What it takes to go on."""
+        """What a resumed run needs."""
+        names = self.window[0] if self.window else ()
         return self.weights() | {
-            "config": self.config,
+            "config": to_dict(self.config, with_local=True),
             "overrides": self.overrides,
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
+            "optimizer": self.optimizer.state_dict() if self.optimizer else {},
+            "schedule": self.schedule.state_dict() if self.schedule else {},
             "sampler": self.sampler.state_dict(),
-            "random": checkpoint.random_states(),
+            "random": random_states(),
             "validated": self.validated,
             "best": self.best,
             "since_best": self.since_best,
             "seconds": self.seconds,
             "hardware": self.hardware,
-            "window": torch.stack(self.window).cpu() if self.window else torch.zeros(0, 2),
+            "window": {name: torch.stack([scalars[name] for scalars in self.window]).cpu() for name in names},
         }
 
-    def load(self, state: dict[str, Any], path: Path) -> None:
-        checkpoint.load_weights(self.algorithm, state, path)
+    def load(self, source: Checkpoint) -> None:
+        """Continue from a last.pt.
+
+        Raises:
+            UserError: it does not fit the settings, or the data set is split otherwise now.
+        """
+        source.load_weights(self.algorithm)
+        state, path = source.content, source.path
         if state.get("splits") != self.splits:
             split_file = setting("dataset.split_file", path.with_name("split.json"))
-            raise MetacvError(f"{path}: the classes are dealt out otherwise now; {split_file} keeps to its split")
+            raise UserError(f"{path}: the classes are split otherwise now; {split_file} keeps the split of the run")
         try:
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.schedule.load_state_dict(state["schedule"])
+            if self.optimizer and self.schedule:
+                self.optimizer.load_state_dict(state["optimizer"])
+                self.schedule.load_state_dict(state["schedule"])
             self.sampler.load_state_dict(state["sampler"])
-            checkpoint.set_random_states(state["random"])
+            set_random_states(state["random"])
             self.step, self.validated = int(state["step"]), int(state["validated"])
             self.best, self.since_best = dict(state["best"]), int(state["since_best"])
             self.began = time.perf_counter() - float(state.get("seconds", 0))
-            self.window = list(state["window"].to(self.sampler.device))
-            if self.finished:  # and so is not trained any more on what it is looked at with
+            columns = {name: values.to(self.sampler.device) for name, values in state["window"].items()}
+            self.window = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+            if self.finished:  # and so this hardware trains no further step
                 self.hardware = str(state.get("hardware", self.hardware))
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-            raise MetacvError(f"{path}: its state does not fit its config ({error})") from error
-        if self.step > self.config["steps"]:
-            raise MetacvError(f"steps={self.config['steps']} but {path} is at step {self.step}")
+            raise UserError(f"{path}: its state does not fit its config ({error})") from error
+        if self.step > self.config.steps:
+            raise UserError(f"steps={self.config.steps}, but {path} is at step {self.step}")
 
     def save(self, folder: Path, logger: Logger) -> None:
-        logger.sync()  # first: a resumed run counts on the metrics up to its checkpoint
-        checkpoint.save(folder / "last.pt", self.state())
-        show_config(folder, self.config, self.overrides)
+        logger.sync()  # first: a resumed run relies on the metrics up to its checkpoint
+        save_checkpoint(folder / "last.pt", self.state())
+        show_config(folder, to_dict(self.config, with_local=True), self.overrides)
 
     def stop_if_not_finite(self, folder: Path) -> None:
-        """Looks at the loss of all steps since the last line of metrics, and at the weights that they led to."""
-        finite = torch.stack(self.window)[:, 0].isfinite().tolist() if self.window else []
-        if all(finite):
-            if all(value.isfinite().all() for value in self.algorithm.state_dict().values()):
-                return
+        """Check the scalars of all steps that are not logged yet, and the weights that they led to.
+
+        Raises:
+            UserError: one is not finite.
+        """
+        finite = [all(scalars[name].isfinite() for name in scalars) for scalars in self.window]
+        if not all(finite):
+            what = f"the loss is not finite at step {self.step - len(finite) + 1 + finite.index(False)}"
+        elif not all(value.isfinite().all() for value in self.algorithm.state_dict().values()):
             what = f"the weights are not finite after step {self.step}"
         else:
-            what = f"the loss is not finite at step {self.step - len(finite) + 1 + finite.index(False)}"
+            return
         last = folder / "last.pt"
         good = f"the last good checkpoint is {last}" if last.exists() else "no checkpoint had been saved"
-        raise MetacvError(f"{what}; {good}")
+        raise UserError(f"{what}; {good}")
 
 
 class Stopped(Exception):
-    """A signal came in the middle of something that can be done again."""
+    """A signal arrived during work that can be repeated."""
 
 
 class StopSignals:
-    """Takes down SIGINT, SIGTERM and SIGHUP, to be obeyed between two steps; a second one ends the program at once."""
+    """Records SIGINT, SIGTERM and SIGHUP, to be obeyed between two steps. A second one ends the program at once."""
 
     received = 0
 
@@ -161,10 +166,10 @@ class StopSignals:
         self.before = {}
         if threading.current_thread() is threading.main_thread():
             numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-            self.before = {number: signal.signal(number, self._note) for number in numbers}
+            self.before = {number: signal.signal(number, self._record) for number in numbers}
         return self
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _record(self, number: int, frame: FrameType | None) -> None:
         self.received = number
         self.__exit__()
 
@@ -178,85 +183,122 @@ class StopSignals:
 
 
 @contextlib.contextmanager
-def only_run_in(folder: Path) -> Iterator[None]:
-    """Two runs that write the same checkpoints would both be lost."""
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Hold the lock of a run's folder, and remove temporary files that a killed run left there.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    lock = FileLock(folder / ".lock")
     try:
-        import fcntl
-    except ImportError:  # Windows
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise UserError(f"hydra.run.dir={folder}: another run is writing there") from None
+    except NotImplementedError:
+        pass  # a file system without locks
+    try:
+        for temporary in folder.glob(".*.tmp"):
+            temporary.unlink()
         yield
-        return
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise MetacvError(f"hydra.run.dir={folder}: another run is writing there") from None
-        except OSError:  # a file system without locks
-            pass
-        for left in folder.glob(".*.tmp"):  # by a run that was killed as it saved
-            left.unlink()
-        yield
+    finally:
+        lock.release()
 
 
-def begin_or_resume(
-    cfg: DictConfig, folder: Path, overrides: list[str]
-) -> tuple[dict[str, Any], tuple[dict[str, Any], Path] | None, list[str]]:
-    """The config to train, the state to go on from with its file, and the overrides that the config comes from.
+@dataclass(frozen=True)
+class Start:
+    """What a run starts with."""
 
-    A resumed run is composed of its own overrides and then of those given now, and must come out as it was trained
-    but for what is RESUMABLE.
+    config: TrainConfig
+    overrides: list[str]  # of the command line, which the config comes from
+    source: Checkpoint | None  # the last.pt that it continues from
+
+
+def start(cfg: DictConfig, folder: Path, overrides: list[str]) -> Start:
+    """Settings for a new run, or for one that resumes.
+
+    Raises:
+        UserError: the folder holds another run, there is nothing to resume, or a setting changed that must not.
     """
     last = folder / "last.pt"
-    here = checkpoint.load(last, checkpoint.STATE) if last.exists() else None
-    if here is not None:
-        show_config(folder, here["config"], here["overrides"])
+    own = load_state(last) if last.exists() else None
+    if own is not None:
+        show_config(folder, own.content["config"], own.content["overrides"])
     if cfg.resume is False:
-        if here is not None:
-            raise MetacvError(f"hydra.run.dir={folder} holds a run: resume=true goes on with it")
-        return plain(cfg), None, overrides
-    if cfg.resume is True and here is None:
-        raise MetacvError(f"resume=true but {folder} holds no last.pt: give resume=RUN, or hydra.run.dir=RUN too")
-    path = last if cfg.resume is True else checkpoint.find(str(cfg.resume), "last.pt")
-    state = here if path == last and here is not None else checkpoint.load(path, checkpoint.STATE)
-    if here is not None and not path.samefile(last):
-        raise MetacvError(f"resume={cfg.resume} but hydra.run.dir={folder} holds another run")
-    own = state["overrides"]
-    again = {"resume", *(word for word in own if word[0] in "+~")}  # a key is added or deleted only once
-    given = {word.split("=")[0]: word for word in overrides if {word, word.split("=")[0]}.isdisjoint(again)}
-    overrides = [word for word in own if word.split("=")[0] not in given] + list(given.values())
-    config = plain(compose("train", overrides))
-    asked = {name.lstrip("+") for name in given}
-    trained_on = state["config"]["dataset"].items()
-    config["dataset"] |= {k: v for k, v in trained_on if k in checkpoint.FOLDERS and f"dataset.{k}" not in asked}
-    for name, given, trained in differences(config, upgrade(state["config"])):
-        if RESUMABLE.isdisjoint({name, name.split(".")[0]}):
-            raise MetacvError(f"resume: {name} is {given} but {path} was trained with {trained}")
+        if own is not None:
+            raise UserError(f"hydra.run.dir={folder} holds a run; resume=true continues it")
+        return Start(typed(cfg, TrainConfig), overrides, None)
+    if cfg.resume is True and own is None:
+        raise UserError(f"resume=true, but {folder} has no last.pt: use resume=RUN, or add hydra.run.dir=RUN")
+    path = last if cfg.resume is True else checkpoint_path(str(cfg.resume), "last.pt")
+    if own is not None and not (path.exists() and path.samefile(last)):
+        load_state(path)  # refuses a file that is missing, or that holds weights only
+        raise UserError(f"resume={cfg.resume}, but hydra.run.dir={folder} holds another run")
+    source = own or load_state(path)
+    begun = resumed(source, overrides)
     if path.parent.resolve() != folder.resolve():
         for name in ("best.pt", "metrics.jsonl"):
             if (path.parent / name).exists():
                 shutil.copy(path.parent / name, folder / name)
-    return config, (state, path), overrides
+    return begun
 
 
-def plain(cfg: DictConfig) -> dict[str, Any]:
-    check_settings(cfg, TrainConfig)
-    config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
-    for name in checkpoint.FOLDERS & config["dataset"].keys():  # so that it is found from any folder
-        if isinstance(place := config["dataset"][name], str):
-            config["dataset"][name] = os.path.abspath(os.path.expanduser(place))
-    return config
+def resumed(source: Checkpoint, overrides: list[str]) -> Start:
+    """The settings of a run, composed of its own overrides and then of those given now.
+
+    Raises:
+        UserError: one has changed that training depends on.
+    """
+    own: list[str] = source.content["overrides"]
+    once = {"resume", *(word for word in own if word[0] in "+~")}  # a key is added or deleted only once
+    given = {word.split("=")[0]: word for word in overrides if {word, word.split("=")[0]}.isdisjoint(once)}
+    merged = [word for word in own if word.split("=")[0] not in given] + list(given.values())
+    config = typed(compose("train", merged), TrainConfig)
+    asked = {name.lstrip("+") for name in given}
+    for name, value in source.config.dataset.items():
+        if is_path(name) and f"dataset.{name}" not in asked:
+            config.dataset[name] = value
+    execution = {f"algo.{name}" for name in target_class("algo", config.algo, Algorithm).execution_settings}
+    for name, now, before in differences(to_dict(config), to_dict(source.config)):
+        group, _, own_name = name.partition(".")
+        may_change = is_resumable(group) or name in execution or (group == "dataset" and is_path(own_name))
+        if not may_change:
+            raise UserError(f"resume: {name} is {now}, but {source.path} was trained with {before}")
+    return Start(config, merged, source)
+
+
+def load_state(path: Path) -> Checkpoint:
+    source = load_checkpoint(path)
+    if missing := [name for name in STATE if name not in source.content]:
+        raise UserError(f"{path} holds weights only, without {', '.join(missing)}: use last.pt")
+    return source
 
 
 def show_config(folder: Path, config: dict[str, Any], overrides: list[str]) -> None:
-    """Puts right what Hydra writes into .hydra of a run's folder before this program can refuse a command."""
-    shown = folder / ".hydra"
-    if shown.is_dir():
-        write_bytes_atomically(shown / "config.yaml", OmegaConf.to_yaml(config).encode())
-        write_bytes_atomically(shown / "overrides.yaml", OmegaConf.to_yaml(overrides).encode())
+    """Correct what Hydra writes into .hydra of a run's folder before the program can refuse a command."""
+    hydra = folder / ".hydra"
+    if hydra.is_dir():
+        write_bytes_atomically(hydra / "config.yaml", OmegaConf.to_yaml(config).encode())
+        write_bytes_atomically(hydra / "overrides.yaml", OmegaConf.to_yaml(overrides).encode())
 
 
-def differences(here: Any, there: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    if isinstance(here, dict) and isinstance(there, dict):
-        for key in sorted(here.keys() | there.keys()):
-            yield from differences(here.get(key), there.get(key), f"{name}.{key}" if name else key)
-    elif here != there:
-        yield name, here, there
+def warn_of_few_test_classes(config: TrainConfig, splits: dict[str, list[str]] | None) -> None:
+    """Print a line if evaluation will refuse the test split."""
+    if splits is None:
+        return
+    rotations = 4 if config.dataset.get("test_rotation") == "as_classes" else 1
+    if (classes := rotations * len(splits["test"])) < config.way:
+        text = f"way={config.way}, but the test split has only {classes} classes; dataset.fractions can give it more"
+        print(f"metacv: {text}", file=sys.stderr)
+
+
+def random_states() -> dict[str, Any]:
+    """States of the random generators of Python, of torch on the CPU, and of every GPU."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"python": random.getstate(), "cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    random.setstate(states["python"])
+    torch.set_rng_state(states["cpu"])
+    if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])

@@ -12,213 +12,222 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from metacv import MetacvError, checkpoint
-from metacv.algorithms.base import Algorithm, Norm, running_statistics
+from metacv.algorithms.base import Algorithm
 from metacv.backbones.base import Backbone
-from metacv.cli import setting
+from metacv.backbones.batch_norm import running_statistics
+from metacv.config import TrainConfig, to_dict
 from metacv.data.sampler import EpisodeList, EpisodeSampler
 from metacv.data.transforms import Augment
-from metacv.distributed import Processes, processes
+from metacv.distributed import Ranks, connect
 from metacv.drawing import episode_picture
-from metacv.evaluate import check_norm, evaluate_episodes, summary
+from metacv.errors import UserError
+from metacv.evaluate import evaluate_episodes
 from metacv.files import write_bytes_atomically
 from metacv.logger import Logger
-from metacv.model import build_algorithm, build_dataset, build_optimizer, describe_device, pick_device
+from metacv.model import build, build_dataset, build_optimizer, describe_device, pick_device, save_checkpoint
 from metacv.precision import check_precision, keep_freed_memory, precision
-from metacv.run import Run, Stopped, StopSignals, begin_or_resume, only_run_in
+from metacv.results import Result, ResultFile, summary
+from metacv.run import Run, Start, Stopped, StopSignals, lock_folder, start, warn_of_few_test_classes
+from metacv.text import percent, setting
 
-INNER_STEPS_SHOWN, TASKS_SHOWN = (1, 2, 3, 5, 10, 20, 50, 100), 20
-IMAGES_PROJECTED = 1000
+DIAGNOSED_TASKS = 20
+PROJECTED_IMAGES = 1000
 
 
 def train(cfg: DictConfig, folder: Path, overrides: list[str]) -> float:
-    """Trains as `cfg` says, writes into `folder`, and gives the best accuracy in validation.
+    """Train, write checkpoints and logs into `folder`, and return the best accuracy in validation.
 
-    `overrides` is what the command line changed, for the checkpoint to keep.
+    `overrides` are the settings that the command line changed; the checkpoint keeps them.
     """
     with contextlib.ExitStack() as stack:
 
-        def begin() -> tuple[dict[str, Any], tuple[dict[str, Any], Path] | None, list[str]]:
-            stack.enter_context(only_run_in(folder))
-            return begin_or_resume(cfg, folder, overrides)
+        def begin() -> Start:
+            stack.enter_context(lock_folder(folder))
+            return start(cfg, folder, overrides)
 
-        here = processes()
-        config, resumed, words = here.of_first(begin)
-        run, validation = here.each(lambda: prepare(config, words, here))
-        part = here.share(config["meta_batch"])
-        if resumed is not None:
-            run.load(*resumed)
+        ranks = connect()
+        begun = ranks.run_on_rank_zero(begin)
+        run, validation = ranks.on_every_rank(lambda: prepare(begun, ranks))
+        if begun.source is not None:
+            run.load(begun.source)
         else:
-            here.each(lambda: load_pretrained(run.algorithm))
+            ranks.on_every_rank(lambda: load_pretrained(run.algorithm))
         if run.splits:
             write_bytes_atomically(folder / "split.json", json.dumps(run.splits, indent=1).encode())
-        if here.rank:  # what is drawn in training, such as DropBlock's masks, is not the same in all
-            torch.manual_seed(int(torch.randint(2**62, (here.rank,))[-1]))
-        with (
-            Logger(folder, run.step, run.validated) as logger,
-            StopSignals() as stop,
-            tqdm(total=config["steps"], initial=run.step, unit="step", disable=None) as bar,
-        ):
-            since = time.perf_counter(), run.step
-            while not run.finished:
-                if run.validation_due:
-                    check(run, folder, here)
-                    validate(run, validation, folder, logger, stop, here)
+        if ranks.rank:  # random draws in training, such as DropBlock's masks, differ between ranks
+            torch.manual_seed(int(torch.randint(2**62, (ranks.rank,))[-1]))
+        logger = stack.enter_context(Logger(folder, run.step, run.validated))
+        signals = stack.enter_context(StopSignals())
+        bar = stack.enter_context(tqdm(total=run.steps, initial=run.step, unit="step", disable=None))
+        since = time.perf_counter(), run.step
+        while not run.finished:
+            if run.validation_due:
+                check_finite(run, folder, ranks)
+                validate(run, validation, folder, logger, signals, ranks)
+                since = time.perf_counter(), run.step
+            else:
+                run.window.append(training_step(run, ranks))
+                bar.update()
+                if run.step % run.config.log_every == 0:
+                    check_finite(run, folder, ranks)
+                    speed = (run.step - since[1]) * run.config.meta_batch / (time.perf_counter() - since[0])
+                    bar.set_postfix_str(log_window(run, logger, speed))
                     since = time.perf_counter(), run.step
-                else:
-                    run.algorithm.train()
-                    run.optimizer.zero_grad()
-                    tasks = run.sampler.sample(config["meta_batch"], part)
-                    with precision(config["precision"], run.sampler.device):
-                        metrics = run.algorithm.backward(tasks)
-                    learned = [p.grad for p in run.algorithm.parameters() if p.grad is not None]
-                    here.average([*learned, *metrics.values()], (part.stop - part.start) / config["meta_batch"])
-                    clip(run.algorithm, config["clip_norm"], config["clip_value"])
-                    run.optimizer.step()
-                    lr = run.optimizer.param_groups[0]["lr"]
-                    run.schedule.step()
-                    run.step += 1
-                    run.window.append(torch.stack([metrics["loss"], metrics["accuracy"]]))
-                    bar.update()
-                    if run.step % config["log_every"] == 0:
-                        check(run, folder, here)
-                        loss, accuracy = torch.stack(run.window).mean(0).tolist()
-                        speed = (run.step - since[1]) * config["meta_batch"] / (time.perf_counter() - since[0])
-                        logger.scalars(run.step, "train", loss=loss, accuracy=accuracy, tasks_per_second=speed, lr=lr)
-                        bar.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.3f}, {speed:.0f} tasks/s")
-                        run.window, since = [], (time.perf_counter(), run.step)
-                if (received := here.largest(stop.received)) and not run.finished:
-                    check(run, folder, here)
-                    if here.rank == 0:
-                        run.save(folder, logger)
-                    bar.close()
-                    print(f"stopped at step {run.step}; go on with: metacv train {setting('resume', folder)}")
-                    raise SystemExit(128 + received)
-            finish(run, validation, logger)
-    if run.step < config["steps"]:
-        print(f"stopped at step {run.step}: no new best in {run.since_best} validations (patience)")
+            if (received := ranks.maximum(signals.received)) and not run.finished:
+                check_finite(run, folder, ranks)
+                if ranks.rank == 0:
+                    run.save(folder, logger)
+                bar.close()
+                print(f"stopped at step {run.step}; continue with: metacv train {setting('resume', folder)}")
+                raise SystemExit(128 + received)
+        finish(run, validation, logger)
     report(run, folder)
-    if stop.received:  # as all was done
-        raise SystemExit(128 + stop.received)
+    if signals.received:  # after the last step
+        raise SystemExit(128 + signals.received)
     return run.best["accuracy"]
 
 
+def training_step(run: Run, ranks: Ranks) -> dict[str, Tensor]:
+    """One outer update; returns the scalars of the algorithm, averaged over the tasks of all ranks."""
+    assert run.optimizer is not None
+    assert run.schedule is not None
+    config, algorithm = run.config, run.algorithm
+    algorithm.train()
+    run.optimizer.zero_grad()
+    own = ranks.share(config.meta_batch)
+    tasks = run.sampler.sample(config.meta_batch, own)
+    with precision(config.precision, run.sampler.device):
+        scalars = algorithm.training_step(tasks)
+    gradients = [p.grad for p in algorithm.parameters() if p.grad is not None]
+    ranks.average([*gradients, *scalars.values()], (own.stop - own.start) / config.meta_batch)
+    clip(algorithm, config.clip_norm, config.clip_value)
+    run.optimizer.step()
+    scalars["lr"] = torch.tensor(run.optimizer.param_groups[0]["lr"])
+    run.schedule.step()
+    run.step += 1
+    return scalars
+
+
+def log_window(run: Run, logger: Logger, speed: float) -> str:
+    """Log the means over the steps since the last line, and return them as text for the progress bar."""
+    means = {name: float(torch.stack([scalars[name] for scalars in run.window]).mean()) for name in run.window[0]}
+    means["lr"] = float(run.window[-1]["lr"])
+    run.window = []
+    tags = {f"train/{name}": value for name, value in means.items()}
+    logger.scalars(run.step, tags | {"train/tasks_per_second": speed})
+    shown = [f"{name} {means[name]:.3f}" for name in ("loss", "accuracy") if name in means]
+    return ", ".join([*shown, f"{speed:.3g} tasks/s"])
+
+
 def validate(
-    run: Run, validation: EpisodeList, folder: Path, logger: Logger, stop: StopSignals, here: Processes
+    run: Run, validation: EpisodeList, folder: Path, logger: Logger, signals: StopSignals, ranks: Ranks
 ) -> None:
-    """Measures, keeps the best, saves; on a signal leaves all as it was."""
-    norm = run.config["norm"]
+    """Evaluate on the validation episodes, keep the best weights, and save. A signal interrupts it without effect."""
+    mode = run.config.batch_norm
     accuracy = torch.zeros(len(validation), dtype=torch.float64)
-    part = here.share(len(validation))
+    own = ranks.share(len(validation))
+    diagnostics: dict[str, float] = {}
     try:
-        accuracy[part] = evaluate_episodes(run.algorithm, validation.part(part), norm, "validating", stop.check)
-        along = along_adaptation(run.algorithm, validation, norm, stop) if here.rank == 0 else {}
+        accuracy[own] = evaluate_episodes(run.algorithm, validation.part(own), mode, "validating", signals.check)
+        if ranks.rank == 0:
+            (some,) = validation.part(slice(DIAGNOSED_TASKS)).batches(DIAGNOSED_TASKS)
+            diagnostics = run.algorithm.diagnostics(some, mode)
     except Stopped:
-        accuracy += torch.nan  # tells the others
-    if here.sum(accuracy).isnan().any():
+        accuracy += torch.nan  # which the sum passes on to the other ranks
+    if ranks.sum(accuracy).isnan().any():
         return
-    found = summary(accuracy)
-    better = found["accuracy"] > run.best["accuracy"]
+    measured = summary(accuracy)
+    better = measured["accuracy"] > run.best["accuracy"]
     run.validated = run.step
-    run.best, run.since_best = (found | {"step": run.step}, 0) if better else (run.best, run.since_best + 1)
-    if here.rank > 0:
+    run.best, run.since_best = (measured | {"step": run.step}, 0) if better else (run.best, run.since_best + 1)
+    if ranks.rank > 0:
         return
-    logger.scalars(run.step, "val", **found)
-    shown = next(validation.batches(1))
-    logger.picture(run.step, "val/episode", episode_picture(shown, run.algorithm.predict(shown, norm)))
-    if along:
-        logger.scalars(run.step, "inner_steps", **along)
+    logger.scalars(run.step, {f"val/{name}": value for name, value in measured.items()})
+    episode = next(validation.batches(1))
+    logger.picture(run.step, "val/episode", episode_picture(episode, run.algorithm.predict(episode, mode)))
+    if diagnostics:
+        logger.scalars(run.step, diagnostics)
     if better:
-        checkpoint.save(folder / "best.pt", run.weights() | {"validation": run.best})
+        save_checkpoint(folder / "best.pt", run.weights() | {"validation": run.best})
     run.save(folder, logger)
 
 
-def along_adaptation(algorithm: Algorithm, validation: EpisodeList, norm: Norm, stop: StopSignals) -> dict[str, float]:
-    """The accuracy on the first tasks of validation after fewer inner steps, if there are any."""
-    every, found = algorithm.eval_inner_steps, {}
-    some = validation.part(slice(TASKS_SHOWN))
-    try:
-        for steps in [steps for steps in INNER_STEPS_SHOWN if steps < every] + [every] * bool(every):
-            algorithm.eval_inner_steps = steps
-            accuracy = evaluate_episodes(algorithm, some, norm, "along the inner steps", stop.check)
-            found[f"accuracy_{steps:03d}"] = float(accuracy.mean())
-    finally:
-        algorithm.eval_inner_steps = every
-    return found
-
-
 def finish(run: Run, validation: EpisodeList, logger: Logger) -> None:
-    """TensorBoard's table of runs, and its projector where asked for."""
-    logger.hparams(run.config, run.step, **{"val/best_accuracy": run.best["accuracy"]})
-    if run.config["projector"]:
+    """Write TensorBoard's table of runs, and features for its projector if the settings ask for them."""
+    logger.hparams(to_dict(run.config), run.step, **{"val/best_accuracy": run.best["accuracy"]})
+    if run.config.projector:
         bank = validation.sampler.bank
         # Shuffled, so that batch statistics are those of many classes.
         order = torch.randperm(len(bank.images), generator=torch.Generator().manual_seed(0))
-        rows = order[:IMAGES_PROJECTED]
+        rows = order[:PROJECTED_IMAGES]
         names = [bank.class_names[c] for c in torch.bucketize(rows, bank.offsets[1:], right=True)]
         images = bank.images[rows].float().div(255)
         features = backbone_features(run.algorithm, images.to(run.sampler.device)).cpu()
-        side = min(32, *images.shape[2:])  # TensorBoard draws them all into one picture
+        side = min(32, *images.shape[2:])  # TensorBoard draws all of them into one picture
         logger.embedding(run.step, features, names, F.interpolate(images, (side, side), mode="area"))
 
 
 def backbone_features(algorithm: Algorithm, images: Tensor) -> Tensor:
-    """[B, D], of images [B, C, H, W]."""
-    (backbone, *_) = (part for part in algorithm.modules() if isinstance(part, Backbone))
+    """Features [B, D] of images [B, C, H, W]."""
+    (backbone, *_) = (module for module in algorithm.modules() if isinstance(module, Backbone))
     algorithm.eval()
     with torch.no_grad():
-        return torch.cat([backbone(part).flatten(1) for part in images.split(100)])
+        return torch.cat([backbone.features(some) for some in images.split(100)])
 
 
-def check(run: Run, folder: Path, here: Processes) -> None:
-    """Stops what has diverged, after the processes' running statistics have become one."""
-    here.average(running_statistics(run.algorithm), 1 / here.size)
+def check_finite(run: Run, folder: Path, ranks: Ranks) -> None:
+    """Stop a run that diverged. Before, the running statistics of the ranks are averaged."""
+    ranks.average(running_statistics(run.algorithm), 1 / ranks.size)
     run.stop_if_not_finite(folder)
 
 
-def prepare(config: dict[str, Any], overrides: list[str], here: Processes) -> tuple[Run, EpisodeList]:
+def prepare(begun: Start, ranks: Ranks) -> tuple[Run, EpisodeList]:
     """A run at step 0, and the episodes that it is validated on."""
-    for name in ("steps", "meta_batch", "eval_every", "log_every", "patience", "clip_norm", "clip_value"):
-        if config[name] is not None and not 0 < config[name] < 2**31:
-            raise MetacvError(f"{name}={config[name]}: must be positive, and below 2**31")
-    check_norm(config["norm"])
-    for name in ("meta_batch", "eval_episodes"):
-        if config[name] < here.size:
-            raise MetacvError(f"{name}={config[name]} is too few to share out between {here.size} processes")
-    device = pick_device(here.device(config["device"]))
-    check_precision(config["precision"], device)
-    dataset = build_dataset(config, config["data_dir"])
-
-    def sampler(split: str, prefix: str, seed: int, augment: Augment | None) -> EpisodeSampler:
-        way, shot, query = (config[f"{prefix}{name}"] for name in ("way", "shot", "query"))
-        rotation = dataset.rotation(split)
-        return EpisodeSampler(dataset.load(split), way, shot, query, rotation, seed, device, prefix, augment)
-
-    augment = Augment(**config["augment"], seed=config["seed"])
-    training = sampler("train", "train_", config["seed"], augment)
-    validation = EpisodeList(sampler("val", "", 0, None), config["eval_episodes"], "eval_episodes")
+    config = begun.config
+    check_counts(config, ranks)
+    device = pick_device(ranks.device(config.device))
+    check_precision(config.precision, device)
+    dataset = build_dataset(config.dataset, config.data_dir)
+    augment = Augment(config.augment.crop, config.augment.flip, config.augment.jitter, seed=config.seed)
+    way, shot, query = config.train_way, config.train_shot, config.train_query
+    bank, rotation = dataset.load("train"), dataset.rotation("train")
+    training = EpisodeSampler(bank, way, shot, query, rotation, config.seed, device, "train_", augment)
+    bank, rotation = dataset.load("val"), dataset.rotation("val")
+    unseen = EpisodeSampler(bank, config.way, config.shot, config.query, rotation, device=device)
+    validation = EpisodeList(unseen, config.eval_episodes, "eval_episodes")
     if device.type == "cpu":
-        keep_freed_memory()  # from here on: a data set that was just decoded has left much
-    torch.manual_seed(config["seed"])
-    algorithm = build_algorithm(config, training.bank.image_shape).to(device)
-    if here.size > 1 and algorithm.one_process_because:
-        raise MetacvError(f"{algorithm.one_process_because}, and so cannot have {here.size} processes")
-    if config["compile"]:
-        algorithm.compile_steps()
-    optimizer, schedule = build_optimizer(config, algorithm)
+        keep_freed_memory()  # only now: decoding a data set frees much memory
+    torch.manual_seed(config.seed)
+    algorithm = build(config, training.bank.image_shape).to(device)
+    if ranks.size > 1 and algorithm.sequential_because:
+        raise UserError(f"algo.{algorithm.sequential_because}, which {ranks.size} processes cannot share")
+    if config.compile:
+        algorithm.compile_training()
+    optimizer, schedule = build_optimizer(config, algorithm) or (None, None)
+    splits = dataset.splits()
+    warn_of_few_test_classes(config, splits)
     hardware = describe_device(device)
-    run = Run(config, overrides, algorithm, optimizer, schedule, training, hardware, dataset.splits())
-    return run, validation
+    return Run(config, begun.overrides, algorithm, optimizer, schedule, training, hardware, splits), validation
+
+
+def check_counts(config: TrainConfig, ranks: Ranks) -> None:
+    for name in ("steps", "meta_batch", "eval_every", "log_every", "patience", "clip_norm", "clip_value"):
+        value = getattr(config, name)
+        if value is not None and not 0 < value < 2**31:
+            raise UserError(f"{name}={value}: must be positive, and below 2**31")
+    for name in ("meta_batch", "eval_episodes"):
+        if getattr(config, name) < ranks.size:
+            raise UserError(f"{name}={getattr(config, name)} is too few for {ranks.size} processes")
 
 
 def load_pretrained(algorithm: Algorithm) -> None:
-    for part in algorithm.modules():
-        if isinstance(part, Backbone):
-            part.load_pretrained()
+    for module in algorithm.modules():
+        if isinstance(module, Backbone):
+            module.load_pretrained()
 
 
 def clip(algorithm: Algorithm, norm: float | None, value: float | None) -> None:
-    """Of each network of the algorithm (backbone, relation module, ...) for itself, as Relation Networks do."""
+    """Clip the gradients of each network of the algorithm (backbone, relation module, ...) by itself."""
     networks = [list(network.parameters()) for network in algorithm.children()]
     own = list(algorithm.parameters(recurse=False))
     for parameters in [*networks, own] if own else networks:
@@ -229,18 +238,31 @@ def clip(algorithm: Algorithm, norm: float | None, value: float | None) -> None:
 
 
 def report(run: Run, folder: Path) -> None:
+    """Write result.json, and print the best validation and the next commands."""
     config, best = run.config, run.best
-    result = (
-        {"split": "val"}
-        | best
-        | {name: config[name] for name in ("norm", "way", "shot", "query", "eval_episodes", "seed")}
-        | {"steps": run.step, "seconds": round(run.seconds, 1), "device": run.hardware}
-        | {"torch": torch.__version__, "overrides": run.overrides}
+    task: dict[str, Any] = {name: getattr(config, name) for name in ("way", "shot", "query", "batch_norm")}
+    result = Result(
+        **task,
+        accuracy=best["accuracy"],
+        ci95=best["ci95"],
+        dataset=config.dataset["_target_"].rpartition(".")[2],
+        split="val",
+        rotation=config.dataset.get("test_rotation", "none"),
+        episodes=config.eval_episodes,
+        seed=0,
+        method=type(run.algorithm).__name__,
+        step=int(best["step"]),
+        device=run.hardware,
     )
-    write_bytes_atomically(folder / "result.json", (json.dumps(result, indent=2) + "\n").encode())
+    training = {"steps": run.step, "seconds": round(run.seconds, 1), "seed": config.seed, "overrides": run.overrides}
+    ResultFile([result], training).write(folder / "result.json")
+    if run.steps == 0:
+        print("all parameters are frozen: the initial weights were validated, and nothing was trained")
+    elif run.step < run.steps:
+        print(f"stopped at step {run.step}: no new best in {run.since_best} validations (patience)")
     print(
-        f"best in validation: {100 * best['accuracy']:.2f} ± {100 * best['ci95']:.2f} % at step {best['step']} "
-        f"({config['way']}-way {config['shot']}-shot, {config['eval_episodes']} episodes, {config['norm']})\n"
+        f"best in validation: {percent(best['accuracy'], best['ci95'])} % at step {best['step']} "
+        f"({config.way}-way {config.shot}-shot, {config.eval_episodes} episodes, {config.batch_norm})\n"
         f"checkpoint: {folder / 'best.pt'}\n"
         f"on test:    metacv evaluate {setting('checkpoint', folder)}\n"
         f"curves:     tensorboard --logdir {folder}"

@@ -1,8 +1,8 @@
-"""Configs and checkpoints of older versions, changed into today's form. Old names appear here and nowhere else."""
+"""Configs and checkpoints of version 1, changed into today's form. Old names appear here and nowhere else."""
 
 from typing import Any
 
-# Where classes lived in version 1.
+# Where classes were in version 1.
 MOVED = {
     "metacv.algorithms.maml.MAML": "metacv.algorithms.gradient.maml.MAML",
     "metacv.algorithms.reptile.Reptile": "metacv.algorithms.gradient.reptile.Reptile",
@@ -10,24 +10,38 @@ MOVED = {
     "metacv.algorithms.relationnet.RelationNet": "metacv.algorithms.metric.relationnet.RelationNet",
     "metacv.backbones.pretrained.Torchvision": "metacv.backbones.torchvision.Torchvision",
 }
-INNER_LOOPS = ("metacv.algorithms.gradient.maml.MAML", "metacv.algorithms.gradient.reptile.Reptile")
+RENAMED = {"norm": "batch_norm"}  # settings
 
 
-def upgrade(config: dict[str, Any]) -> dict[str, Any]:
-    """The config of a checkpoint, with settings that came later set to what the program did before it had them."""
-    later: dict[str, Any] = {
-        "projector": False,
-        "episodes": 600,
-        "augment": {"crop": 0, "flip": False, "jitter": 0.0},
-        "normalize": {"mean": [0.0], "std": [1.0]},
-        "precision": "fp32",
-        "compile": False,
-    }
-    config = later | config
+def renamed(name: str) -> str | None:
+    """Today's name of a setting that had another one, otherwise None."""
+    return RENAMED.get(name)
+
+
+def upgrade_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a checkpoint. Those that came later get the value that the program behaved by before."""
+    later: dict[str, Any] = {"episodes": 600, "precision": "fp32", "compile": False}
+    config = later | {RENAMED.get(name, name): value for name, value in config.items()}
     for group in ("algo", "backbone"):
         target = config[group].get("_target_")
-        if target in MOVED:
-            config[group] = config[group] | {"_target_": MOVED[target]}
-    if config["algo"].get("_target_") in INNER_LOOPS:
+        config[group] = config[group] | {"_target_": MOVED.get(target, target)}
+    if ".gradient." in config["algo"]["_target_"]:
         config["algo"] = {"task_batching": "auto", "task_chunk": None} | config["algo"]
     return config
+
+
+def upgrade_override(word: str) -> str:
+    """`name=value` of the command line that began a run."""
+    name, equals, value = word.partition("=")
+    return RENAMED.get(name, name) + equals + value
+
+
+def upgrade_checkpoint(content: dict[str, Any]) -> dict[str, Any]:
+    """The content of a best.pt, a last.pt, or a model that `predict save=` kept."""
+    content = content | {"config": upgrade_config(content["config"]), "format": 2}
+    if "overrides" in content:
+        content["overrides"] = [upgrade_override(word) for word in content["overrides"]]
+    if "window" in content:
+        loss, accuracy = content["window"].unbind(1)
+        content["window"] = {"loss": loss, "accuracy": accuracy}
+    return content

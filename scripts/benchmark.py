@@ -1,35 +1,37 @@
-"""How fast metacv is, beside a plain loop, `higher` and `torchopt` doing the same, and beside the machine's limits.
+"""Measures speed and memory: metacv beside a plain loop, `higher` and `torchopt`, and beside the machine's limits.
 
-    python scripts/benchmark.py                      the whole table (install '.[bench]' first)
-    python scripts/benchmark.py fomaml --repeats 9   the rows whose names hold a word; or one of the other parts,
+    python scripts/benchmark.py                      everything (first: pip install '.[bench]')
+    python scripts/benchmark.py fomaml --repeats 9   the rows whose names contain a word, or one of the other parts:
                                                      evaluation, sampling, settings, processes, memory, start, data
     python scripts/benchmark.py --device cuda
 
-The others run the networks as they are usually written: ReLU before the pooling, torch's own batch norm and layout. A
-plain loop on metacv's networks shows what of the difference is theirs. Freed memory is kept for all of them alike.
+The other implementations run the networks as they are usually written: ReLU before the pooling, torch's own batch norm
+and memory layout. A plain loop on metacv's networks shows how much of the difference comes from the networks. Freed
+memory is kept for all of them alike.
 
-Before anything is timed, everybody's gradients are compared in float64. Then the contenders of a row take turns, so
-that a noise of the machine meets them all; medians are shown. Writes benchmark.json and benchmark.md.
+Before a row is timed, the gradients of all implementations are compared in float64. Then they take turns, so that noise
+of the machine affects all of them; the table shows medians. Writes benchmark.json and benchmark.md.
 """
 
 import argparse
 import copy
 import json
+import math
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from results_table import compose_all
+from results_table import experiment_configs
 from torch import Tensor, nn
 from torch._C._autograd import DeviceType
 from torch.func import functional_call
@@ -42,29 +44,28 @@ from torchvision.datasets import Omniglot
 from torchvision.transforms import Compose, Resize, ToTensor
 from torchvision.transforms.functional import to_pil_image
 
-from metacv import MetacvError
 from metacv.algorithms.base import Algorithm, accuracies
 from metacv.algorithms.gradient.inner_loop import Classifier, InnerLoop
 from metacv.algorithms.gradient.maml import MAML
 from metacv.algorithms.gradient.reptile import BETA2, EPSILON, Reptile, _batches
 from metacv.algorithms.metric.protonet import ProtoNet
 from metacv.algorithms.metric.relationnet import RelationNet
-from metacv.backbones.base import Backbone
 from metacv.backbones.conv4 import Conv4
 from metacv.data.bank import ImageBank
-from metacv.data.sampler import EpisodeList, EpisodeSampler, TaskBatch
+from metacv.data.sampler import EpisodeList, EpisodeSampler
+from metacv.data.task import TaskBatch
 from metacv.data.transforms import Augment
+from metacv.errors import UserError
 from metacv.evaluate import evaluate_episodes
-from metacv.model import build_algorithm, build_dataset, describe_device, pick_device
-from metacv.precision import Precision, keep_freed_memory, precision
+from metacv.model import build, build_dataset, describe_device, pick_device
+from metacv.precision import keep_freed_memory, precision
 
 ROOT = Path(__file__).resolve().parent.parent
-EXPERIMENTS = ROOT / "configs/experiment"
 OMNIGLOT, MINIIMAGENET = (1, 28, 28), (3, 84, 84)
 OWN_NETWORK = "plain loop, metacv's network"
 PAPERS = "MAML, 1 inner steps, network and 32 tasks of the paper, Omniglot"
-Step = Callable[[TaskBatch], object]  # leaves its outer gradient in .grad
-# Of torch's operations, by a word in their names.
+Step = Callable[[TaskBatch], object]  # adds the outer gradient to .grad
+# Kinds of torch's operations, by a word in their names.
 KINDS = {
     "conv": "convolutions",
     "batch_norm": "batch norm",
@@ -77,7 +78,7 @@ KINDS = {
 
 @dataclass
 class Row:
-    """One meta-step, and who can do it: metacv, "plain loop" and others; OWN_NETWORK is added."""
+    """One outer step, and its implementations: metacv, "plain loop" and others. OWN_NETWORK is added to them."""
 
     name: str
     build: Callable[[], Algorithm]
@@ -86,17 +87,17 @@ class Row:
     shot: int
     query: int
     tasks: int
-    contenders: dict[str, Callable[[Algorithm], Step]]
-    agree: float = 1e-10  # relative, of gradients in float64
+    implementations: Mapping[str, Callable[[Any], Step]]  # from the algorithm that `build` returns
+    tolerance: float = 1e-10  # relative, of gradients in float64
 
     def __post_init__(self) -> None:
-        self.contenders = self.contenders | {OWN_NETWORK: self.contenders["plain loop"]}
+        self.implementations = {**self.implementations, OWN_NETWORK: self.implementations["plain loop"]}
 
-    def algorithm(self, contender: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Algorithm:
-        """Of the same weights for all."""
+    def algorithm(self, implementation: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Algorithm:
+        """The algorithm in training mode, with the same weights for every implementation."""
         torch.manual_seed(0)
         algorithm = self.build()
-        if contender not in ("metacv", OWN_NETWORK):
+        if implementation not in ("metacv", OWN_NETWORK):
             as_usually_written(algorithm)
         return algorithm.to(device, dtype).train()
 
@@ -104,23 +105,29 @@ class Row:
         return EpisodeSampler(noise(self.shape), self.way, self.shot, self.query, device=device)
 
 
-class Features(Backbone):
-    """Images that are features already: what is left is the head, as in ANIL."""
+class Network(nn.Module):
+    """What an algorithm needs of a backbone. `higher` cannot patch a Backbone, which is an abstract base class."""
 
-    def __init__(self, image_shape: tuple[int, int, int]) -> None:
+    def __init__(self, out_shape: tuple[int, ...]) -> None:
         super().__init__()
-        self.out_shape = image_shape
+        self.out_shape, self.features_dim = out_shape, math.prod(out_shape)
+
+    def features(self, images: Tensor) -> Tensor:
+        return self(images).flatten(1)
+
+
+class Features(Network):
+    """Images that are features already, so that only the head adapts, as in ANIL."""
 
     def forward(self, images: Tensor) -> Tensor:
         return images
 
 
-class Usual(Backbone):
-    """A Conv4 as it is usually written; with the same weights it computes the same."""
+class Usual(Network):
+    """A Conv4 as it is usually written. With the same weights it computes the same function."""
 
     def __init__(self, conv4: Conv4) -> None:
-        super().__init__()
-        self.out_shape = conv4.out_shape
+        super().__init__(conv4.out_shape)
         self.blocks = nn.Sequential(*map(usual_block, conv4.blocks)).to(memory_format=torch.contiguous_format)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -159,11 +166,11 @@ def each_task(tasks: TaskBatch) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor
 
 
 def metacv(algorithm: Algorithm) -> Step:
-    return algorithm.backward
+    return algorithm.training_step
 
 
 def plain_loop(algorithm: MAML) -> Step:
-    """As it is usually written: task by task, functional_call and autograd.grad."""
+    """MAML as it is usually written: task by task, with functional_call and autograd.grad."""
 
     def step(tasks: TaskBatch) -> None:
         for support_x, support_y, query_x, query_y in each_task(tasks):
@@ -225,7 +232,7 @@ def by_torchopt(algorithm: MAML) -> Step:
 
 
 def reptile_loop(algorithm: Reptile) -> Step:
-    """With a copy of the network and torch's own Adam, as most ports have it."""
+    """Reptile with a copy of the network and torch's own Adam, as in most ports."""
 
     def step(tasks: TaskBatch) -> None:
         assert tasks.seeds is not None
@@ -237,7 +244,7 @@ def reptile_loop(algorithm: Reptile) -> Step:
                 F.cross_entropy(net(support_x[rows]), support_y[rows]).backward()
                 adam.step()
             with torch.no_grad():
-                net(query_x)  # for the accuracy that both show
+                net(query_x)  # both compute the accuracy of the queries
                 for p, adapted in zip(algorithm.net.parameters(), net.parameters(), strict=True):
                     moved = (p - adapted) / len(tasks)
                     p.grad = moved if p.grad is None else p.grad + moved
@@ -246,7 +253,7 @@ def reptile_loop(algorithm: Reptile) -> Step:
 
 
 def protonet_loop(algorithm: ProtoNet) -> Step:
-    """With torch.cdist, support and queries in passes of their own batch statistics together."""
+    """ProtoNet with torch.cdist. Support and query images of a task share their batch statistics."""
 
     def step(tasks: TaskBatch) -> None:
         for support_x, support_y, query_x, query_y in each_task(tasks):
@@ -259,7 +266,7 @@ def protonet_loop(algorithm: ProtoNet) -> Step:
 
 
 def relation_loop(algorithm: RelationNet) -> Step:
-    """Every pair of maps is concatenated, as in the authors' code."""
+    """RelationNet as in its authors' code, which concatenates every pair of maps."""
 
     def step(tasks: TaskBatch) -> None:
         module = algorithm.relation
@@ -281,39 +288,47 @@ def relation_loop(algorithm: RelationNet) -> Step:
 
 
 def rows() -> list[Row]:
-    found = []
-    peers = {"metacv": metacv, "plain loop": plain_loop, "higher": by_higher, "torchopt": by_torchopt}
+    table = []
+    peers: dict[str, Callable[[Any], Step]] = {
+        "metacv": metacv,
+        "plain loop": plain_loop,
+        "higher": by_higher,
+        "torchopt": by_torchopt,
+    }
     for data, shape, channels, tasks in (("Omniglot", OMNIGLOT, 64, 4), ("miniImageNet", MINIIMAGENET, 32, 2)):
         backbone = partial(Conv4, shape, channels=channels, running_stats=False)
         for first_order in (False, True):
             for inner_steps in (1, 5):
-                build = partial(maml, backbone, inner_steps, first_order)
-                own = {k: v for k, v in peers.items() if not (first_order and k == "torchopt")}
+                own = {name: make for name, make in peers.items() if not (first_order and name == "torchopt")}
                 name = f"{'FOMAML' if first_order else 'MAML'}, {inner_steps} inner steps, {data}"
-                found.append(Row(name, build, shape, 5, 1, 15, tasks, own))
-        build_reptile = partial(reptile, backbone)
+                table.append(Row(name, partial(maml, backbone, inner_steps, first_order), shape, 5, 1, 15, tasks, own))
         own = {"metacv": metacv, "plain loop": reptile_loop}
-        # Where the gradient is 0, at biases before batch norm, Adam makes small steps out of rounding.
-        found.append(Row(f"Reptile, {data}", build_reptile, shape, 5, 10, 1, 5, own, agree=1e-7))
-        relation = partial(Conv4, shape, downsample=["max_pool", "max_pool", "none", "none"], padding=[0, 0, 1, 1])
+        # Where the gradient is 0, at biases before batch norm, Adam makes small steps out of rounding errors.
+        table.append(Row(f"Reptile, {data}", partial(reptile, backbone), shape, 5, 10, 1, 5, own, tolerance=1e-7))
         own = {"metacv": metacv, "plain loop": relation_loop}
-        found.append(
-            Row(f"RelationNet, {data}", lambda relation=relation: RelationNet(relation()), shape, 5, 1, 15, 1, own)
-        )
-    strided = partial(Conv4, OMNIGLOT, downsample="stride", global_pool=True, running_stats=False)
-    found.append(Row(PAPERS, partial(maml, strided, 1, False), OMNIGLOT, 5, 1, 1, 32, peers))
+        table.append(Row(f"RelationNet, {data}", partial(relationnet, shape), shape, 5, 1, 15, 1, own))
+    table.append(Row(PAPERS, partial(maml, strided, 1, False), OMNIGLOT, 5, 1, 1, 32, peers))
     head = partial(maml, partial(Features, (64, 1, 1)), 5, False)
-    found.append(Row("MAML, 5 inner steps, head on 64 features", head, (64, 1, 1), 5, 1, 15, 32, peers))
+    table.append(Row("MAML, 5 inner steps, head on 64 features", head, (64, 1, 1), 5, 1, 15, 32, peers))
     own = {"metacv": metacv, "plain loop": protonet_loop}
-    found.append(Row("ProtoNet, 60-way, Omniglot", lambda: ProtoNet(Conv4(OMNIGLOT)), OMNIGLOT, 60, 1, 5, 1, own))
-    return found
+    table.append(Row("ProtoNet, 60-way, Omniglot", lambda: ProtoNet(Conv4(OMNIGLOT)), OMNIGLOT, 60, 1, 5, 1, own))
+    return table
 
 
-def maml(backbone: Callable[[], Backbone], inner_steps: int, first_order: bool) -> MAML:
-    return MAML(backbone(), 5, 0.1, inner_steps, inner_steps, first_order, adapt_norm=True)
+def strided() -> Conv4:
+    """The network of MAML's paper on Omniglot."""
+    return Conv4(OMNIGLOT, downsample="stride", global_pool=True, running_stats=False)
 
 
-def reptile(backbone: Callable[[], Backbone]) -> Reptile:
+def relationnet(shape: tuple[int, int, int]) -> RelationNet:
+    return RelationNet(Conv4(shape, downsample=["max_pool", "max_pool", "none", "none"], padding=[0, 0, 1, 1]))
+
+
+def maml(backbone: Callable[[], Any], inner_steps: int, first_order: bool, inner_lr: float = 0.1) -> MAML:
+    return MAML(backbone(), 5, inner_lr, inner_steps, inner_steps, first_order, adapt_norm=True)
+
+
+def reptile(backbone: Callable[[], Conv4]) -> Reptile:
     return Reptile(backbone(), 5, 1e-3, 5, 10, 50, 5, reset_moments=True)
 
 
@@ -324,15 +339,15 @@ def gradient(step: Step, algorithm: Algorithm, tasks: TaskBatch) -> Tensor:
 
 
 def disagreement(row: Row, names: list[str], dtype: torch.dtype, device: torch.device) -> float:
-    """The largest relative distance of a contender's gradient from ours."""
-    found = []
+    """The largest relative distance of an implementation's gradient from that of the first."""
+    gradients = []
     for name in names:
         algorithm = row.algorithm(name, device, dtype)
         tasks = row.sampler(device).sample(min(2, row.tasks))
-        images = {"support_x": tasks.support_x.to(dtype), "query_x": tasks.query_x.to(dtype)}
-        tasks = TaskBatch(**(vars(tasks) | images))
-        found.append(gradient(row.contenders[name](algorithm), algorithm, tasks))
-    return max((float((other - found[0]).norm() / found[0].norm()) for other in found[1:]), default=0.0)
+        tasks = replace(tasks, support_x=tasks.support_x.to(dtype), query_x=tasks.query_x.to(dtype))
+        gradients.append(gradient(row.implementations[name](algorithm), algorithm, tasks))
+    own, *others = gradients
+    return max((float((other - own).norm() / own.norm()) for other in others), default=0.0)
 
 
 def wait(device: torch.device) -> None:
@@ -341,7 +356,7 @@ def wait(device: torch.device) -> None:
 
 
 def seconds_of(work: Callable[[], object], device: torch.device, least: float = 0.5) -> float:
-    """Of one call, over as many as take `least` seconds."""
+    """The mean time of one call, over as many calls as take `least` seconds."""
     wait(device)
     start, calls = time.perf_counter(), 0
     while calls == 0 or time.perf_counter() - start < least:
@@ -351,29 +366,29 @@ def seconds_of(work: Callable[[], object], device: torch.device, least: float = 
     return (time.perf_counter() - start) / calls
 
 
-def in_turns(works: dict[str, Callable[[], object]], device: torch.device, repeats: int) -> dict[str, float]:
-    """The median seconds of each."""
+def in_turns(works: Mapping[str, Callable[[], object]], device: torch.device, repeats: int) -> dict[str, float]:
+    """The median time of each, in seconds."""
     for work in 3 * list(works.values()):
-        work()  # to warm up, and until freed memory is there for the next step
+        work()  # warm up, so that freed memory is there for the next step
     times: dict[str, list[float]] = {name: [] for name in works}
     order = list(works)
     for _ in range(repeats):
         for name in order:
             times[name].append(seconds_of(works[name], device))
         order.append(order.pop(0))
-    return {name: statistics.median(found) for name, found in times.items()}
+    return {name: statistics.median(own) for name, own in times.items()}
 
 
 def measure(row: Row, device: torch.device, repeats: int) -> dict[str, Any]:
     installed = {}
-    for name, make in row.contenders.items():
+    for name, make in row.implementations.items():
         algorithm = row.algorithm(name, device)
         try:
             installed[name] = (algorithm, make(algorithm))
         except ImportError:
             continue
     apart = disagreement(row, list(installed), torch.float64, device)
-    if apart > row.agree:
+    if apart > row.tolerance:
         raise SystemExit(f"benchmark: {row.name}: gradients differ by {apart:.1e} in float64")
     tasks = row.sampler(device).sample(row.tasks)
 
@@ -385,14 +400,14 @@ def measure(row: Row, device: torch.device, repeats: int) -> dict[str, Any]:
     times = in_turns(works, device, repeats)
     return {
         "row": row.name,
-        "tasks_per_second": {name: row.tasks / found for name, found in times.items()},
-        "against": {name: found / times["metacv"] for name, found in times.items() if name != "metacv"},
+        "tasks_per_second": {name: row.tasks / seconds for name, seconds in times.items()},
+        "against": {name: seconds / times["metacv"] for name, seconds in times.items() if name != "metacv"},
         "gradients_differ_by": apart,
     } | what_bounds(installed["metacv"][0], works["metacv"], times["metacv"], device)
 
 
 class Traffic(TorchDispatchMode):
-    """Counts the bytes that operations read and write; those that only look at memory otherwise move none."""
+    """Counts the bytes that operations read and write. Views move none."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -415,10 +430,10 @@ def tensors(tree: Any) -> list[Tensor]:
 def what_bounds(
     algorithm: Algorithm, work: Callable[[], object], seconds: float, device: torch.device
 ) -> dict[str, Any]:
-    """Operations and bytes a second of work that takes so long, and the kinds' shares of the time in torch."""
-    batching = getattr(algorithm, "task_batching", None)
+    """Floating-point operations and bytes per second of work that takes `seconds`, and shares of time by kind."""
+    batching = algorithm.task_batching if isinstance(algorithm, InnerLoop) else "auto"
     if isinstance(algorithm, InnerLoop):
-        algorithm.task_batching = "loop"  # the counter takes the gradients of grouped convolutions for more
+        algorithm.task_batching = "loop"  # the counter overestimates gradients of grouped convolutions
     with FlopCounterMode(display=False) as counter:
         work()
     if isinstance(algorithm, InnerLoop):
@@ -435,76 +450,87 @@ def what_bounds(
     return {
         "flops_per_second": counter.get_total_flops() / seconds,
         "bytes_per_second": traffic.bytes / seconds,
-        "parts_of_time": {kind: found / sum(spent.values()) for kind, found in spent.items()},
+        "parts_of_time": {kind: own / sum(spent.values()) for kind, own in spent.items()},
     }
 
 
 def limits(device: torch.device) -> dict[str, float]:
-    """What a large matrix product and a large copy reach here."""
+    """What a large matrix product and a large copy reach on this machine."""
     side, size = (8192, 2**30) if device.type == "cuda" else (2048, 2**27)
     left, right = torch.rand(side, side, device=device), torch.rand(side, side, device=device)
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    found = in_turns({"product": lambda: left @ right, "copy": lambda: target.copy_(source)}, device, 3)
-    return {"flops_per_second": 2 * side**3 / found["product"], "bytes_per_second": 2 * size / found["copy"]}
+    times = in_turns({"product": lambda: left @ right, "copy": lambda: target.copy_(source)}, device, 3)
+    return {"flops_per_second": 2 * side**3 / times["product"], "bytes_per_second": 2 * size / times["copy"]}
 
 
 def evaluation(device: torch.device, repeats: int) -> list[dict[str, Any]]:
-    """Episodes a second of MAML's transductive evaluation in two settings of the paper, beside a loop that adapts to
-    and labels one task at a time."""
-    strided = partial(Conv4, OMNIGLOT, downsample="stride", global_pool=True, running_stats=False)
+    """Episodes per second of evaluation, beside a loop that classifies one task at a time."""
     pooled = partial(Conv4, MINIIMAGENET, channels=32, running_stats=False)
-    found = []
-    for name, shape, backbone, inner_steps, count in (
-        ("Omniglot", OMNIGLOT, strided, 3, 64),
-        ("miniImageNet", MINIIMAGENET, pooled, 10, 8),
-    ):
-        algorithm = maml(backbone, inner_steps, True)
-        algorithm.inner_lr = 0.01  # with more, rounding grows within the steps and changes labels
+    # With a higher inner learning rate, rounding errors grow over the steps and change labels.
+    settings = (
+        ("MAML, 5-way 1-shot, 1 query a class, Omniglot", maml(strided, 3, True, 0.01), noise(OMNIGLOT), 1, 64),
+        ("MAML, 5-way 1-shot, 1 query a class, miniImageNet", maml(pooled, 10, True, 0.01), noise(MINIIMAGENET), 1, 8),
+        # As many episodes for each image as 2000 have on miniImageNet, which has 20 test classes of 600 images.
+        (
+            "ProtoNet, 5-way 1-shot, 15 queries a class, miniImageNet",
+            ProtoNet(Conv4(MINIIMAGENET)),
+            noise(MINIIMAGENET, 20, 30),
+            15,
+            100,
+        ),
+    )
+    table = []
+    for name, algorithm, bank, query, count in settings:
         usual = copy.deepcopy(algorithm)
         as_usually_written(usual)
         algorithm.to(device)
-        usual.to(device)
-        sampler = EpisodeSampler(noise(shape), 5, 1, 1, device=device)
-        episodes = EpisodeList(sampler, count)
-
-        def ours(algorithm: MAML = algorithm, episodes: EpisodeList = episodes) -> Tensor:
-            return evaluate_episodes(algorithm, episodes, "transductive")
-
-        def loop(algorithm: MAML = usual, episodes: EpisodeList = episodes) -> Tensor:
-            right = []
-            for task in episodes.batches(1):
-                params = {name: p.detach().requires_grad_() for name, p in algorithm.net.named_parameters()}
-                for _ in range(algorithm.eval_inner_steps):
-                    loss = F.cross_entropy(
-                        functional_call(algorithm.net, params, (task.support_x[0],)), task.support_y[0]
-                    )
-                    grads = torch.autograd.grad(loss, list(params.values()))
-                    params = {
-                        name: (p - algorithm.inner_lr * grad).detach().requires_grad_()
-                        for (name, p), grad in zip(params.items(), grads, strict=True)
-                    }
-                with torch.no_grad():
-                    logits = functional_call(algorithm.net, params, (task.query_x[0],))
-                right.append(accuracies(logits.unsqueeze(0), task.query_y))
-            return torch.cat(right).double().cpu()
-
-        if (ours() - loop()).abs().mean() > 1e-3:  # less than one query
+        usual.to(device).eval()
+        episodes = EpisodeList(EpisodeSampler(bank, 5, 1, query, device=device), count)
+        batch_norm = "transductive" if isinstance(algorithm, MAML) else "inductive"
+        works = {
+            "metacv": partial(evaluate_episodes, algorithm, episodes, batch_norm),
+            "plain loop": partial(evaluation_loop, usual, episodes),
+        }
+        if abs((works["metacv"]() - works["plain loop"]()).mean()) > 1e-3:
             raise SystemExit(f"benchmark: evaluation, {name}: accuracies differ")
-        times = in_turns({"metacv": ours, "plain loop": loop}, device, repeats)
-        found.append(
-            {
-                "row": f"evaluation, MAML, 5-way 1-shot, 1 query a class, {name}",
-                "tasks_per_second": {who: count / time for who, time in times.items()},
-                "against": {"plain loop": times["plain loop"] / times["metacv"]},
-            }
-            | what_bounds(algorithm, ours, times["metacv"], device)
-        )
-    return found
+        times = in_turns(works, device, repeats)
+        row = {
+            "row": f"evaluation, {name}",
+            "tasks_per_second": {who: count / seconds for who, seconds in times.items()},
+            "against": {"plain loop": times["plain loop"] / times["metacv"]},
+        }
+        table.append(row | what_bounds(algorithm, works["metacv"], times["metacv"], device))
+    return table
+
+
+def evaluation_loop(algorithm: MAML | ProtoNet, episodes: EpisodeList) -> Tensor:
+    """The accuracy of each episode, [E]."""
+    right = []
+    for task in episodes.batches(1):
+        support_x, support_y, query_x = task.support_x[0], task.support_y[0], task.query_x[0]
+        if isinstance(algorithm, MAML):
+            params = {name: p.detach().requires_grad_() for name, p in algorithm.net.named_parameters()}
+            for _ in range(algorithm.eval_inner_steps):
+                loss = F.cross_entropy(functional_call(algorithm.net, params, (support_x,)), support_y)
+                grads = torch.autograd.grad(loss, list(params.values()))
+                params = {
+                    name: (p - algorithm.inner_lr * grad).detach().requires_grad_()
+                    for (name, p), grad in zip(params.items(), grads, strict=True)
+                }
+            with torch.no_grad():
+                logits = functional_call(algorithm.net, params, (query_x,))
+        else:
+            with torch.no_grad():
+                support, query = algorithm.backbone(support_x).flatten(1), algorithm.backbone(query_x).flatten(1)
+                means = torch.stack([support[support_y == label].mean(0) for label in range(task.way)])
+                logits = -torch.cdist(query, means)
+        right.append(accuracies(logits.unsqueeze(0), task.query_y))
+    return torch.cat(right).double().cpu()
 
 
 def sampling(device: torch.device, repeats: int) -> list[dict[str, Any]]:
-    """5-way 1-shot episodes a second, drawn one at a time, beside torchvision's data set, and 32 together."""
+    """5-way 1-shot episodes per second, drawn one at a time beside torchvision's data set, and 32 together."""
     sampler = EpisodeSampler(noise(OMNIGLOT, 1100, 20), 5, 1, 15, "per_class", device=device)
     with tempfile.TemporaryDirectory() as folder:
         others = torchvision_episodes(Path(folder))
@@ -524,14 +550,14 @@ def sampling(device: torch.device, repeats: int) -> list[dict[str, Any]]:
 
 
 class DrawnOmniglot(Omniglot):
-    """torchvision's data set with files of noise, so that nothing is downloaded."""
+    """torchvision's data set with files of noise, which downloads nothing."""
 
     def _check_integrity(self) -> bool:
         return True
 
 
 def torchvision_episodes(folder: Path, classes: int = 100) -> Generator[Any, None, None]:
-    """Without end: the 5 x 16 images of an episode, as a user of torchvision would draw them."""
+    """An endless stream of the 5 x 16 images of an episode, as a user of torchvision would draw them."""
     generator = torch.Generator().manual_seed(0)
     for label in range(classes):
         place = folder / f"omniglot-py/images_background/alphabet/character{label:04}"
@@ -550,31 +576,28 @@ def torchvision_episodes(folder: Path, classes: int = 100) -> Generator[Any, Non
 
 
 def shares_of_data(device: torch.device, repeats: int) -> dict[str, float]:
-    """Of a training step's time, that of drawing its tasks: every experiment's, from noise of as many images."""
-    names = sorted(str(path.relative_to(EXPERIMENTS).with_suffix("")) for path in EXPERIMENTS.rglob("*.yaml"))
-    found = {}
-    for name, config in zip(names, compose_all([[f"experiment={name}"] for name in names]), strict=True):
-        colour = "MiniImageNet" in config["dataset"]["_target_"]
-        shape, images = (
-            (MINIIMAGENET, noise(MINIIMAGENET, 64, 600)) if colour else (OMNIGLOT, noise(OMNIGLOT, 1200, 20))
-        )
-        tasks = (config[f"train_{part}"] for part in ("way", "shot", "query"))
-        rotation = build_dataset(config, "nowhere").rotation("train")
-        augment = Augment(**config["augment"], seed=0)
-        sampler = EpisodeSampler(images, *tasks, rotation, device=device, augment=augment)
-        algorithm = build_algorithm(config, shape).to(device).train()
-        batch = sampler.sample(config["meta_batch"])
+    """For every experiment, the share of a step's time that drawing its tasks takes, with noise of as many images."""
+    shares = {}
+    for name, config in experiment_configs().items():
+        colour = "MiniImageNet" in config.dataset["_target_"]
+        bank = noise(MINIIMAGENET, 64, 600) if colour else noise(OMNIGLOT, 1200, 20)
+        task = config.train_way, config.train_shot, config.train_query
+        rotation = build_dataset(config.dataset, "nowhere").rotation("train")
+        augment = Augment(config.augment.crop, config.augment.flip, config.augment.jitter)
+        sampler = EpisodeSampler(bank, *task, rotation, device=device, augment=augment)
+        algorithm = build(config, bank.image_shape).to(device).train()
+        batch = sampler.sample(config.meta_batch)
         works = {
-            "data": partial(sampler.sample, config["meta_batch"]),
-            "metacv": lambda algorithm=algorithm, batch=batch: algorithm.backward(batch),
+            "data": partial(sampler.sample, config.meta_batch),
+            "metacv": partial(algorithm.training_step, batch),
         }
         times = in_turns(works, device, repeats)
-        found[name] = times["data"] / sum(times.values())
-    return found
+        shares[name] = times["data"] / sum(times.values())
+    return shares
 
 
 def memory_rows() -> list[Row]:
-    """Where the inner loop holds most of what there is: 25 images of support."""
+    """Rows with 25 support images, where the inner loop takes most of the memory."""
     backbone = partial(Conv4, OMNIGLOT, running_stats=False)
 
     def checkpointed() -> MAML:
@@ -588,12 +611,12 @@ def memory_rows() -> list[Row]:
         "MAML, 5 inner steps": partial(maml, backbone, 5, False),
         "MAML, 5 inner steps, gradient_checkpointing": checkpointed,
     }
-    step = {"metacv": metacv, "plain loop": plain_loop}
+    step: dict[str, Callable[[Any], Step]] = {"metacv": metacv, "plain loop": plain_loop}
     return [Row(f"{name}, 5-shot", build, OMNIGLOT, 5, 5, 15, 4, step) for name, build in builds.items()]
 
 
 def peak_memory(row: Row, name: str, device: torch.device) -> int:
-    """Bytes by which a step raises what is held, in a process of its own that keeps nothing it has freed."""
+    """Bytes that a step adds to the memory in use, in a process of its own that returns freed memory to the system."""
     command = [sys.executable, __file__, "--device", str(device), "--peak", row.name, name]
     thresholds = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     done = subprocess.run(command, env=os.environ | thresholds, capture_output=True, text=True, check=True)
@@ -601,28 +624,28 @@ def peak_memory(row: Row, name: str, device: torch.device) -> int:
 
 
 def print_peak(row: Row, name: str, device: torch.device) -> None:
-    step, tasks = row.contenders[name](row.algorithm(name, device)), row.sampler(device).sample(row.tasks)
-    step(tasks)  # the first loads code and makes .grad
+    step, tasks = row.implementations[name](row.algorithm(name, device)), row.sampler(device).sample(row.tasks)
+    step(tasks)  # the first step loads code and creates .grad
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         step(tasks)
         print(torch.cuda.max_memory_allocated(device) - before)
         return
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew; of Linux
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak (Linux)
     before = resident("VmRSS")
     step(tasks)
     print(resident("VmHWM") - before)
 
 
 def resident(field: str) -> int:
-    """Bytes of this process in memory: now (VmRSS), or at its peak (VmHWM)."""
+    """Bytes of this process in memory, now (VmRSS) or at its peak (VmHWM)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith(f"{field}:")).split()[1])
 
 
 def by_settings(device: torch.device, repeats: int) -> dict[str, float]:
-    """Tasks a second of the paper's MAML with settings that change its speed alone; the first is as it comes."""
+    """Tasks per second of the paper's MAML with settings that change only its speed. The first is the default."""
     (row,) = [row for row in rows() if row.name == PAPERS]
     tasks = row.sampler(device).sample(row.tasks)
     settings = [
@@ -637,30 +660,30 @@ def by_settings(device: torch.device, repeats: int) -> dict[str, float]:
     elif torch.ops.mkldnn._is_mkldnn_bf16_supported():
         settings += ["precision=bf16"]
 
-    def work(algorithm: Algorithm, kind: Precision) -> None:
+    def work(algorithm: Algorithm, kind: str) -> None:
         algorithm.zero_grad()
         with precision(kind, device):
-            algorithm.backward(tasks)
+            algorithm.training_step(tasks)
 
     works = {}
     for setting in settings:
         algorithm = row.algorithm("metacv", device)
         name, value = setting.split("=")
         if name == "compile":
-            algorithm.compile_steps()
+            algorithm.compile_training()
         elif name != "precision":
             setattr(algorithm, name, True if value == "true" else value)
         works[setting] = partial(work, algorithm, value if name == "precision" else "fp32")
         try:
             works[setting]()
-        except MetacvError as error:  # of a missing compiler
+        except UserError as error:  # a missing compiler
             print(f"benchmark: {error}", file=sys.stderr)
             del works[setting]
-    return {setting: row.tasks / found for setting, found in in_turns(works, device, repeats).items()}
+    return {setting: row.tasks / seconds for setting, seconds in in_turns(works, device, repeats).items()}
 
 
 def trained(words: str, device: torch.device, processes: int = 1) -> tuple[float, float]:
-    """Seconds that `metacv train algo=maml` takes on glyphs, from the shell and back, and tasks a second at its end."""
+    """Seconds of `metacv train algo=maml` on glyphs, start included, and the tasks per second at its end."""
     several = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
     launch = [*(several if processes > 1 else []), "metacv"]
     settings = f"algo=maml {words} device={device} eval_episodes=2 dataset.classes={{train:30,val:8,test:8}}"
@@ -679,24 +702,36 @@ def one_step(device: torch.device, repeats: int) -> dict[str, float]:
 
 
 def by_processes(device: torch.device, repeats: int) -> dict[int, float]:
-    """Tasks a second of training on one process and on as many as there are GPUs, or processors."""
+    """Tasks per second of training with one process, and with as many as there are GPUs or processors."""
     counts = sorted({1, torch.cuda.device_count() if device.type == "cuda" else torch.get_num_threads()})
     speeds = [{n: trained("steps=60 log_every=20 meta_batch=32", device, n)[1] for n in counts} for _ in range(repeats)]
-    return {n: statistics.median(found[n] for found in speeds) for n in counts}
+    return {n: statistics.median(speed[n] for speed in speeds) for n in counts}
 
 
 def markdown(result: dict[str, Any]) -> str:
     machine = result["machine"]
     lines = [
         f"{machine['device']}, torch {machine['torch']}, medians of {machine['repeats']}; a matrix product reaches "
-        f"{machine['flops_per_second'] / 1e9:.0f} GFLOP/s here, a copy {machine['bytes_per_second'] / 1e9:.1f} GB/s. "
-        "The others run the networks as they are usually written; `with metacv's network`, a plain loop does not.",
+        f"{machine['flops_per_second'] / 1e9:.0f} GFLOP/s, a copy {machine['bytes_per_second'] / 1e9:.1f} GB/s. "
+        "The other implementations run the networks as they are usually written, except `with metacv's network`, a "
+        "plain loop.",
         "",
+        *speed_lines(result["rows"]),
+        *limit_lines(result["rows"], machine),
+        *part_lines(result),
+    ]
+    if "thread" in machine["device"]:
+        lines += ["", "On a GPU: not run."]
+    return "\n".join(lines) + "\n"
+
+
+def speed_lines(table: list[dict[str, Any]]) -> list[str]:
+    lines = [
         "| | metacv, tasks/s | times as fast as a plain loop | with metacv's network | as `higher` | as `torchopt` "
         "| peak memory, MB (loop) |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for row in result["rows"]:
+    for row in table:
         against = [
             f"{row['against'][name]:.2f}" if name in row["against"] else ""
             for name in ("plain loop", OWN_NETWORK, "higher", "torchopt")
@@ -705,36 +740,47 @@ def markdown(result: dict[str, Any]) -> str:
         peak = f"{memory['metacv'] / 1e6:.0f} ({memory['plain loop'] / 1e6:.0f})" if memory else ""
         speed = row["tasks_per_second"]["metacv"]
         lines.append(f"| {row['row']} | {speed:.3g} | {' | '.join(against)} | {peak} |")
-    if steps := [row for row in result["rows"] if "parts_of_time" in row]:
-        kinds = list(steps[0]["parts_of_time"])
-        lines += [
-            "",
-            "What bounds a step of metacv: its floating-point operations a second beside those of the matrix product, "
-            "the bytes that its operations read and write a second beside those of the copy (caches let it be more), "
-            "and where its time goes.",
-            "",
-            f"| | of the product | of the copy | {' | '.join(kinds)} |",
-            f"| --- | --- | --- |{' --- |' * len(kinds)}",
-        ]
-        for row in steps:
-            shares = [row[limit] / machine[limit] for limit in ("flops_per_second", "bytes_per_second")]
-            shares += [row["parts_of_time"][kind] for kind in kinds]
-            lines.append(f"| {row['row']} | {' | '.join(f'{share:.0%}' for share in shares)} |")
+    return lines
+
+
+def limit_lines(table: list[dict[str, Any]], machine: dict[str, Any]) -> list[str]:
+    steps = [row for row in table if "parts_of_time" in row]
+    if not steps:
+        return []
+    kinds = list(steps[0]["parts_of_time"])
+    lines = [
+        "",
+        "What limits a step of metacv: its floating-point operations per second as a share of those of the matrix "
+        "product, the bytes that its operations read and write per second as a share of those of the copy (caches can "
+        "be faster), and the shares of its time.",
+        "",
+        f"| | of the product | of the copy | {' | '.join(kinds)} |",
+        f"| --- | --- | --- |{' --- |' * len(kinds)}",
+    ]
+    for row in steps:
+        shares = [row[limit] / machine[limit] for limit in ("flops_per_second", "bytes_per_second")]
+        shares += [row["parts_of_time"][kind] for kind in kinds]
+        lines.append(f"| {row['row']} | {' | '.join(f'{share:.0%}' for share in shares)} |")
+    return lines
+
+
+def part_lines(result: dict[str, Any]) -> list[str]:
+    lines: list[str] = []
     if memory := result["memory"]:
         lines += ["", "| | peak memory, MB |", "| --- | --- |"]
         lines += [f"| {name} | {peak / 1e6:.0f} |" for name, peak in memory.items()]
     if speeds := result["settings"]:
-        first = next(iter(speeds))
+        first = next(iter(speeds.values()))
         lines += ["", f"| {PAPERS} | tasks/s | times as fast |", "| --- | --- | --- |"]
-        lines += [f"| {name} | {found:.3g} | {found / speeds[first]:.2f} |" for name, found in speeds.items()]
+        lines += [f"| {name} | {speed:.3g} | {speed / first:.2f} |" for name, speed in speeds.items()]
     if speeds := result["processes"]:
         lines += ["", "| `metacv train algo=maml`, processes | tasks/s |", "| --- | --- |"]
-        lines += [f"| {count} | {found:.3g} |" for count, found in speeds.items()]
+        lines += [f"| {count} | {speed:.3g} |" for count, speed in speeds.items()]
     if start := result["start"]:
         lines += [
             "",
-            f"`metacv train` with a single step takes {start['seconds']:.1f} s: imports, glyphs, validation of 2 "
-            "episodes and checkpoints included.",
+            f"`metacv train` with a single step takes {start['seconds']:.1f} s, including imports, glyphs, validation "
+            "on 2 episodes and checkpoints.",
         ]
     if shares := result["data"]:
         most = max(shares, key=shares.__getitem__)
@@ -742,18 +788,16 @@ def markdown(result: dict[str, Any]) -> str:
             "",
             f"Drawing the tasks takes at most {shares[most]:.1%} of a step in {len(shares)} experiments ({most}).",
         ]
-    if "thread" in machine["device"]:
-        lines += ["", "On a GPU: not run."]
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("words", nargs="*", help="of the names of rows; default: all")
+    parser.add_argument("words", nargs="*", help="words in names of rows; default: all")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--out", type=Path, default=ROOT / "outputs/benchmark")
-    parser.add_argument("--peak", nargs=2, metavar=("ROW", "CONTENDER"), help=argparse.SUPPRESS)
+    parser.add_argument("--peak", nargs=2, metavar=("ROW", "IMPLEMENTATION"), help=argparse.SUPPRESS)
     given = parser.parse_args()
     device = pick_device(given.device)
     if given.peak:
@@ -762,7 +806,7 @@ def main() -> None:
     names = [*(row.name for row in rows()), "evaluation", "sampling", *PARTS]
     for word in given.words:
         if not any(word.lower() in name.lower() for name in names):
-            parser.error(f"{word} is in none of: {'; '.join(names)}")
+            parser.error(f"{word} is in none of these names: {'; '.join(names)}")
     chosen = {name for name in names if not given.words or any(word.lower() in name.lower() for word in given.words)}
     keep_freed_memory()
     with precision("fp32", device):
@@ -770,7 +814,7 @@ def main() -> None:
 
 
 def benchmark(chosen: set[str], device: torch.device, repeats: int, out: Path) -> None:
-    """Writes what there is after every part."""
+    """Write the results so far after every part."""
     machine = {"device": describe_device(device), "torch": torch.__version__, "repeats": repeats} | limits(device)
     result: dict[str, Any] = {"machine": machine, "rows": []} | {part: {} for part in PARTS}
 
@@ -781,9 +825,8 @@ def benchmark(chosen: set[str], device: torch.device, repeats: int, out: Path) -
 
     for row in rows():
         if row.name in chosen:
-            found = measure(row, device, repeats)
-            found["peak_bytes"] = {name: peak_memory(row, name, device) for name in ("metacv", "plain loop")}
-            result["rows"].append(found)
+            peaks = {name: peak_memory(row, name, device) for name in ("metacv", "plain loop")}
+            result["rows"].append(measure(row, device, repeats) | {"peak_bytes": peaks})
             print(row.name, flush=True)
             write()
     for part in (evaluation, sampling):

@@ -1,25 +1,29 @@
-"""Writes RESULTS.md, and the measured lines at the head of each experiment, from the files in outputs/reference alone.
+"""Writes RESULTS.md from the files in outputs/reference and the papers' numbers in configs/experiment.
 
 python scripts/results_table.py
 """
 
 import json
-import re
 import shlex
 import sys
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
 from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
 
-from metacv import MetacvError, checkpoint
-from metacv.config import TrainConfig
-from metacv.run import plain
+from metacv import CONFIG_DIR
+from metacv.config import TrainConfig, from_dict, register, typed
+from metacv.errors import UserError
+from metacv.files import sha256
+from metacv.results import Result, ResultFile, read_results
+from metacv.text import percent
+from metacv.upgrade import upgrade_config
 
 ROOT = Path(__file__).resolve().parent.parent
+REFERENCE = ROOT / "outputs/reference"
 CELLS = {"omniglot": ["5w1s", "5w5s", "20w1s", "20w5s"], "miniimagenet": ["5w1s", "5w5s"]}
 METHODS = {
     "maml": "MAML",
@@ -29,219 +33,196 @@ METHODS = {
     "relationnet": "RelationNet",
 }
 EXPERIMENTS = [f"{data}/{method}_{cell}" for data, cells in CELLS.items() for cell in cells for method in METHODS]
-REFERENCE = Path("outputs/reference")
-PAPER = ["method", "task", "protocol", "paper", "ours", "difference", "reproduced", "steps", "time", "hardware"]
-SCALES = ["method", "steps", "with the mean", "with the sum", "difference"]
-# runs that differ in the inner loss alone: with the mean, with the sum
+COLUMNS = ["method", "task", "protocol", "paper", "ours", "difference", "reproduced", "steps", "time", "hardware"]
+# Folders of outputs/reference/omniglot with runs that differ in the inner loss: with the mean, with the sum.
 LOSS_SCALE = {
     "MAML": ("maml_5w1s", "loss_scale/maml_sum"),
     "FOMAML": ("fomaml_5w1s", "loss_scale/fomaml_sum"),
-    "FOMAML, begun as its authors do": ("fomaml_5w1s", "loss_scale/fomaml_authors"),
+    "FOMAML, authors' initialization": ("fomaml_5w1s", "loss_scale/fomaml_authors"),
 }
 COMMON_EPISODES = 2000
 FILES = ["best.pt", "config.yaml", "metrics.jsonl", "train.json", "common.json", "result.json"]
-MEASURED = re.compile(r"# (measured|trained|command) ")  # the lines of a head that are written here
-ELSEWHERE = {"experiment", "data_dir", "device", "resume"}  # overrides that a command is shown without
+NOT_SHOWN = {"experiment", "data_dir", "device", "resume"}  # overrides that do not change what an experiment trains
 
 
 class Kept:
-    """A folder of outputs/reference: one trained model and what it was measured to be."""
+    """A folder of outputs/reference: a trained model with its results."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def __bool__(self) -> bool:
-        return self.whole
-
     @cached_property
-    def whole(self) -> bool:
-        """Whether all is there, and both evaluations are of this checkpoint."""
+    def complete(self) -> bool:
+        """Whether all files exist, and both evaluations are of this checkpoint."""
         if not all((self.folder / name).exists() for name in FILES):
             return False
-        digest = checkpoint.file_hash(self.folder / "best.pt")
-        return all(found["checkpoint_sha256"] == digest for found in [*self.paper.values(), self.common])
-
-    def _json(self, name: str) -> dict[str, Any]:
-        try:
-            return json.loads((self.folder / name).read_text())
-        except ValueError:
-            raise MetacvError(f"{self.folder / name} is damaged") from None
+        digest = sha256(self.folder / "best.pt")
+        return all(result.checkpoint_sha256 == digest for result in [*self.results.values(), self.common])
 
     @cached_property
-    def config(self) -> dict[str, Any]:
-        return yaml.safe_load((self.folder / "config.yaml").read_text())
+    def config(self) -> TrainConfig:
+        return from_dict(TrainConfig, upgrade_config(yaml.safe_load((self.folder / "config.yaml").read_text())))
 
     @cached_property
-    def paper(self) -> dict[str, dict[str, Any]]:
-        """By batch norm mode, under the paper's protocol."""
-        return by_norm(self._json("result.json"))
+    def results(self) -> dict[str, Result]:
+        """Under the paper's protocol, by batch-norm mode."""
+        return {result.batch_norm: result for result in read_results(self.folder / "result.json").results}
 
     @cached_property
-    def common(self) -> dict[str, Any]:
-        return self._json("common.json")
+    def common(self) -> Result:
+        """Under the protocol that all methods share."""
+        return read_results(self.folder / "common.json").results[0]
 
     @cached_property
-    def train(self) -> dict[str, Any]:
-        return self._json("train.json")
+    def trained(self) -> ResultFile:
+        return read_results(self.folder / "train.json")
+
+    @property
+    def training(self) -> dict[str, Any]:
+        assert self.trained.training is not None
+        return self.trained.training
 
     @property
     def changes(self) -> list[str]:
-        """What was set otherwise than the experiment says."""
-        words = {word.split("=")[0]: word for word in self.train["overrides"]}
-        return [word for name, word in words.items() if name not in ELSEWHERE]
+        """Overrides that differ from the experiment; of several for one setting, the last."""
+        words = {word.split("=")[0]: word for word in self.training["overrides"]}
+        return [word for name, word in words.items() if name not in NOT_SHOWN]
+
+
+@dataclass
+class Published:
+    """An accuracy in a paper, in %."""
+
+    accuracy: float
+    ci95: float | None
+    batch_norm: str
+    source: str
+    decimals: int = 0  # as printed in the paper
+
+    def __str__(self) -> str:
+        mean = f"{self.accuracy:.{self.decimals}f}"
+        return mean if self.ci95 is None else f"{mean} ± {self.ci95:.{self.decimals}f}"
+
+    def reproduced_by(self, result: Result) -> bool:
+        """Whether our mean reaches the paper's interval or, if it gives none, our interval its rounded accuracy."""
+        margin = 100 * result.ci95 + 0.5 * 10**-self.decimals if self.ci95 is None else self.ci95
+        return 100 * result.accuracy >= self.accuracy - margin
+
+
+def published(config: TrainConfig) -> list[Published]:
+    """The papers' numbers for an experiment. Papers print all of them with the same number of decimals."""
+    numbers = [number for entry in config.paper for number in (entry["accuracy"], entry["ci95"]) if number is not None]
+    decimals = max((len(str(number).partition(".")[2]) for number in numbers), default=0)
+    return [Published(**entry, decimals=decimals) for entry in config.paper]
 
 
 class Experiment:
-    """One file of configs/experiment/DATASET, and what is kept of it."""
+    """A file of configs/experiment/DATASET, and what outputs/reference has of it."""
 
-    def __init__(self, name: str, config: dict[str, Any]) -> None:
+    def __init__(self, name: str, config: TrainConfig) -> None:
         self.name = name
-        self.path = ROOT / f"configs/experiment/{name}.yaml"
-        self.lines = self.path.read_text().splitlines()
-        self.kept = Kept(ROOT / REFERENCE / name)
         self.config = config
-
-    @property
-    def published(self) -> dict[str, tuple[str, str]]:
-        """Mean and interval ("" if none) by batch norm mode, of `# paper     98.7 ± 0.4 %; inductive 95.4 ± 0.1 %`."""
-        (line,) = [line for line in self.lines if line.startswith("# paper ")]
-        found = re.findall(r"(inductive )?(\d+\.\d+)(?: ± (\d+\.\d+))? %", line)
-        return {norm.strip() or self.config["norm"]: (mean, around) for norm, mean, around in found}
-
-    @property
-    def budget(self) -> str:
-        done, full = self.kept.train["steps"], self.config["steps"]
-        return f"{done}" if done == full else f"{done} of {full}"
-
-    @property
-    def shared(self) -> str:
-        """Of an experiment that trains in just the same way, and whose run served this one too."""
-        return f", the run of {name}" if (name := self.kept.train.get("run_of")) else ""
-
-    @property
-    def time(self) -> str:
-        return f"{self.kept.train['seconds'] / 60:.0f} min"
-
-    def text(self) -> str:
-        """The file with its measured lines as they ought to be."""
-        command = f"# command   python scripts/reproduce.py {self.name}"
-        lines = ["# measured  not run", command]
-        if self.kept:
-            own, *others = self.published
-            found = [percent(self.kept.paper[own]), *(f"{norm} {percent(self.kept.paper[norm])}" for norm in others)]
-            lines = [
-                f"# measured  {'; '.join(found)}; under the common protocol {shared(self.kept.common)}",
-                f"# trained   {self.budget} steps in {self.time}, {self.kept.train['device']}{self.shared}",
-                command + (f" -- {shlex.join(self.kept.changes)}" if self.kept.changes else ""),
-            ]
-        head = [line for line in self.lines if not MEASURED.match(line)]
-        below = next(i for i, line in enumerate(head) if line.startswith("# paper ")) + 1
-        return "\n".join([*head[:below], *lines, *head[below:]]) + "\n"
+        self.kept = Kept(REFERENCE / name)
 
     def rows(self) -> list[list[str]]:
-        """Of the table under the papers' protocols: one for each published number."""
-        return [self._row(norm, mean, around) for norm, (mean, around) in self.published.items()]
+        """Rows of the table under the papers' protocols, one for each published number."""
+        return [self._row(paper) for paper in published(self.config)]
 
-    def _row(self, norm: str, mean: str, around: str) -> list[str]:
+    def _row(self, paper: Published) -> list[str]:
         method, cell = self.name.split("/")[1].split("_")
-        tested = self.kept.config if self.kept else self.config
+        tested = self.kept.config if self.kept.complete else self.config
         protocol = (
-            f"{tested['query']} quer{'y' if tested['query'] == 1 else 'ies'} a class, {norm}, "
-            f"rotation {tested['dataset']['test_rotation']}, {tested['episodes']} episodes"
+            f"{tested.query} {'query' if tested.query == 1 else 'queries'} per class, {paper.batch_norm}, "
+            f"rotation {tested.dataset['test_rotation']}, {tested.episodes} episodes"
         )
-        start = [METHODS[method], cell, protocol, f"{mean} ± {around}" if around else mean]
-        if not self.kept:
+        start = [METHODS[method], cell, protocol, str(paper)]
+        if not self.kept.complete:
             return [*start, "not run", *[""] * 5]
-        found = self.kept.paper[norm]
-        ours, ci95 = 100 * found["accuracy"], 100 * found["ci95"]
+        result, training = self.kept.results[paper.batch_norm], self.kept.training
+        done, full = training["steps"], self.config.steps
+        shared = f", the run of {name}" if (name := training.get("run_of")) else ""
         return [
             *start,
-            f"[{ours:.2f} ± {ci95:.2f}]({REFERENCE / self.name})",
-            f"{ours - float(mean):+.2f}",
-            "yes" if ours >= float(mean) - (float(around) if around else rounding(mean) + ci95) else "no",
-            self.budget + self.shared,
-            self.time,
-            self.kept.train["device"],
+            f"[{percent(result.accuracy, result.ci95)}]({self.kept.folder.relative_to(ROOT)})",
+            f"{100 * result.accuracy - paper.accuracy:+.2f}",
+            "yes" if paper.reproduced_by(result) else "no",
+            (f"{done}" if done == full else f"{done} of {full}") + shared,
+            f"{training['seconds'] / 60:.0f} min",
+            self.kept.trained.results[0].device,
         ]
+
+    def common(self) -> str:
+        """The cell of the table under the common protocol."""
+        if not self.kept.complete:
+            return "not run"
+        result = self.kept.common
+        note = f" ({result.episodes} episodes)" if result.episodes != COMMON_EPISODES else ""
+        return f"{percent(result.accuracy, result.ci95)} %{note}"
 
 
 def main() -> None:
-    for path, text in files().items():
-        path.write_text(text)
-        print(path.relative_to(ROOT))
+    (ROOT / "RESULTS.md").write_text(page())
 
 
-def files() -> dict[Path, str]:
-    """Every file that this script writes, with what belongs in it."""
-    configs = compose_all([[f"experiment={name}"] for name in EXPERIMENTS])
-    experiments = {name: Experiment(name, config) for name, config in zip(EXPERIMENTS, configs, strict=True)}
-    return {e.path: e.text() for e in experiments.values()} | {ROOT / "RESULTS.md": results(experiments)}
+def compose_all(overrides: list[list[str]]) -> list[TrainConfig]:
+    """The settings of `metacv train` for each list of overrides."""
+    register()
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        return [typed(compose("train", words), TrainConfig) for words in overrides]
 
 
-def compose_all(overrides: list[list[str]]) -> list[dict[str, Any]]:
-    """The config of each training that is asked for."""
-    ConfigStore.instance().store(name="train_schema", node=TrainConfig)
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        return [plain(compose("train", words)) for words in overrides]
+@cache
+def experiment_configs() -> dict[str, TrainConfig]:
+    """The settings of every experiment, by its name."""
+    return dict(zip(EXPERIMENTS, compose_all([[f"experiment={name}"] for name in EXPERIMENTS]), strict=True))
 
 
-def results(experiments: dict[str, Experiment]) -> str:
-    sections = {}
+def page() -> str:
+    """The text of RESULTS.md."""
+    experiments = {name: Experiment(name, config) for name, config in experiment_configs().items()}
+    sections: dict[str, str] = {}
     for data, cells in CELLS.items():
-        own = [e for name, e in experiments.items() if name.startswith(f"{data}/")]
-        common = {e.name: shared(e.kept.common) if e.kept else "not run" for e in own}
-        rows = [[title, *(common[f"{data}/{method}_{cell}"] for cell in cells)] for method, title in METHODS.items()]
-        changes = [f"- `{e.name}`: `{shlex.join(e.kept.changes)}`" for e in own if e.kept and e.kept.changes]
+        own = [experiment for name, experiment in experiments.items() if name.startswith(f"{data}/")]
+        common = [
+            [title, *(experiments[f"{data}/{method}_{cell}"].common() for cell in cells)]
+            for method, title in METHODS.items()
+        ]
+        changes = [
+            f"- `{experiment.name}`: `{shlex.join(experiment.kept.changes)}`"
+            for experiment in own
+            if experiment.kept.complete and experiment.kept.changes
+        ]
         sections |= {
-            data: table(PAPER, [row for e in own for row in e.rows()]),
-            f"{data}_common": table(["method", *cells], rows),
-            f"{data}_changes": "\n".join(changes) or "Nothing.",
+            data: table(COLUMNS, [row for experiment in own for row in experiment.rows()]),
+            f"{data}_common": table(["method", *cells], common),
+            f"{data}_changes": "\n".join(changes) or "None.",
         }
-    return PAGE.format(**sections, scales=loss_scale())
+    return PAGE.format(**sections, loss_scale=loss_scale())
 
 
 def loss_scale() -> str:
-    """MAML and FOMAML with either inner loss, at the steps at which both were validated."""
+    """Validation accuracy of MAML and FOMAML with either inner loss, at the steps at which both were validated."""
     rows = []
     for method, folders in LOSS_SCALE.items():
-        kept = [ROOT / REFERENCE / "omniglot" / folder for folder in folders]
+        kept = [REFERENCE / "omniglot" / folder for folder in folders]
         if all((folder / "metrics.jsonl").exists() for folder in kept):
             mean, summed = (validations(folder) for folder in kept)
             for step in sorted(mean.keys() & summed.keys()):
-                gain = summed[step]["accuracy"] - mean[step]["accuracy"]
-                ci95 = (summed[step]["ci95"] ** 2 + mean[step]["ci95"] ** 2) ** 0.5
-                row = [method, f"{step}", percent(mean[step]), percent(summed[step])]
-                rows.append([*row, f"{100 * gain:+.2f} ± {100 * ci95:.2f}"])
-    return table(SCALES, rows) if rows else "Not run."
+                (accuracy, ci95), (other, other_ci95) = mean[step], summed[step]
+                difference = percent_with_sign(other - accuracy, (other_ci95**2 + ci95**2) ** 0.5)
+                own = [f"{percent(accuracy, ci95)} %", f"{percent(other, other_ci95)} %"]
+                rows.append([method, f"{step}", *own, difference])
+    return table(["method", "steps", "with the mean", "with the sum", "difference"], rows) if rows else "Not run."
 
 
-def validations(folder: Path) -> dict[int, dict[str, float]]:
+def validations(folder: Path) -> dict[int, tuple[float, float]]:
     """Accuracy and interval by step."""
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return {
-        line["step"]: {"accuracy": line["val/accuracy"], "ci95": line["val/ci95"]}
-        for line in lines
-        if "val/accuracy" in line
-    }
+    return {line["step"]: (line["val/accuracy"], line["val/ci95"]) for line in lines if "val/accuracy" in line}
 
 
-def rounding(number: str) -> float:
-    """The most that a number as printed may lie above what was measured: 0.05 for 98.9."""
-    return 0.5 * 10 ** -len(number.partition(".")[2])
-
-
-def by_norm(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """What `metacv evaluate` wrote, of one batch norm mode or of both, by mode."""
-    return {result["norm"]: result} if "norm" in result else result
-
-
-def percent(found: dict[str, Any]) -> str:
-    return f"{100 * found['accuracy']:.2f} ± {100 * found['ci95']:.2f} %"
-
-
-def shared(found: dict[str, Any]) -> str:
-    """Under the common protocol, with the number of episodes where it is not the usual one."""
-    return percent(found) + (f" ({found['episodes']} episodes)" if found["episodes"] != COMMON_EPISODES else "")
+def percent_with_sign(difference: float, ci95: float) -> str:
+    return f"{100 * difference:+.2f} ± {100 * ci95:.2f}"
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -251,53 +232,57 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 PAGE = """\
 # Results
 
-Written by `python scripts/results_table.py`: every accuracy, time and step count comes from a file in
-outputs/reference. Each folder linked below holds a checkpoint with its config, the metrics of its training (train.json
-says how far it went) and its results; `metacv evaluate checkpoint=outputs/reference/omniglot/protonet_5w1s` gives the
-number of its row again (with `norm=both` for the two rows of Reptile). Accuracies are in %, with 1.96 standard errors
-over episodes on each side.
+`python scripts/results_table.py` writes this file: every accuracy, time and number of steps comes from a file in
+outputs/reference, and the papers' numbers from configs/experiment. Each folder linked below holds a checkpoint, its
+settings, the metrics of its training and its results. To repeat the result of a row, run
+`metacv evaluate checkpoint=outputs/reference/omniglot/protonet_5w1s` (for both rows of Reptile, add `batch_norm=both`).
+Accuracies are in %, ± 1.96 standard errors over episodes.
 
 ## Omniglot, each method under its paper's protocol
 
-`python scripts/reproduce.py NAME` trains and tests a row from nothing. *Steps* are those that were run, of those that
-the experiment names. *Time* is that of training with its validations; runs of 1 thread shared a 2-core machine with
-other work, and alone are faster. *Reproduced* means a mean at or above the lower end of the paper's interval or, where
-the paper gives none, an interval of ours that reaches its number (printed as 98.9, that is 98.85 and up). *The run of*
-another experiment served where both train in just the same way, as Prototypical Networks do for 5-way and 20-way
-(`--run-of`): its last weights were validated once more, on this experiment's tasks, and the time is that of the
-training.
+`python scripts/reproduce.py NAME` trains and tests a row from scratch.
+
+- *Steps*: the steps trained, out of those that the experiment asks for.
+- *Time*: the time of training with its validations. Runs with 1 thread shared a 2-core machine with other work; alone
+  they are faster.
+- *Reproduced*: our mean is at or above the lower end of the paper's interval. Where the paper gives no interval, ours
+  must reach the paper's number before rounding (98.85 for 98.9).
+- *The run of* another experiment: both experiments train in the same way (Prototypical Networks do so for 5-way and
+  20-way), so one training served both (`--run-of`). Its last weights were validated on this experiment's tasks, and the
+  time is that of the shared training.
 
 {omniglot}
 
-These numbers cannot be compared between methods: each paper tests in its own way. What was set otherwise than the
-experiment says, to fit the budget:
+These numbers cannot be compared between methods, because each paper tests in its own way. To fit the budget, these
+settings differ from those of the experiments:
 
 {omniglot_changes}
 
-The experiments depart from the papers in this:
+The experiments differ from the papers as follows:
 
-- Classes: the test characters are the same 423 for all, drawn by `dataset.split_seed`; the papers drew their own,
-  Prototypical Networks from a published list. Reptile and Relation Networks trained on all other 1200 and chose no
-  checkpoint, or chose it on test characters; here 100 of the 1200 are for choosing. Prototypical Networks were trained
-  once more on train and val together; here they are not.
+- Classes: all experiments share the same 423 test characters, which `dataset.split_seed` determines. The papers split
+  the characters at random themselves, except Prototypical Networks, which use a published list. Reptile and Relation
+  Networks trained on all other 1200 characters; they selected no checkpoint, or selected it on test characters. Our
+  experiments use 100 of the 1200 for validation. Prototypical Networks were trained once more on train and val
+  together; ours were not.
 - Images are resized with `dataset.resample=lanczos`. The code of MAML, Reptile and Prototypical Networks asks Pillow
-  for that or for nothing, but Pillow resizes the one-bit files of Omniglot by nearest neighbour whatever it is asked,
-  so those networks saw black and white (`dataset.resample=nearest`). Relation Networks' code also shifts and scales the
-  pixels, which batch norm undoes.
-- MAML's inner loss is scaled otherwise, as said at the end. The first-order numbers are those of Reptile's paper, which
-  ran the code of MAML's authors.
-- Weights begin as torch has it. MAML's and Reptile's code begins with Xavier's uniform ones and biases of 0, but for
-  MAML's head, which has a standard deviation of 1 (here 0.07). Relation Networks' has normal ones, and biases of 1 in
-  its linear layers.
-- Batch norm adds 1e-5 to the variance. TensorFlow, and with it the code of MAML and Reptile, adds 1e-3.
-- The Reptile runs kept here drew their inner batches from one stream; now those of each task are drawn anew, so that
-  the command does the same with other draws.
+  for this filter or for none, but Pillow always resizes one-bit images, such as Omniglot's, by nearest neighbour. So
+  those networks saw black and white (`dataset.resample=nearest`). The code of Relation Networks also shifts and scales
+  the pixels, which batch norm undoes.
+- The scale of MAML's inner loss differs; see the last section. The first-order numbers are those of Reptile's paper,
+  which ran the code of MAML's authors.
+- Initial weights are PyTorch's defaults. The code of MAML and Reptile uses Xavier-uniform weights and biases of 0,
+  except for MAML's head, whose weights have a standard deviation of 1 (ours: 0.07). Relation Networks' code uses normal
+  weights, and biases of 1 in its linear layers.
+- Batch norm adds 1e-5 to the variance. TensorFlow, and so the code of MAML and Reptile, adds 1e-3.
+- The Reptile runs in this table were trained when all tasks drew their inner batches from one random stream. Now each
+  task has its own, so the same command draws other batches.
 
 ## Omniglot, all methods under one protocol
 
-The same models on the same tasks, of characters that no experiment trains or selects on: 2000 episodes, 15 queries a
-class, no rotations, and inductive batch norm (no query sees another). Each model is as far trained, and set, as above:
-how far a row can be compared with another is a matter of their steps too.
+The same models on the same tasks: 2000 episodes of characters that no experiment trains or selects on, 15 queries per
+class, no rotations, and inductive batch norm (no query affects another). Steps and settings are those of the table
+above, so differences between methods also reflect how long each was trained.
 
 {omniglot_common}
 
@@ -307,41 +292,43 @@ As for Omniglot. All papers use the split of Ravi & Larochelle: 64, 16 and 20 cl
 
 {miniimagenet}
 
-What was set otherwise than the experiment says, to fit the budget (`algo.temperature` divides the squared distances,
-which in 1600 dimensions are too far apart for the softmax to learn from at first):
+To fit the budget, these settings differ from those of the experiments (`algo.temperature` divides the squared
+distances, which in 1600 dimensions are so large that the softmax saturates at the start of training):
 
 {miniimagenet_changes}
 
-The experiments depart from the papers in this: Reptile does not validate, and Relation Networks' code chooses its model
-on the test classes; here best.pt is chosen on 600 fixed tasks of the validation classes. Relation Networks' code tests
-15 queries a class by 3 or 5 at a time, each with batch norm of its own; here all 15 go together. MAML's clipping of
-the outer gradient at 10 is scaled as its outer loss is. Inner loss, weights and batch norm are as for Omniglot.
+The experiments differ from the papers as follows: Reptile does not validate, and Relation Networks' code selects its
+model on the test classes; ours select best.pt on 600 fixed episodes of the validation classes. Relation Networks' code
+tests the 15 queries per class in batches of 3 or 5, each with its own batch statistics; ours tests all 15 in one batch.
+MAML clips the outer gradient at 10; our threshold is scaled as our outer loss is. Inner loss, initial weights and batch
+norm differ as on Omniglot.
 
 ## miniImageNet, all methods under one protocol
 
-2000 episodes of the test classes, 15 queries a class, inductive batch norm.
+2000 episodes of the test classes, 15 queries per class, inductive batch norm.
 
 {miniimagenet_common}
 
 ## The scale of MAML's inner loss
 
-The paper says 0.4 for the inner learning rate of 5-way Omniglot. Its code sums the loss over classes where other
-implementations take the mean (`algo.inner_loss`), which makes its step `way` times as long, as 2.0 would with the mean.
-In validation after as many steps, 5-way 1-shot, all else equal and 0.4 with both (of the runs that are not above,
-outputs/reference/omniglot/loss_scale has the config and the metrics, as far as they went):
+MAML's paper gives an inner learning rate of 0.4 for 5-way Omniglot. Its code sums the loss over classes where other
+implementations take the mean (`algo.inner_loss`). Each inner step is therefore `way` times as long, which corresponds
+to a learning rate of 2.0 with the mean. The table shows validation accuracies after the same number of steps for 5-way
+1-shot, with a learning rate of 0.4 for both and all other settings equal. The settings and metrics of the runs that are
+not in the tables above are in outputs/reference/omniglot/loss_scale.
 
-{scales}
+{loss_scale}
 
-So the sum is no gain at these budgets: second-order MAML is as good with either when a few thousand steps are done, and
-learns faster with the mean until then; first-order MAML learns much faster with the mean. In the last rows the run with
-the sum also had the initial weights and the batch norm of the authors' code, as said above, by a change of the program
-that is not among its settings. As far as these runs go, neither they nor the scale of the loss are why first-order MAML
-falls short of its paper.
+So the sum has no advantage at these budgets. Second-order MAML reaches the same accuracy with both after a few thousand
+steps, and learns faster with the mean until then. First-order MAML learns much faster with the mean. In the rows with
+the authors' initialization, the run with the sum also used the initial weights and the batch norm of the authors' code
+(see above), through a change of the program that is not among its settings. In these runs, neither of these nor the
+scale of the loss explains why first-order MAML stays below its published accuracy.
 """
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (MetacvError, OSError) as error:
+    except (UserError, OSError) as error:
         sys.exit(f"results_table: {error}")

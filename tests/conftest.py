@@ -1,24 +1,31 @@
+"""What the tests share: small networks and tasks with known answers, the command line in this process, and short runs."""
+
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from torch import Tensor, nn
 
-from metacv import cli
+from metacv import CONFIG_DIR, cli
 from metacv.backbones.base import Backbone
 from metacv.backbones.batch_norm import BatchNorm
-from metacv.config_dir import config_dir
 from metacv.data.bank import ImageBank
-from metacv.data.sampler import EpisodeSampler, TaskBatch
+from metacv.data.sampler import EpisodeSampler
+from metacv.data.task import TaskBatch
 
 torch.set_num_threads(1)
 
-ALGORITHMS = sorted(path.stem for path in (config_dir() / "algo").glob("*.yaml"))
+ALGORITHMS = sorted(path.stem for path in (CONFIG_DIR / "algo").glob("*.yaml"))
+BACKBONES = sorted(path.stem for path in (CONFIG_DIR / "backbone").glob("*.yaml"))
+DATASETS = sorted(path.stem for path in (CONFIG_DIR / "dataset").glob("*.yaml"))
 
 
 class SmoothNet(Backbone):
-    """Twice differentiable, with batch norm: what a finite difference can check."""
+    """A twice differentiable network with batch norm, for finite differences."""
 
     def __init__(self, image_shape: tuple[int, int, int] = (1, 6, 6), channels: int = 4, running_stats: bool = False):
         super().__init__()
@@ -35,7 +42,7 @@ class SmoothNet(Backbone):
 
 
 class Identity(Backbone):
-    """The image is its own embedding: what a hand calculation can check."""
+    """The image is its own embedding, for calculations by hand."""
 
     def __init__(self, image_shape: tuple[int, int, int] = (1, 1, 2)):
         super().__init__()
@@ -54,7 +61,7 @@ def random_tasks(tasks=2, way=3, shot=2, query=4, shape=(1, 6, 6), dtype=torch.f
     def labels(each: int) -> Tensor:
         return torch.arange(way).repeat_interleave(each).expand(tasks, -1)
 
-    return TaskBatch(images(shot), labels(shot), images(query), labels(query), way)
+    return TaskBatch(images(shot), labels(shot), images(query), labels(query), way, torch.arange(way).expand(tasks, -1))
 
 
 def bank_of(sizes: list[int], shape=(1, 4, 4), name="toy train") -> ImageBank:
@@ -76,14 +83,44 @@ def sampler() -> EpisodeSampler:
 
 
 @pytest.fixture(scope="session")
-def data_dir(tmp_path_factory) -> Path:
-    """One folder of caches for the whole session: the glyphs are drawn once."""
-    return tmp_path_factory.mktemp("data")
+def shared(tmp_path_factory) -> Path:
+    """A folder that all workers of pytest-xdist share."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data_dir(shared) -> Path:
+    """One folder of caches for all tests, so that the glyphs are drawn once."""
+    return shared / "data"
+
+
+@pytest.fixture(scope="session")
+def trained(shared, data_dir) -> Callable[[str], Path]:
+    """The folder of a finished short run of an algorithm, trained once for all tests. Copy it before changing it."""
+
+    def run(algo: str) -> Path:
+        folder = shared / "runs" / algo
+        folder.parent.mkdir(exist_ok=True)
+        with FileLock(folder.with_suffix(".lock")), pytest.MonkeyPatch.context() as patch:
+            if not (folder / "result.json").exists():
+                patch.chdir(shared)
+                patch.setenv("METACV_DATA_DIR", str(data_dir))
+                patch.setenv("HYDRA_FULL_ERROR", "1")
+                patch.setattr(sys, "argv", ["metacv", "train", *quick(algo), f"hydra.run.dir={folder}"])
+                with pytest.raises(SystemExit) as stop:
+                    cli.main()
+                assert stop.value.code == 0
+        return folder
+
+    return run
 
 
 @pytest.fixture
 def metacv(monkeypatch, tmp_path, data_dir, capsys):
-    """Runs the command line in this process, in an empty folder: metacv("train", "steps=2") -> (code, out, err)."""
+    """The command line in this process, in an empty folder: metacv("train", "steps=2") -> (exit code, out, err)."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("METACV_DATA_DIR", str(data_dir))
 
@@ -91,22 +128,20 @@ def metacv(monkeypatch, tmp_path, data_dir, capsys):
         monkeypatch.setattr(sys, "argv", ["metacv", *arguments])
         monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
         capsys.readouterr()
-        code = 0
-        try:
+        with pytest.raises(SystemExit) as stop:
             cli.main()
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
         captured = capsys.readouterr()
-        return code, captured.out, captured.err
+        code = stop.value.code
+        return code if isinstance(code, int) else int(code is not None), captured.out, captured.err
 
     return run
 
 
-# A glyph data set and a training short enough for a test of everything around them.
+# A glyph data set and a training run that are short enough for tests of everything around them.
 SMALL = ("dataset.classes={train:30,val:8,test:8}", "backbone.channels=8", "query=5", "eval_episodes=8", "episodes=8")
-TRAIN = (*SMALL[:4], "steps=4", "eval_every=2", "log_every=1", "meta_batch=2")
+TRAIN = (*SMALL, "steps=4", "eval_every=2", "log_every=1", "meta_batch=2")
 
 
 def quick(algo: str) -> tuple[str, ...]:
-    """TRAIN for this algorithm; Reptile's 50 inner steps in evaluation would take most of a test's time."""
+    """TRAIN for an algorithm. Reptile's 50 inner steps in evaluation would take most of a test's time."""
     return (f"algo={algo}", *TRAIN, *(["algo.eval_inner_steps=3"] if algo == "reptile" else []))

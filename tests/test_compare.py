@@ -1,63 +1,64 @@
 """Comparing runs on the same episodes."""
 
-import json
 import shutil
 from itertools import combinations
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
-from conftest import SMALL, TRAIN, quick
+from conftest import TRAIN
 from PIL import Image
 
-from metacv.compare import difference, shortened, t_quantile
+from metacv.compare import difference, shortened, t_interval
+from metacv.model import load_checkpoint, save_checkpoint
+from metacv.results import read_results
 
-ASKED = ("query=5", "episodes=20", "norm=inductive")
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    return tmp_path_factory.mktemp("runs")
+ASKED = ("query=5", "episodes=20", "batch_norm=inductive")
+RUNS = ("proto", "other", "maml")
 
 
 @pytest.fixture
-def runs(metacv, place) -> list[str]:
-    for name, words in (
-        ("proto", quick("protonet")),
-        ("other", (*quick("protonet"), "seed=1")),
-        ("maml", quick("maml")),
-    ):
-        if not (place / name).exists():
-            assert metacv("train", *words, *SMALL[1:4], f"hydra.run.dir={place / name}")[0] == 0
-    return [str(place / name) for name in ("proto", "other", "maml")]
+def compare(metacv, trained):
+    """`metacv compare` in a folder with three models: two of one method, and one of another."""
+    for name, algo in (("proto", "protonet"), ("maml", "maml")):
+        Path(name).mkdir()
+        shutil.copy(trained(algo) / "best.pt", name)
+    generator = torch.Generator().manual_seed(0)
+    with_other_weights("other", lambda own: own + 0.1 * torch.randn(own.shape, generator=generator))
+    return lambda *words: metacv("compare", *words)
 
 
-def accuracies(metacv, run: str, episodes: int) -> float:
-    assert metacv("evaluate", f"checkpoint={run}", *ASKED, f"episodes={episodes}", "hydra.run.dir=alone")[0] == 0
-    return json.loads(Path("alone/result.json").read_text())
+def with_other_weights(folder: str, change) -> None:
+    """A copy of `proto` whose weights are changed."""
+    content = load_checkpoint("proto").content
+    weights = {name: change(own) if own.dim() == 4 else own for name, own in content["algorithm"].items()}
+    Path(folder).mkdir()
+    save_checkpoint(Path(folder) / "best.pt", content | {"algorithm": weights})
 
 
-def test_every_pair_has_the_difference_of_its_accuracies(metacv, runs):
-    code, out, err = metacv("compare", *runs, *ASKED, "hydra.run.dir=out")
+def test_every_pair_has_the_difference_of_its_accuracies(metacv, compare):
+    code, out, err = compare(*RUNS, *ASKED, "hydra.run.dir=out")
     assert (code, err) == (0, "")
-    result = json.loads(Path("out/result.json").read_text())
-    assert list(result["runs"]) == ["proto", "other", "maml"]
-    for name, run in zip(result["runs"], runs, strict=True):
-        alone = accuracies(metacv, run, 20)
-        for field in ("accuracy", "ci95", "episodes_sha256", "checkpoint_sha256"):
-            assert result["runs"][name][field] == alone[field]
-    assert [(one["of"], one["less"]) for one in result["differences"]] == [
-        ("proto", "other"), ("proto", "maml"), ("other", "maml"),
-    ]  # fmt: skip
-    for one in result["differences"]:
-        of, less = (result["runs"][one[side]]["accuracy"] for side in ("of", "less"))
-        assert one["mean"] == pytest.approx(of - less)
+    file = read_results(Path("out/result.json"))
+    accuracies = numpy.load("out/accuracies.npy")
+    assert accuracies.shape == (3, 20)
+    for name, result, row in zip(RUNS, file.results, accuracies, strict=True):
+        assert metacv("evaluate", f"checkpoint={name}", *ASKED, "hydra.run.dir=alone")[0] == 0
+        (alone,) = read_results(Path("alone/result.json")).results
+        for own in ("accuracy", "ci95", "episodes_sha256", "checkpoint_sha256"):
+            assert getattr(result, own) == getattr(alone, own)
+        assert row.mean() == pytest.approx(result.accuracy, abs=1e-12)
+    pairs = list(combinations(range(3), 2))
+    assert [(one["of"], one["less"]) for one in file.differences] == [(RUNS[a], RUNS[b]) for a, b in pairs]
+    for one, (a, b) in zip(file.differences, pairs, strict=True):
+        assert one["mean"] == pytest.approx((accuracies[a] - accuracies[b]).mean(), abs=1e-12)
         assert f"{one['of']} - {one['less']}" in out
         assert f"{100 * one['mean']:+6.2f} ± {100 * one['ci95']:.2f} %" in out
 
 
 @pytest.mark.parametrize("episodes", [2, 5, 8, 200])
-def test_the_interval_of_a_difference_holds_the_truth_in_95_of_100_cases(episodes):
+def test_the_interval_of_a_difference_covers_the_truth_in_95_of_100_cases(episodes):
     """Episodes of 75 queries, some harder than others for both models, 2000 comparisons."""
     generator = torch.Generator().manual_seed(0)
     hardness = 0.1 * torch.randn(2000, episodes, generator=generator, dtype=torch.float64)
@@ -75,96 +76,97 @@ def test_the_interval_of_a_difference_holds_the_truth_in_95_of_100_cases(episode
     covered = sum(abs(result["mean"] - truth) <= result["ci95"] for result in found) / len(found)
     assert 0.93 <= covered <= 0.97
     # and it is narrower than that of two independent samples, with the same quantile
-    t = t_quantile(0.05, episodes - 1)
-    alone = sum(float((t**2 * (a.var() + b.var()) / episodes) ** 0.5) for a, b in zip(one, other, strict=True))
+    alone = sum((t_interval(a) ** 2 + t_interval(b) ** 2) ** 0.5 for a, b in zip(one, other, strict=True))
     assert sum(result["ci95"] for result in found) < 0.65 * alone
 
 
-def test_the_quantiles_of_students_t_are_those_of_the_tables():
-    for beyond, freedom, known in (
-        (0.05, 1, 12.7062), (0.05, 2, 4.3027), (0.05, 4, 2.7764), (0.05, 7, 2.3646), (0.05, 30, 2.0423),
-        (0.05, 599, 1.9639), (0.05, 10**5, 1.95998), (0.01, 1, 63.6567), (0.01, 10, 3.1693), (0.001, 5, 6.8688),
-    ):  # fmt: skip
-        assert t_quantile(beyond, freedom) == pytest.approx(known, rel=1e-4)
+@pytest.mark.parametrize(
+    ("alpha", "freedom", "quantile"),
+    [(0.05, 1, 12.7062), (0.05, 4, 2.7764), (0.05, 30, 2.0423), (0.05, 599, 1.9639), (0.01, 10, 3.1693)],
+)
+def test_intervals_have_the_quantiles_of_students_t_in_the_tables(alpha, freedom, quantile):
+    values = torch.arange(freedom + 1, dtype=torch.float64)
+    error = float(values.std()) / len(values) ** 0.5
+    assert t_interval(values, alpha) == pytest.approx(quantile * error, rel=1e-4)
 
 
-def test_the_intervals_of_all_pairs_hold_together_in_95_of_100_cases():
+def test_the_intervals_of_all_pairs_hold_simultaneously_in_95_of_100_cases():
     """Four models that are equally good, and 1000 comparisons of all six pairs."""
     accuracy = torch.randn(1000, 4, 10, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    told_apart = 0
+    significant = 0
     for models in accuracy:
         found = [difference(one, other, pairs=6) for one, other in combinations(models, 2)]
-        told_apart += any(abs(result["mean"]) > result["ci95"] for result in found)
-    assert 10 <= told_apart <= 60
+        significant += any(abs(result["mean"]) > result["ci95"] for result in found)
+    assert 10 <= significant <= 60
 
 
-def test_runs_are_named_without_what_they_share():
+def test_runs_are_named_without_the_folders_that_they_share():
     assert shortened(["a/b/one", "a/b/two/x"]) == ["one", "two/x"]
     assert shortened(["/x/one/best.pt", "/x/one/last.pt"]) == ["best.pt", "last.pt"]
 
 
-def test_what_makes_no_comparison_is_said_in_one_line(metacv, runs):
-    for words, said in (
-        ([runs[0]], f"compare {runs[0]}: give two runs or more, each once"),
-        ([runs[0], runs[0]], "give two runs or more, each once"),
-        ([runs[0], "nowhere"], "nowhere: there is no such file"),
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["proto"], "compare proto: name two runs or more, each once"),
+        (["proto", "proto"], "name two runs or more, each once"),
+        (["proto", "nowhere"], "nowhere: there is no such file"),
         (
-            [runs[0], runs[2]],
-            f"{runs[2]} is tested with norm=transductive, {runs[0]} with norm=inductive: say norm=...",
+            ["proto", "maml"],
+            "maml is tested with batch_norm=transductive, proto with batch_norm=inductive: set batch_norm=...",
         ),
-        ([*runs[:2], "norm=both"], "norm=both: one of inductive, transductive"),
-        ([*runs[:2], "way=100"], "way=100 but glyphs test has only 8 classes"),
-    ):
-        code, out, err = metacv("compare", *words)
-        assert (code, out) == (1, "")
-        assert err.startswith("metacv: ")
-        assert said in err
-        assert err.count("\n") == 1
-    code, _, err = metacv("compare")
-    assert code == 1
-    assert "runs" in err
+        (["proto", "other", "batch_norm=both"], "batch_norm=both: one of inductive, transductive"),
+        (["proto", "other", "way=100"], "way=100 but glyphs test has only 8 classes"),
+        (["proto", "other", "episodes=1"], "episodes=1: "),
+        (["proto", "damaged"], "damaged/best.pt is not a checkpoint of metacv, or is damaged"),
+        (["proto", "other", "-m"], "-m: compare takes one setting each"),
+    ],
+)
+def test_invalid_comparisons_exit_with_one_line_and_leave_no_folder(compare, words, message):
+    Path("damaged").mkdir()
+    Path("damaged/best.pt").write_bytes(Path("proto/best.pt").read_bytes()[:500])
+    code, out, err = compare(*words)
+    assert (code, out) == (1, "")
+    assert err.startswith("metacv: ")
+    assert message in err
+    assert err.count("\n") == 1
+    assert not Path("outputs").exists()
 
 
-def test_runs_on_other_data_need_a_data_set_that_is_said(metacv, runs, place):
-    words = (*quick("protonet"), "dataset.classes={train:30,val:8,test:9}", *SMALL[1:4])
-    assert metacv("train", *words, "hydra.run.dir=elsewhere")[0] == 0
-    code, _, err = metacv("compare", runs[0], "elsewhere", *ASKED)
+def test_runs_on_other_data_need_the_setting_of_the_data_set(compare):
+    content = load_checkpoint("proto").content
+    content["config"]["dataset"]["classes"]["test"] = 9
+    Path("elsewhere").mkdir()
+    save_checkpoint(Path("elsewhere/best.pt"), content)
+    code, _, err = compare("proto", "elsewhere", *ASKED)
     assert code == 1
-    assert "elsewhere is tested on other images than" in err
-    code, _, err = metacv("compare", runs[0], "elsewhere", *ASKED, "dataset.classes={train:30,val:8,test:8}")
+    assert "elsewhere is tested on other images than proto" in err
+    code, _, err = compare("proto", "elsewhere", *ASKED, "dataset.classes={train:30,val:8,test:8}")
     assert (code, err) == (0, "")
 
 
-def test_a_sweep_is_compared_by_the_names_that_the_shell_gives_it(metacv, runs):
+def test_a_sweep_is_compared_by_the_names_that_the_shell_gives_it(compare):
+    Path("sweep").mkdir()
     for name in ("proto", "other"):
-        shutil.copytree(Path(runs[0]).parent / name, Path("sweep") / name)
+        Path(name).rename(f"sweep/{name}")
     Path("sweep/multirun.yaml").write_text("hydra: {}")
-    code, out, err = metacv("compare", *sorted(map(str, Path("sweep").glob("*"))), *ASKED)
+    code, out, err = compare(*sorted(map(str, Path("sweep").glob("*"))), *ASKED)
     assert (code, err) == (0, "")
     assert "other - proto" in out
-    assert metacv("compare", "sweep/multirun.yaml", "sweep/proto/best.pt")[2] == (
+    assert compare("sweep/multirun.yaml", "sweep/proto/best.pt")[2] == (
         "metacv: sweep/multirun.yaml is not a checkpoint of metacv, or is damaged\n"
     )
 
 
-def test_a_damaged_checkpoint_is_named(metacv, runs):
-    shutil.copytree(runs[0], "damaged")
-    path = Path("damaged/best.pt")
-    path.write_bytes(path.read_bytes()[:500])
-    code, out, err = metacv("compare", runs[1], "damaged", *ASKED)
-    assert (code, out, err) == (1, "", "metacv: damaged/best.pt is not a checkpoint of metacv, or is damaged\n")
-
-
-def test_two_episodes_are_enough_for_an_interval_which_is_wide(metacv, runs):
-    code, out, err = metacv("compare", *runs[:2], *ASKED, "episodes=2", "hydra.run.dir=out")
+def test_two_episodes_are_enough_for_a_wide_interval(compare):
+    code, out, err = compare("proto", "other", *ASKED, "episodes=2", "hydra.run.dir=out")
     assert (code, err) == (0, "")
     assert "the same 2 episodes" in out
-    assert "may be chance" in out
-    assert "over the draw of episodes" in out
-    assert metacv("compare", *runs[:2], *ASKED, "episodes=1")[2].startswith("metacv: episodes=1: an interval needs at")
+    assert "not significant" in out
+    assert "choice of episodes" in out
 
 
-def test_own_images_that_were_split_otherwise_make_no_comparison(metacv):
+def test_own_images_with_another_split_are_not_compared(metacv):
     for c in range(10):
         Path(f"own/class{c}").mkdir(parents=True)
         for i in range(5):
@@ -177,7 +179,7 @@ def test_own_images_that_were_split_otherwise_make_no_comparison(metacv):
     for seed in (0, 1):
         assert metacv("train", *words, f"dataset.split_seed={seed}", f"hydra.run.dir=split{seed}")[0] == 0
     code, _, err = metacv("compare", "split0", "split1", "episodes=4")
-    assert (code, err) == (1, "metacv: split1 is tested on other images than split0: say dataset=...\n")
+    assert (code, err) == (1, "metacv: split1 is tested on other images than split0: set dataset=...\n")
     code, _, err = metacv("compare", "split0", "split1", "episodes=4", "dataset.split_seed=0")
     assert code == 1
-    assert "were trained or validated on" in err
+    assert "were used in training or validation" in err

@@ -1,6 +1,5 @@
-"""Sweeps on engines of others: each needs its extra, and takes tens of seconds."""
+"""Sweeps with the launchers and sweepers of Hydra's plugins: each needs its extra, and takes tens of seconds."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +7,8 @@ from pathlib import Path
 import pytest
 from conftest import quick
 from omegaconf import OmegaConf
+
+from metacv.results import read_results
 
 pytestmark = pytest.mark.slow
 
@@ -32,12 +33,12 @@ def sweep(*words: str, tmp_path: Path, data_dir: Path, monkeypatch) -> str:
 def test_a_launcher_runs_every_combination(plugin, words, tmp_path, data_dir, monkeypatch):
     pytest.importorskip(f"hydra_plugins.{plugin}")
     sweep(*words, "seed=0,1", "shot=1,2", tmp_path=tmp_path, data_dir=data_dir, monkeypatch=monkeypatch)
-    found = [json.loads(path.read_text()) for path in (tmp_path / "sweep").glob("*/result.json")]
-    assert sorted((one["seed"], one["shot"]) for one in found) == [(0, 1), (0, 2), (1, 1), (1, 2)]
+    files = [read_results(path) for path in (tmp_path / "sweep").glob("*/result.json")]
+    assert sorted((file.training["seed"], file.results[0].shot) for file in files) == [(0, 1), (0, 2), (1, 1), (1, 2)]
     assert len(list((tmp_path / "sweep").glob("*/best.pt"))) == 4
 
 
-def test_slurm_is_asked_for_what_the_config_says(tmp_path, monkeypatch):
+def test_slurm_gets_the_resources_of_the_config(tmp_path, monkeypatch):
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     command = [sys.executable, "-m", "metacv", "train", "launcher=slurm", "--cfg", "hydra", "-p", "hydra.launcher"]
     shown = OmegaConf.create(subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path).stdout)
@@ -50,8 +51,8 @@ def test_optuna_finds_the_trial_with_the_best_accuracy_in_validation(tmp_path, d
     sweep("sweeper=optuna", "hydra.sweeper.n_trials=4", "optimizer.lr=tag(log,interval(1e-5,1e-1))",
           tmp_path=tmp_path, data_dir=data_dir, monkeypatch=monkeypatch)  # fmt: skip
     best = OmegaConf.load(tmp_path / "sweep/optimization_results.yaml")
-    found = {path: json.loads(path.read_text()) for path in (tmp_path / "sweep").glob("*/result.json")}
-    assert len(found) == 4
-    winner = max(found.values(), key=lambda result: result["accuracy"])
-    assert best.best_value == pytest.approx(winner["accuracy"])
-    assert f"optimizer.lr={best.best_params['optimizer.lr']}" in winner["overrides"]
+    files = [read_results(path) for path in (tmp_path / "sweep").glob("*/result.json")]
+    assert len(files) == 4
+    winner = max(files, key=lambda file: file.results[0].accuracy)
+    assert best.best_value == pytest.approx(winner.results[0].accuracy)
+    assert f"optimizer.lr={best.best_params['optimizer.lr']}" in winner.training["overrides"]

@@ -1,140 +1,151 @@
-"""What every algorithm is to the outer loop: tasks in, gradients or logits out."""
+"""What training and evaluation ask of an algorithm: tasks in, gradients or logits out."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metacv.data.sampler import TaskBatch
-from metacv.precision import CompiledBackward, precision
-
-Norm = Literal["inductive", "transductive"]
+from metacv.backbones.base import Backbone
+from metacv.backbones.batch_norm import batch_norms, batch_statistics, uses_batch_statistics
+from metacv.data.task import TaskBatch
+from metacv.precision import CompiledGradient, precision
 
 
 class Algorithm(nn.Module, ABC):
     """A way to classify queries from a support set, and to learn from how well that went."""
 
-    eval_inner_steps = 0
-    one_process_because: str | None = None  # why the tasks of a meta-batch cannot be shared out
+    batches: ClassVar[Literal["episodes", "images"]] = "episodes"  # what training_step takes
+    execution_settings: ClassVar[frozenset[str]] = frozenset()  # change speed and memory, not the result
+    sequential_because: str | None = None  # why the tasks of a step cannot be shared between processes
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gradient: Callable[[TaskBatch, float], dict[str, Tensor]] = self.add_gradient
 
     @abstractmethod
     def forward(self, tasks: TaskBatch) -> Tensor:
-        """Query logits [T, N*Q, N]."""
+        """Query logits [T, Q, N]."""
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Of logits [T, N*Q, N] and labels [T, N*Q]: the mean over all queries."""
+        """The mean over all queries, of logits [T, Q, N] and labels [T, Q]."""
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Of the classes, from logits [..., N]."""
+        """Probabilities of the classes, from logits [..., N]."""
         return logits.softmax(dim=-1)
 
-    def parts(self, tasks: TaskBatch) -> Iterator[TaskBatch]:
-        """The tasks, as many at a time as pass through the network together."""
+    def training_step(self, tasks: TaskBatch) -> dict[str, Tensor]:
+        """Add the outer gradient to `.grad`, and return scalars to log: their means over the tasks.
+
+        Groups of tasks take turns, so that memory holds the graph of one group only.
+        """
+        metrics = [self.gradient(group, len(group) / len(tasks)) for group in self.groups(tasks)]
+        return {name: torch.stack([own[name] for own in metrics]).sum() for name in metrics[0]}
+
+    def groups(self, tasks: TaskBatch) -> Iterator[TaskBatch]:
+        """The tasks in groups that pass through the network together."""
         yield tasks
 
-    def backward(self, tasks: TaskBatch) -> dict[str, Tensor]:
-        """Adds the outer gradient to `.grad`; gives the mean `loss` and `accuracy` over the tasks.
-
-        A part of the tasks after another, so that memory holds the graph of one part only.
-        """
-        found = [self.backward_part(part, len(part) / len(tasks)) for part in self.parts(tasks)]
-        loss, accuracy = torch.stack(found).sum(0)
-        return {"loss": loss, "accuracy": accuracy}
-
-    def backward_part(self, tasks: TaskBatch, share: float) -> Tensor:
-        """`backward` of some of the tasks, which count as that share of all: loss and accuracy, [2], times `share`."""
+    def add_gradient(self, tasks: TaskBatch, share: float) -> dict[str, Tensor]:
+        """`training_step` for a group of the tasks: gradient and scalars are multiplied by `share`."""
         logits = self(tasks)
         loss = self.loss(logits, tasks.query_y) * share
-        if loss.requires_grad:  # something is not frozen
-            loss.backward()
-        return torch.stack([loss.detach(), accuracies(logits, tasks.query_y).mean() * share])
+        loss.backward()
+        return {"loss": loss.detach(), "accuracy": accuracies(logits, tasks.query_y).mean() * share}
 
-    def compile_steps(self) -> None:
-        """From now on `backward` runs as compiled graphs, each made at its first use."""
-        self.backward_part = CompiledBackward(self, self.backward_part)  # type: ignore[method-assign]
+    def compile_training(self) -> None:
+        """Run training steps as compiled graphs from now on. Each is compiled at its first use."""
+        self.gradient = CompiledGradient(self, self.add_gradient)
 
-    def predict(self, tasks: TaskBatch, norm: Norm) -> Tensor:
-        """Query logits [T, N*Q, N] in fp32, leaving weights and statistics as they are.
+    def diagnostics(self, tasks: TaskBatch, batch_norm: str) -> dict[str, float]:
+        """Numbers to log at validation, such as the accuracy after each inner step."""
+        return {}
 
-        transductive: batch norm sees all queries of a task together (MAML's code, Relation Networks').
-        inductive: with running statistics where the batch norms keep them (Prototypical Networks), otherwise each
-        query passes in one batch with the support set alone (Reptile's "no transduction"). No query can change
-        another's logits, to the bit.
+    def predict(self, tasks: TaskBatch, batch_norm: str) -> Tensor:
+        """Query logits [T, Q, N] in fp32; weights and running statistics stay as they are.
+
+        transductive: batch norm uses the statistics of all queries of a task (the code of MAML and Relation Networks).
+        inductive: batch norm uses running statistics where it keeps them (Prototypical Networks); otherwise each query
+        passes in one batch with the support set (Reptile). No query changes the logits of another.
         """
-        was_training = self.training
-        self.eval()
-        try:
-            with torch.no_grad(), precision("fp32", tasks.support_x.device):
-                if norm == "transductive":
-                    with batch_statistics(self):
-                        return self(tasks)
-                if uses_batch_statistics(self):
-                    return self.one_query_at_a_time(tasks)
-                return self(tasks)
-        finally:
-            self.train(was_training)
+        with evaluating(self, batch_norm, tasks.support_x.device):
+            if batch_norm == "inductive" and uses_batch_statistics(self):
+                return self.predict_each_query(tasks)
+            return self(tasks)
 
-    def one_query_at_a_time(self, tasks: TaskBatch) -> Tensor:
-        """`forward` with the support set and a single query, for each query: [T, N*Q, N]."""
-        alone = [
-            self(replace(tasks, query_x=x, query_y=y))
-            for x, y in zip(tasks.query_x.split(1, dim=1), tasks.query_y.split(1, dim=1), strict=True)
-        ]
-        return torch.cat(alone, dim=1)
+    def predict_each_query(self, tasks: TaskBatch) -> Tensor:
+        """Query logits [T, Q, N], where each query passes in one batch with the support set alone."""
+        queries = range(tasks.query_x.shape[1])
+        return torch.cat([self(tasks.with_query(index)) for index in queries], dim=1)
 
 
-def accuracies(logits: Tensor, labels: Tensor) -> Tensor:
-    """The share of right queries of each task: [T, N*Q, N], [T, N*Q] -> [T]."""
-    return (logits.detach().argmax(dim=-1) == labels).float().mean(dim=1)
+class MetricMethod(Algorithm):
+    """Compares features of queries with features of the support set. A subclass writes `head`."""
 
+    features: ClassVar[Literal["vectors", "maps"]] = "vectors"  # what `head` takes
+    one_batch: ClassVar[bool] = True  # support and query of a task share the statistics of batch norm in training
 
-def per_task(network: nn.Module, inputs: Tensor) -> Tensor:
-    """`network` over [T, B, ...], keeping the tasks apart: batch statistics belong to one task."""
-    if network.training or uses_batch_statistics(network):
-        return torch.stack([network(task) for task in inputs])
-    return in_fixed_chunks(network, inputs.flatten(0, 1)).unflatten(0, inputs.shape[:2])
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.backbone = backbone
 
+    @abstractmethod
+    def head(self, tasks: TaskBatch) -> Tensor:
+        """Query logits [T, Q, N] of tasks whose images are features: [T, S, D] or [T, S, D, h, w]."""
 
-def in_fixed_chunks(network: Callable[[Tensor], Tensor], inputs: Tensor, chunk: int = 64) -> Tensor:
-    """`network` over [B, ...], always at the same batch size.
+    def forward(self, tasks: TaskBatch) -> Tensor:
+        return self.head(self.embedded(tasks, self.one_batch))
 
-    Kernels are chosen by batch size and differ in the last bit; an inductive prediction must not depend on its company.
-    """
-    padding = inputs.new_zeros(-len(inputs) % chunk, *inputs.shape[1:])
-    outputs = torch.cat([network(part) for part in torch.cat([inputs, padding]).split(chunk)])
-    return outputs[: len(inputs)]
+    def embed(self, images: Tensor) -> Tensor:
+        return self.backbone.features(images) if self.features == "vectors" else self.backbone.maps(images)
 
+    def embedded(self, tasks: TaskBatch, one_batch: bool) -> TaskBatch:
+        """The tasks with features instead of images."""
+        if one_batch:
+            images = torch.cat([tasks.support_x, tasks.query_x], dim=1)  # [T, S + Q, C, H, W]
+            support, query = self._embed_tasks(images).tensor_split([tasks.support_x.shape[1]], dim=1)
+        else:
+            support, query = self._embed_tasks(tasks.support_x), self._embed_tasks(tasks.query_x)
+        return replace(tasks, support_x=support, query_x=query)
 
-def batch_norms(network: nn.Module) -> list[nn.BatchNorm2d]:
-    return [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    def predict_each_query(self, tasks: TaskBatch) -> Tensor:
+        queries = [tasks.with_query(index) for index in range(tasks.query_x.shape[1])]
+        return torch.cat([self.head(self.embedded(one, one_batch=True)) for one in queries], dim=1)
 
+    def embeds_each_image_alone(self, batch_norm: str) -> bool:
+        """Whether features of an image do not depend on other images, so that evaluation may compute them once."""
+        keeps_statistics = all(norm.running_mean is not None for norm in batch_norms(self.backbone))
+        return batch_norm == "inductive" and keeps_statistics
 
-def uses_batch_statistics(network: nn.Module) -> bool:
-    return any(norm.training or norm.running_mean is None for norm in batch_norms(network))
-
-
-def keeps_running_statistics(network: nn.Module) -> bool:
-    return any(norm.track_running_stats for norm in batch_norms(network))
-
-
-def running_statistics(network: nn.Module) -> list[Tensor]:
-    return [s for norm in batch_norms(network) for s in (norm.running_mean, norm.running_var) if s is not None]
+    def _embed_tasks(self, images: Tensor) -> Tensor:
+        return per_task(self.backbone, self.embed, images)
 
 
 @contextmanager
-def batch_statistics(network: nn.Module) -> Iterator[None]:
-    """Batch norms use the statistics of the batch and leave their running ones alone."""
-    before = [(norm, norm.training, norm.track_running_stats) for norm in batch_norms(network)]
-    for norm, _, _ in before:
-        norm.training, norm.track_running_stats = True, False
+def evaluating(algorithm: Algorithm, batch_norm: str, device: torch.device) -> Iterator[None]:
+    """Evaluation mode, in fp32 and without gradients. The only place where the batch-norm mode takes effect."""
+    was_training = algorithm.training
+    algorithm.eval()
+    statistics = batch_statistics(algorithm) if batch_norm == "transductive" else nullcontext()
     try:
-        yield
+        with torch.no_grad(), precision("fp32", device), statistics:
+            yield
     finally:
-        for norm, training, track in before:
-            norm.training, norm.track_running_stats = training, track
+        algorithm.train(was_training)
+
+
+def accuracies(logits: Tensor, labels: Tensor) -> Tensor:
+    """The share of correct queries of each task: logits [T, Q, N], labels [T, Q] -> [T]."""
+    return (logits.detach().argmax(dim=-1) == labels).float().mean(dim=1)
+
+
+def per_task(network: nn.Module, function: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+    """`function`, which calls `network`, over inputs [T, B, ...]; batch statistics are those of one task."""
+    if network.training or uses_batch_statistics(network):
+        return torch.stack([function(task) for task in inputs])
+    return function(inputs.flatten(0, 1)).unflatten(0, inputs.shape[:2])

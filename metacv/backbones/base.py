@@ -1,28 +1,71 @@
-"""Networks from images to feature maps."""
+"""Networks from images to features."""
 
 import math
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
 
 
-class Backbone(nn.Module):
-    """Images [B, C, H, W] -> feature maps [B, *out_shape]."""
+class Backbone(nn.Module, ABC):
+    """A network that embeds images.
 
-    out_shape: tuple[int, int, int]
+    A subclass sets `out_shape` and writes `forward`. Methods call `features` or `maps`, which first normalize the
+    images.
+    """
 
-    def normalize(self, mean: list[float], std: list[float]) -> None:
-        """From now on takes (images - mean) / std, by channel; one value goes for all. Not part of the weights."""
+    out_shape: tuple[int, ...]  # (C, H, W) of maps, or (D,) of vectors
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.normalize: nn.Module = nn.Identity()
+
+    @abstractmethod
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalized images [B, C, H, W] -> [B, *out_shape]."""
+
+    @property
+    def features_dim(self) -> int:
+        """D of the vectors that `features` returns."""
+        return math.prod(self.out_shape)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Images [B, C, H, W] from 0 to 1 -> vectors [B, D]."""
+        return self(self.normalize(images)).flatten(1)
+
+    def maps(self, images: Tensor) -> Tensor:
+        """Images [B, C, H, W] from 0 to 1 -> maps [B, D, h, w], where the network has maps."""
+        return self(self.normalize(images))
+
+    def set_normalization(self, mean: list[float], std: list[float]) -> None:
+        """Give the network (images - mean) / std from now on, by channel; one value holds for all channels.
+
+        Raises:
+            ValueError: a value is not finite, a deviation is not positive, or a normalization is already set.
+        """
         if not all(map(math.isfinite, mean)) or not all(0 < value < math.inf for value in std):
-            raise ValueError(f"mean={mean}, std={std}: finite, and every std above 0")
-        if hasattr(self, "input_mean"):
-            raise ValueError("backbone.weights come with their own")
-        self.register_buffer("input_mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
-        self.register_buffer("input_std", torch.tensor(std).view(-1, 1, 1), persistent=False)
-        self.register_forward_pre_hook(lambda self, images: (images[0] - self.input_mean) / self.input_std)
+            raise ValueError(f"mean={mean}, std={std}: all must be finite, and every std above 0")
+        if isinstance(self.normalize, Normalize):
+            raise ValueError("backbone.weights come with their own mean and std")
+        self.normalize = Normalize(mean, std)
 
     def load_pretrained(self) -> None:
-        """Takes the weights that a new training starts from, where they come from elsewhere."""
+        """Load the weights that a new training run starts from, if the network has any."""
+
+
+class Normalize(nn.Module):
+    """(images - mean) / std. The values come from the settings, and are not saved with the weights."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: list[float], std: list[float]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (images - self.mean) / self.std
 
 
 class GlobalMean(nn.Module):

@@ -1,15 +1,47 @@
-"""Batch norm whose gradient can be differentiated at little more than the gradient's own cost, as MAML does."""
+"""Which statistics batch norm uses, and a batch norm with a fast second derivative, which MAML needs."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
-class BatchNorm(nn.BatchNorm2d):
-    """nn.BatchNorm2d, but for rounding; with `second_order`, a gradient in training that is fast to differentiate once.
+def batch_norms(network: nn.Module) -> list[nn.BatchNorm2d]:
+    return [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
 
-    That is on CPUs and without running statistics. It has no third derivative, and torch.func.grad cannot take it.
+
+def uses_batch_statistics(network: nn.Module) -> bool:
+    """Whether any batch norm uses the statistics of its batch, in the mode that the network is in now."""
+    return any(norm.training or norm.running_mean is None for norm in batch_norms(network))
+
+
+def keeps_running_statistics(network: nn.Module) -> bool:
+    return any(norm.track_running_stats for norm in batch_norms(network))
+
+
+def running_statistics(network: nn.Module) -> list[Tensor]:
+    return [s for norm in batch_norms(network) for s in (norm.running_mean, norm.running_var) if s is not None]
+
+
+@contextmanager
+def batch_statistics(network: nn.Module) -> Iterator[None]:
+    """Batch norms use the statistics of their batch, and leave the running ones unchanged."""
+    before = [(norm, norm.training, norm.track_running_stats) for norm in batch_norms(network)]
+    for norm, _, _ in before:
+        norm.training, norm.track_running_stats = True, False
+    try:
+        yield
+    finally:
+        for norm, training, track in before:
+            norm.training, norm.track_running_stats = training, track
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """nn.BatchNorm2d up to rounding. If `second_order`, its gradient in training is fast to differentiate once more.
+
+    This holds on CPUs and without running statistics. It has no third derivative, and torch.func.grad cannot take it.
     """
 
     second_order = False

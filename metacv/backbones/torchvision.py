@@ -6,15 +6,15 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
-from metacv import MetacvError
 from metacv.backbones.base import Backbone
+from metacv.errors import UserError
 
 
 class Torchvision(Backbone):
-    """The features that the network's last linear layer would classify: maps [D, 1, 1].
+    """The features that the network's last linear layer classifies: vectors [D].
 
-    Images are normalized as `weights` want it, grey ones as red, green and blue alike. `frozen`: as they are, batch
-    norm's statistics too.
+    Images are normalized as `weights` need it; grey images become three equal channels. With `frozen` neither the weights
+    nor the running statistics of batch norm are trained.
     """
 
     def __init__(
@@ -37,16 +37,16 @@ class Torchvision(Backbone):
         self._as_a_feature_extractor(name)
         if self.weights:
             known = self.weights.transforms()
-            self.normalize(list(known.mean), list(known.std))
+            self.set_normalization(list(known.mean), list(known.std))
         self.frozen = frozen
         self.requires_grad_(not frozen)
         try:
             with torch.no_grad():
-                self.out_shape = (self.eval()(torch.zeros(2, *image_shape)).shape[1], 1, 1)
+                self.out_shape = tuple(self.eval()(torch.zeros(2, *image_shape)).shape[1:])
         except (RuntimeError, AssertionError, ValueError, AttributeError) as error:
-            said = str(error).splitlines()[0] if str(error) else type(error).__name__
-            size = f"{image_shape[1]}x{image_shape[2]} ({said})"
-            raise ValueError(f"name={name} does not take images of {size}; most take dataset.size=224") from None
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            size = f"{image_shape[1]}x{image_shape[2]}"
+            raise ValueError(f"name={name} does not take images of {size} ({reason}); try dataset.size=224") from None
         self.train()
 
     def _as_a_feature_extractor(self, name: str) -> None:
@@ -62,7 +62,7 @@ class Torchvision(Backbone):
         setattr(self.network.get_submodule(parent), last, nn.Identity())
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.network(images.expand(-1, 3, -1, -1)).flatten(1)[:, :, None, None]
+        return self.network(images.expand(-1, 3, -1, -1)).flatten(1)
 
     def train(self, mode: bool = True) -> "Torchvision":
         return super().train(mode and not self.frozen)
@@ -76,6 +76,6 @@ class Torchvision(Backbone):
             # DenseNet's files have norm.1 for norm1, and so on.
             found = {re.sub(r"\b(norm|conv)\.([12])\.", r"\1\2.", name): value for name, value in found.items()}
             self.network.load_state_dict({name: value for name, value in found.items() if name in own})
-        except Exception as error:  # no network, half a file, ...
-            said = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise MetacvError(f"backbone.weights: {self.weights.url} could not be had ({said})") from None
+        except Exception as error:  # no network, an incomplete file, ...
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f"backbone.weights: {self.weights.url} could not be downloaded ({reason})") from None

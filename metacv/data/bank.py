@@ -1,11 +1,11 @@
-"""Labelled images, all in memory: one uint8 tensor sorted by class, decoded once and cached."""
+"""The images of a split, all in memory: one uint8 tensor sorted by class. Each data set is decoded once and cached."""
 
 import hashlib
 import json
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -13,17 +13,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from metacv import MetacvError
-from metacv.data.image_files import on_threads
+from metacv.errors import UserError
 from metacv.files import read_checked, write_atomically
 
-Rotation = Literal["none", "per_class", "per_episode", "as_classes"]
+Rotation = Literal["none", "per_class", "per_episode", "as_classes"]  # explained in sampler.py
 SPLITS = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
 class ImageBank:
-    """Class c owns the rows offsets[c] to offsets[c + 1], so classes may differ in size."""
+    """Labelled images. Class c has the rows offsets[c] to offsets[c + 1], so classes may differ in size."""
 
     name: str  # for messages, such as "omniglot test"
     images: Tensor  # uint8 [M, C, H, W]
@@ -37,41 +36,42 @@ class ImageBank:
 
     @property
     def sizes(self) -> Tensor:
+        """The number of images of each class, int64 [classes]."""
         return self.offsets.diff()
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the images and of where the classes begin."""
+        """SHA-256 of the images and of the rows at which the classes begin."""
         digest = hashlib.sha256(self.offsets.numpy().tobytes())
         digest.update(self.images.cpu().contiguous().numpy().data)
         return digest.hexdigest()
 
     def select(self, name: str, classes: Sequence[int]) -> "ImageBank":
-        """The bank of these classes alone, in this order."""
+        """A bank named `name` of some classes, in the order of `classes`."""
         rows = [torch.arange(int(self.offsets[c]), int(self.offsets[c + 1])) for c in classes]
-        offsets = torch.tensor([0, *(len(r) for r in rows)]).cumsum(0)
+        offsets = torch.tensor([0, *map(len, rows)]).cumsum(0)
         images = self.images[torch.cat(rows)] if rows else self.images[:0]
         return ImageBank(name, images, offsets, tuple(self.class_names[c] for c in classes))
 
 
+@dataclass
 class Dataset(ABC):
-    """What a dataset YAML builds: class-disjoint splits, and how each split's classes are rotated."""
+    """Base class of what a dataset YAML builds: splits with disjoint classes, and how the classes are rotated."""
 
-    def __init__(self, data_dir: Path, train_rotation: Rotation = "none", test_rotation: Rotation = "none") -> None:
-        self.data_dir = data_dir
-        self.train_rotation = train_rotation
-        self.test_rotation = test_rotation
+    data_dir: Path
+    train_rotation: Rotation = field(default="none", kw_only=True)
+    test_rotation: Rotation = field(default="none", kw_only=True)  # of val and test
 
     @abstractmethod
     def load(self, split: str) -> ImageBank:
-        """The images of `train`, `val` or `test`."""
+        """The images of `train`, `val` or `test`; UserError if files or settings are wrong."""
 
     def read(self, path: Path) -> Tensor:
-        """Any picture as an image like the data set's own: uint8 [C, H, W]."""
-        raise MetacvError(f"{type(self).__name__} does not say how a picture becomes one of its images")
+        """Prepare any image file like the data set's own images: uint8 [C, H, W]; UserError if it cannot be read."""
+        raise UserError(f"{type(self).__name__} does not define how image files are read (method `read`)")
 
     def splits(self) -> dict[str, list[str]] | None:
-        """The class names of each split, of a data set that changes from user to user, to be kept beside a run."""
+        """The class names of each split, which a run saves; None if they follow from the settings alone."""
         return None
 
     def rotation(self, split: str) -> Rotation:
@@ -79,43 +79,38 @@ class Dataset(ABC):
 
 
 def cached_bank(data_dir: Path, name: str, settings: dict[str, Any], make: Callable[[], ImageBank]) -> ImageBank:
-    """`make()`, kept in data_dir/cache under a key of `settings`, so that the next run loads it in about a second."""
+    """The result of `make()`, kept in data_dir/cache under a hash of `settings`; loading it takes about a second.
+
+    A damaged cache file is replaced. If the folder cannot be written, a line says so and nothing is kept.
+    """
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     path = data_dir / "cache" / f"{name}-{key}.pt"
     try:
-        return _read(path, name)
+        return _load_cache(path, name)
     except (FileNotFoundError, NotADirectoryError):
         pass
     except Exception as error:
-        print(f"metacv: {path} cannot be read ({type(error).__name__}): making it again", file=sys.stderr)
+        print(f"metacv: {path} cannot be read ({type(error).__name__}); creating it again", file=sys.stderr)
     bank = make()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         content = {"images": bank.images, "offsets": bank.offsets, "class_names": list(bank.class_names)}
         write_atomically(path, content)
-        return _read(path, name)
+        return _load_cache(path, name)  # memory-mapped, and shared by all programs that load it
     except OSError as error:
-        print(f"metacv: {path} cannot be written ({error.strerror}): going on without a cache", file=sys.stderr)
+        print(f"metacv: {path} cannot be written ({error.strerror}); continuing without a cache", file=sys.stderr)
     return bank
 
 
-def _read(path: Path, name: str) -> ImageBank:
-    kept = read_checked(path, mmap=True)
-    bank = ImageBank(name, kept["images"], kept["offsets"], tuple(kept["class_names"]))
-    whole = len(bank.class_names) == len(bank.sizes) and int(bank.offsets[-1]) == len(bank.images)
-    if not whole or bank.images.dtype != torch.uint8 or bank.images.dim() != 4:
-        raise ValueError("not a bank of images")
+def _load_cache(path: Path, name: str) -> ImageBank:
+    content = read_checked(path, mmap=True)
+    bank = ImageBank(name, content["images"], content["offsets"], tuple(content["class_names"]))
+    complete = len(bank.class_names) == len(bank.sizes) and int(bank.offsets[-1]) == len(bank.images)
+    if not complete or bank.images.dtype != torch.uint8 or bank.images.dim() != 4:
+        raise ValueError("not an image bank")
     return bank
-
-
-def read_images(label: str, files: list[Path], read: Callable[[Path], Tensor], shape: tuple[int, int, int]) -> Tensor:
-    """uint8 [M, *shape]: what `read` makes of each file, on several threads; the first error ends it."""
-    images = torch.empty(len(files), *shape, dtype=torch.uint8)
-    for row, image in enumerate(on_threads(label, read, files)):
-        images[row] = image
-    return images
 
 
 def check_split(split: str) -> None:
     if split not in SPLITS:
-        raise MetacvError(f"split={split}: one of {', '.join(SPLITS)}")
+        raise UserError(f"split={split}: one of {', '.join(SPLITS)}")

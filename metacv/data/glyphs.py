@@ -1,14 +1,15 @@
-"""Glyphs: handwritten-looking characters that the program draws itself, for training without any data files.
+"""Glyphs: generated characters that look handwritten, for training without any data files.
 
-A class is a small motor program: one to four pen strokes, each a curve through two to five knots of a 3 x 3
-lattice, some starting on an earlier stroke. The lattice is what makes characters of them: strokes meet, run
-parallel and fill a box. An image is one performance of the program by a drawer who misses every knot a
-little, warps the whole smoothly and has a slant, size and position of their own. It is drawn as dots on a
-fine canvas, thickened to the pen's width and shrunk with a Lanczos filter, cheaper than exact distances.
+A class is a random motor program: one to four pen strokes, each a curve through two to five knots of a 3 x 3 lattice;
+some start on an earlier stroke. Because of the lattice, strokes meet, are parallel and fill a box, as those of
+characters do. An image is the program drawn once, with random errors at every knot, a smooth distortion, and random
+slant, size and position. It is drawn as dots on a fine canvas, widened to the pen, and reduced with a Lanczos filter,
+which is faster than computing distances to the curves.
 """
 
 import hashlib
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,44 +17,40 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from metacv.data.bank import SPLITS, Dataset, ImageBank, Rotation, cached_bank, check_split
-from metacv.data.image_files import as_tensor, open_picture
+from metacv.data.bank import SPLITS, Dataset, ImageBank, cached_bank, check_split
+from metacv.data.image_files import as_tensor, open_image
 
 SIZE = 28
-STROKES, KNOTS, DOTS = 4, 5, 12  # at most: strokes a glyph, knots a stroke; dots computed from knot to knot
-BLOCK = 50  # classes drawn together from one seed
-FINE = 3  # canvas pixels per image pixel
+STROKES, KNOTS, DOTS = 4, 5, 12  # most strokes of a glyph, most knots of a stroke, dots between two knots
+BLOCK = 50  # number of classes that are drawn together, from one seed
+FINE = 3  # canvas pixels for each image pixel, in each direction
 
 
+@dataclass
 class Glyphs(Dataset):
-    """Train, val and test are consecutive classes of one seeded stream."""
+    """Greyscale images of 28x28 pixels. Train, val and test are consecutive classes of one random stream."""
 
-    def __init__(
-        self,
-        data_dir: Path,
-        classes: dict[str, int],
-        images: int,
-        seed: int,
-        train_rotation: Rotation = "none",
-        test_rotation: Rotation = "none",
-    ) -> None:
-        super().__init__(data_dir, train_rotation, test_rotation)
-        if classes.keys() != {"train", "val", "test"} or min(classes.values()) < 1 or images < 1:
-            raise ValueError(f"classes={classes}, images={images}: at least one of each, for train, val and test")
-        self.classes, self.images, self.seed = classes, images, seed
+    classes: dict[str, int]  # the number in each split
+    images: int  # of each class
+    seed: int
+
+    def __post_init__(self) -> None:
+        numbers = f"classes={self.classes}, images={self.images}"
+        if self.classes.keys() != set(SPLITS) or min(*self.classes.values(), self.images) < 1:
+            raise ValueError(f"{numbers}: train, val and test, and all at least 1")
 
     def load(self, split: str) -> ImageBank:
         check_split(split)
         total = sum(self.classes.values())
-        program = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # another drawing wants another cache
+        program = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # changed code makes a new cache
         settings = {"program": program, "classes": total, "images": self.images, "seed": self.seed}
         everything = cached_bank(self.data_dir, "glyphs", settings, lambda: self._draw(total))
         start = sum(self.classes[earlier] for earlier in SPLITS[: SPLITS.index(split)])
         return everything.select(f"glyphs {split}", range(start, start + self.classes[split]))
 
     def read(self, path: Path) -> Tensor:
-        """Of dark ink on light paper."""
-        return 255 - as_tensor(open_picture(path, SIZE).convert("L").resize((SIZE, SIZE), Image.Resampling.LANCZOS))
+        """Prepare an image file of dark ink on light paper: uint8 [1, 28, 28], inverted."""
+        return 255 - as_tensor(open_image(path, SIZE).convert("L").resize((SIZE, SIZE), Image.Resampling.LANCZOS))
 
     def _draw(self, total: int) -> ImageBank:
         images = draw_glyphs(total, self.images, self.seed).flatten(0, 1)
@@ -62,27 +59,27 @@ class Glyphs(Dataset):
 
 
 def draw_glyphs(classes: int, images: int, seed: int = 0, size: int = SIZE) -> Tensor:
-    """Draw `images` performances of each of `classes` random characters.
+    """Draw `images` versions of each of `classes` random characters.
 
-    Returns uint8 [classes, images, 1, size, size], size in pixels, ink 255 on background 0. It depends on the
-    arguments only, class c not on how many classes follow it; the global random state is left alone.
+    Returns uint8 [classes, images, 1, size, size], size in pixels, ink 255 on background 0. The result depends on the
+    arguments alone, and class c does not depend on how many classes follow it. The global random state is not used.
     """
     drawn = torch.empty(classes, images, 1, size, size, dtype=torch.uint8)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # on busy cores, threads would wait for each other more than they draw
+    torch.set_num_threads(1)  # faster: the tensors are small, and threads would wait for each other
     try:
         for start in range(0, classes, BLOCK):
             rng = torch.Generator().manual_seed(seed * 1_000_003 + start)
-            paths = perform(compose(rng), images, rng)[: classes - start].flatten(0, 1)
-            parts = [render(part, size) for part in torch.split(paths, 200)]  # few fit the cache
+            paths = draw_paths(random_programs(rng), images, rng)[: classes - start].flatten(0, 1)
+            parts = [render(part, size) for part in torch.split(paths, 200)]  # so few fit the processor's cache
             drawn[start : start + BLOCK] = torch.cat(parts).view(-1, images, 1, size, size)
     finally:
         torch.set_num_threads(threads)
     return drawn
 
 
-def compose(rng: torch.Generator) -> dict[str, Tensor]:
-    """Motor programs of a block of classes: tensors [BLOCK, ...] in lattice sides, bends in radians."""
+def random_programs(rng: torch.Generator) -> dict[str, Tensor]:
+    """Motor programs of a block of classes: tensors [BLOCK, ...], lengths in lattice sides, bends in radians."""
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(BLOCK, *shape, generator=rng)
@@ -96,10 +93,10 @@ def compose(rng: torch.Generator) -> dict[str, Tensor]:
 
     strokes = pick([1, 2, 3, 4], [0.18, 0.33, 0.29, 0.20], 1)
     knots, lone = pick([2, 3, 4, 5], [0.5, 0.25, 0.15, 0.1], STROKES), pick([3, 4, 5], [0.35, 0.35, 0.3], 1)
-    knots = torch.where(strokes == 1, lone, knots)  # a lone straight line says too little to be a character
+    knots = torch.where(strokes == 1, lone, knots)  # a single straight line is hardly a character
     drawn = torch.arange(STROKES) < strokes
 
-    # Knots walk over the lattice, mostly along its rows and columns and away from where the pen has been.
+    # Knots move over the lattice, mostly along its rows and columns, and to places where the pen has not been.
     lattice = torch.cartesian_prod(torch.arange(3), torch.arange(3))
     gap = (lattice[:, None] - lattice).abs()
     step = torch.tensor([[0, 1.0, 0.8], [1.0, 0.6, 0.25], [0.8, 0.25, 0.3]])[gap[..., 0], gap[..., 1]]
@@ -111,22 +108,22 @@ def compose(rng: torch.Generator) -> dict[str, Tensor]:
             node[:, s, k] = torch.multinomial(likely, 1, generator=rng)[:, 0]
             used = (node[:, s, k, None] == torch.arange(9)) & (k < knots[:, s, None])
             fresh = fresh * torch.where(used, 0.3, 1.0)
-    places = lattice / 2 + 0.07 * normal(9, 2)  # every class has a crooked lattice of its own
+    places = lattice / 2 + 0.07 * normal(9, 2)  # every class has its own irregular lattice
     spots = places[torch.arange(BLOCK)[:, None, None], node] + 0.04 * normal(STROKES, KNOTS, 2)
 
     bend = pick([0, 0.5, 1.2, 1.9], [0.55, 0.15, 0.2, 0.1], STROKES, KNOTS - 1)
     bend = bend * (0.2 * normal(STROKES, KNOTS - 1)).exp() * pick([-1, 1], [0.5, 0.5], STROKES, KNOTS - 1)
-    # A hung stroke starts on dot `host` of an earlier stroke, its parent. Strokes that are not drawn have no
-    # length and hang on the first dot of stroke 0, where they do not show.
+    # An attached stroke starts on dot `host` of an earlier stroke, its parent. Strokes that are not drawn have length
+    # 0 and are attached to the first dot of stroke 0, where they are invisible.
     parent = (uniform(STROKES) * torch.arange(STROKES)).long() * drawn
     host = torch.where(uniform(STROKES) < 0.5, pick([0, 0.5, 1], [0.3, 0.4, 0.3], STROKES), uniform(STROKES))
-    length = pick([1, 0.15], [0.95, 0.05], STROKES) * drawn  # a few strokes are mere dots
+    length = pick([1, 0.15], [0.95, 0.05], STROKES) * drawn  # a few strokes are dots
     return {
         "spots": spots,
         "bend": bend,
         "length": length[..., None] * (torch.arange(KNOTS - 1) < knots[..., None] - 1),
         "smooth": (uniform(STROKES) < 0.45) & (knots > 2),
-        "hung": (uniform(STROKES) < 0.35) | ~drawn,
+        "attached": (uniform(STROKES) < 0.35) | ~drawn,
         "parent": parent,
         "host": (host * (knots - 1).gather(1, parent) * DOTS).long() * drawn,
         "loose": 0.03 * drawn,
@@ -135,8 +132,8 @@ def compose(rng: torch.Generator) -> dict[str, Tensor]:
     }
 
 
-def perform(program: dict[str, Tensor], images: int, rng: torch.Generator) -> Tensor:
-    """Dots (x, y) [BLOCK, images, STROKES * dots, 2] of every image, in canvas widths from the top left."""
+def draw_paths(program: dict[str, Tensor], images: int, rng: torch.Generator) -> Tensor:
+    """Dots (x, y) of every image, [BLOCK, images, STROKES * dots, 2], in canvas widths from the top left."""
 
     def noise(scale: float, *shape: int) -> Tensor:
         return scale * torch.randn(BLOCK, images, *shape, generator=rng)
@@ -144,8 +141,8 @@ def perform(program: dict[str, Tensor], images: int, rng: torch.Generator) -> Te
     one = {name: value[:, None] for name, value in program.items()}
     spots = one["spots"] + noise(0.05, STROKES, KNOTS, 2)
     moves = (spots[..., 1:, :] - spots[..., :-1, :]) * one["length"][..., None]
-    # Every move is a cubic from knot to knot. Its end tangents either pass smoothly into the neighbouring
-    # moves or lean to opposite sides by the bend, which makes an arc and leaves corners at the knots.
+    # Every move is a cubic from knot to knot. Its tangents at the ends either continue those of the neighbouring moves,
+    # or are turned to opposite sides by the bend, which makes an arc and leaves corners at the knots.
     bend = (one["bend"] + noise(0.15, STROKES, KNOTS - 1))[..., None]
     aside = torch.stack((-moves[..., 1], moves[..., 0]), -1) * bend.sin() * (1 + bend**2 / 3)
     ahead = moves * bend.cos() * (1 + bend**2 / 3)
@@ -159,18 +156,18 @@ def perform(program: dict[str, Tensor], images: int, rng: torch.Generator) -> Te
     walked = (moves.cumsum(-2) - moves)[..., None, :] + (3 - 2 * t) * t**2 * moves[..., None, :]
     curves = functional.pad((walked + lean * used).flatten(-3, -2), (0, 0, 1, 0))
 
-    # A hand rounds corners off.
+    # Handwriting has rounded corners.
     padded = functional.pad(curves.flatten(0, 2).mT, (3, 3), "replicate")
     curves = functional.avg_pool1d(padded, 7, 1).mT.view_as(curves)  # [BLOCK, images, STROKES, dots, 2]
 
     loose = one["loose"][..., None] * noise(1, STROKES, 2)
     for s, (parent, host) in enumerate(zip(program["parent"].T, program["host"].T, strict=True)):
         joint = curves[torch.arange(BLOCK), :, parent, host] + loose[:, :, s]
-        begin = torch.where(one["hung"][..., s, None] & (s > 0), joint, spots[:, :, s, 0])
+        begin = torch.where(one["attached"][..., s, None] & (s > 0), joint, spots[:, :, s, 0])
         curves[:, :, s] += begin[:, :, None]
 
-    # The drawer's hand: turn and slant, then a smooth warp of the box that holds the glyph, which keeps
-    # touching strokes together while it changes proportions, then about the program's size and place.
+    # Variation between drawers: rotation and slant; then a smooth distortion of the box around the glyph, which
+    # changes proportions while strokes that touch stay together; then size and position, close to the program's.
     turn, slant, squeeze = noise(0.09), noise(0.10), noise(0.06).exp()
     hand = torch.stack((turn.cos() * squeeze, turn.sin(), slant - turn.sin(), turn.cos() / squeeze), -1)
     dots = curves.flatten(2, 3) @ hand.view(BLOCK, images, 2, 2)
@@ -184,15 +181,15 @@ def perform(program: dict[str, Tensor], images: int, rng: torch.Generator) -> Te
 
 
 def render(paths: Tensor, size: int) -> Tensor:
-    """Images uint8 [n, size, size] of paths [n, STROKES * dots, 2] given in canvas widths."""
+    """Draw paths [n, STROKES * dots, 2], in canvas widths, as images, uint8 [n, size, size]."""
     fine = FINE * size
-    # More dots, so that no two neighbours in a stroke lie further apart than the pen is wide.
+    # Add dots, so that the distance between two neighbours in a stroke is less than the width of the pen.
     dense = paths.mT.reshape(2 * len(paths), STROKES, -1)
     dense = functional.interpolate(dense, size=4 * DOTS * (KNOTS - 1) + 1, mode="linear", align_corners=True)
     x, y = (dense.view(len(paths), 2, -1) * fine).long().clamp(0, fine - 1).unbind(1)
     canvas = torch.zeros(len(paths), fine * fine).scatter_(1, y * fine + x, 1.0).view(-1, fine, fine)
     at = torch.arange(fine)
-    reach, nib = 2 * (at[:, None] - at), max(1, fine // 21)  # an Omniglot pen is 5 of 105 pixels wide
+    reach, nib = 2 * (at[:, None] - at), max(1, fine // 21)  # Omniglot's pen is 5 of 105 pixels wide
     pen = ((reach > -nib) & (reach <= nib)).float()
     canvas = (pen @ canvas @ pen.T > 0).float()
     away = ((at + 0.5) / FINE - torch.arange(size)[:, None] - 0.5).clamp(-3, 3)

@@ -1,4 +1,4 @@
-"""Picture files of any kind as 8-bit images, upright and without transparency, and those as tensors."""
+"""Image files of any kind: opening them safely, reading many on several threads, and listing folders."""
 
 import os
 import sys
@@ -13,141 +13,156 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from metacv import MetacvError, clean
+from metacv.errors import UserError
+from metacv.text import printable
 
-DECODING = 1  # to be raised when a file becomes another tensor: older caches are made again
+DECODING = 1  # part of the key of caches: increase it when `open_image` decodes a file differently
 Fit = Literal["crop", "stretch"]
 T = TypeVar("T")
-# Of large files and damaged EXIF: what cannot be read is told in lines of our own.
+# Pillow warns of large files and damaged EXIF. We print a line of our own for a file that cannot be read.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-HIDDEN = (".", "__")  # the second of macOS, in archives
-RUNS_A_PROGRAM = {"EPS", "WMF"}  # Ghostscript, or Windows
+HIDDEN = (".", "__")  # how names of hidden files begin; macOS adds folders that begin with __ to archives
+EXTERNAL = {"EPS", "WMF"}  # formats that Pillow opens with another program (Ghostscript), or on Windows alone
 
 
-def open_picture(path: Path, side: int | None = None) -> Image.Image:
-    """Mode L or RGB, turned as its EXIF says, on white where it is transparent; of an animation the first frame.
+def open_image(path: Path, side: int | None = None) -> Image.Image:
+    """Open an image file of any format that Pillow decodes itself; UserError if that is impossible.
 
-    A JPEG may come smaller than it is, but not below twice `side` pixels, which reads large photographs faster.
+    Returns mode L or RGB, 8 bits, rotated as its EXIF says, transparent pixels on white; of an animation the first
+    frame. With `side`, a large file is returned at a smaller scale, but never with a side below twice `side` pixels.
     """
     Image.init()
     try:
-        with Image.open(path, formats=[name for name in Image.OPEN if name not in RUNS_A_PROGRAM]) as image:
-            if side:
+        with Image.open(path, formats=[name for name in Image.OPEN if name not in EXTERNAL]) as image:
+            if side:  # later steps then copy fewer pixels
                 image.draft(None, (2 * side, 2 * side))
-                image = _reduced(image, side)
-            return _plain(_upright(image))
+                if (factor := min(image.size) // (2 * side)) > 1 and image.mode in ("L", "RGB", "RGBA", "CMYK"):
+                    image = image.reduce(factor)
+            return _to_8_bits(_upright(image))
     except OSError as error:
         heic = path.suffix.lower() in (".heic", ".heif")
-        said = "Pillow does not read HEIC: convert it to JPEG or PNG" if heic else "not a picture, or damaged"
-        raise MetacvError(f"{path} cannot be read ({error.strerror or said})") from None
-    except Exception as error:  # Pillow has many words for a damaged or oversized file
-        raise MetacvError(f"{path} cannot be read ({str(error) or type(error).__name__})") from None
+        reason = "Pillow does not read HEIC: convert it to JPEG or PNG" if heic else "not an image, or damaged"
+        raise UserError(f"{path} cannot be read ({error.strerror or reason})") from None
+    except Exception as error:  # Pillow raises errors of many kinds for a damaged or oversized file
+        raise UserError(f"{path} cannot be read ({str(error) or type(error).__name__})") from None
 
 
-def _reduced(image: Image.Image, side: int) -> Image.Image:
-    """By a whole factor, to no less than twice `side`, before copies of all pixels are made."""
-    factor = min(image.size) // (2 * side)
-    if factor < 2 or image.mode not in ("L", "RGB", "RGBA", "CMYK"):
-        return image
-    small = image.reduce(factor)
-    small.info = image.info
-    return small
+def open_exactly(path: Path, formats: tuple[str, ...], mode: str) -> Image.Image:
+    """Open a file of a published data set, of one of Pillow's `formats`, and convert it to `mode`."""
+    try:
+        with Image.open(path, formats=formats) as image:
+            return image.convert(mode)
+    except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"{path} is not a readable image ({error})") from None
 
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # damaged EXIF: as it is
+    except Exception:  # damaged EXIF: without a rotation
         image.load()
         return image
 
 
-def _plain(image: Image.Image) -> Image.Image:
-    if ";16" in image.mode or image.mode in ("I", "F"):  # 16 or 32 bits, or fractions
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    if ";16" in image.mode or image.mode in ("I", "F"):  # 16-bit or 32-bit integers, or floats
         pixels = torch.frombuffer(bytearray(image.convert("F").tobytes()), dtype=torch.float32).nan_to_num(0, 0, 0)
         top = 65535 if ";16" in image.mode else float(pixels.max())
-        if image.mode == "F" and top <= 2:  # 0 to 1, and what resampling may have added
+        if image.mode == "F" and top <= 2:  # a range from 0 to 1, which resampling may have exceeded
             top = 1
         pixels = pixels * (255 / top if top > 255 or top == 1 else 1)
         return Image.frombytes("L", image.size, pixels.round().clamp(0, 255).byte().numpy().tobytes())
     if "A" in image.getbands() or "transparency" in image.info:
-        seen = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen).convert("RGB")
+        transparent = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", transparent.size, "white"), transparent).convert("RGB")
     return image.convert("L" if image.mode in ("1", "L") else "RGB")
 
 
-def squared(picture: Image.Image, size: int, fit: Fit) -> Image.Image:
-    """size x size pixels: the middle of the picture, or all of it stretched."""
-    if picture.size == (size, size):
-        return picture
-    if fit == "crop":
-        return ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
-    return picture.resize((size, size), Image.Resampling.LANCZOS)
+def to_square(image: Image.Image, size: int, fit: Fit) -> Image.Image:
+    """Resize to size x size pixels (Lanczos): the middle square of the image (crop), or all of it (stretch)."""
+    if image.size == (size, size):
+        return image
+    resize = ImageOps.fit if fit == "crop" else Image.Image.resize
+    return resize(image, (size, size), Image.Resampling.LANCZOS)
 
 
-def as_tensor(picture: Image.Image) -> Tensor:
-    """uint8 [C, H, W]"""
-    width, height = picture.size
-    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+def as_tensor(image: Image.Image) -> Tensor:
+    """Copy an image of mode L or RGB to a tensor, uint8 [C, H, W]."""
+    width, height = image.size
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return pixels.view(height, width, -1).permute(2, 0, 1)
 
 
-def read_or_tell(label: str, files: list[Path], read: Callable[[Path], Tensor]) -> tuple[list[Path], list[Tensor]]:
-    """The files that `read` can read, on several threads, and what it makes of them; a line for each of the others."""
+def read_images(label: str, files: list[Path], read: Callable[[Path], Tensor], shape: tuple[int, int, int]) -> Tensor:
+    """Read all files on several threads: uint8 [M, *shape]. The first error of `read` is raised."""
+    images = torch.empty(len(files), *shape, dtype=torch.uint8)
+    for row, image in enumerate(map_on_threads(label, read, files)):
+        images[row] = image
+    return images
 
-    def attempt(path: Path) -> Tensor | MetacvError:
+
+def read_readable(label: str, files: list[Path], read: Callable[[Path], Tensor]) -> tuple[list[Path], list[Tensor]]:
+    """Read files on several threads: those that are readable, and their images. Prints a line for each other file."""
+
+    def attempt(path: Path) -> Tensor | UserError:
         try:
             return read(path)
-        except MetacvError as error:
+        except UserError as error:
             return error
 
-    kept, found = [], []
-    for path, one in zip(files, on_threads(label, attempt, files), strict=True):
-        if isinstance(one, MetacvError):
-            tqdm.write(clean(f"metacv: {one}"), file=sys.stderr)
+    images = {}
+    for path, image in zip(files, map_on_threads(label, attempt, files), strict=True):
+        if isinstance(image, UserError):
+            tqdm.write(printable(f"metacv: {image}"), file=sys.stderr)
         else:
-            kept.append(path)
-            found.append(one)
-    return kept, found
+            images[path] = image
+    return list(images), list(images.values())
 
 
-def on_threads(label: str, read: Callable[[Path], T], files: list[Path]) -> Iterator[T]:
-    """What `read` makes of each file, in order, under a progress bar.
+def map_on_threads(label: str, function: Callable[[Path], T], files: list[Path]) -> Iterator[T]:
+    """Yield the results of `function` for each file, in order, and show a progress bar.
 
-    A thread takes several files at a time: of small ones that come one by one, two threads read fewer than one.
+    A thread takes several files at a time: with small files taken one by one, two threads are slower than one.
     """
     threads = min(32, os.cpu_count() or 1)
-    at_once = max(1, min(8, len(files) // (4 * threads)))
-    runs = [files[start : start + at_once] for start in range(0, len(files), at_once)]
+    size = max(1, min(8, len(files) // (4 * threads)))
+    chunks = [files[start : start + size] for start in range(0, len(files), size)]
     with (
         ThreadPoolExecutor(threads) as pool,
         tqdm(desc=label, total=len(files), unit="image", leave=False, disable=None) as bar,
     ):
         try:
-            for run in pool.map(lambda run: [read(path) for path in run], runs):
-                yield from run
-                bar.update(len(run))
+            for results in pool.map(lambda chunk: [function(path) for path in chunk], chunks):
+                yield from results
+                bar.update(len(results))
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def tell_left_out(label: str, kept: int, files: int) -> None:
-    if kept < files:
-        said = f"{files - kept} of {files} files left out, as no readable images"
-        print(clean(f"metacv: {label}: {said}"), file=sys.stderr)
+def report_skipped(label: str, readable: int, files: int) -> None:
+    """Print how many of the files were skipped, if any."""
+    if skipped := files - readable:
+        message = f"metacv: {label}: {skipped} of {files} files skipped: not readable as images"
+        print(printable(message), file=sys.stderr)
 
 
 def folders_in(folder: Path) -> list[Path]:
-    """By name, without hidden ones."""
-    return sorted(p for p in folder.glob("*") if p.is_dir() and not p.name.startswith(HIDDEN))
+    """The folders in a folder, sorted by name, without hidden ones; none if it cannot be listed."""
+    try:
+        entries = list(os.scandir(folder))  # faster than glob where there are many files
+    except OSError:
+        return []
+    return sorted(Path(entry) for entry in entries if entry.is_dir() and not entry.name.startswith(HIDDEN))
 
 
-def holds_folders_alone(folder: Path) -> bool:
-    return bool(folders_in(folder)) and not any(p.is_file() and not p.name.startswith(HIDDEN) for p in folder.glob("*"))
+def has_only_folders(folder: Path) -> bool:
+    """Whether a folder has folders in it and no file, hidden ones aside."""
+    visible = [path for path in folder.glob("*") if not path.name.startswith(HIDDEN)]
+    return any(path.is_dir() for path in visible) and not any(path.is_file() for path in visible)
 
 
 def files_below(folder: Path) -> list[Path]:
-    """All files in a folder and its folders, by name, without hidden ones."""
-    below = (path for path in folder.rglob("*") if path.is_file())
-    return sorted(p for p in below if not any(part.startswith(HIDDEN) for part in p.relative_to(folder).parts))
+    """All files in a folder and in its folders at any depth, sorted by path, without hidden ones."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return sorted(path for path in files if not any(name.startswith(HIDDEN) for name in path.relative_to(folder).parts))

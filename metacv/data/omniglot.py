@@ -1,6 +1,8 @@
-"""Omniglot (Lake et al., 2015), https://github.com/brendenlake/omniglot: 1623 characters x 20 drawers."""
+"""Omniglot (Lake et al., 2015), https://github.com/brendenlake/omniglot: 1623 characters, each by 20 drawers."""
 
 import tempfile
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -8,9 +10,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from metacv import MetacvError
-from metacv.data.bank import Dataset, ImageBank, Rotation, cached_bank, check_split, read_images
-from metacv.data.image_files import as_tensor, open_picture
+from metacv.data.bank import SPLITS, Dataset, ImageBank, cached_bank, check_split
+from metacv.data.image_files import as_tensor, open_exactly, open_image, read_images
+from metacv.data.sources import extract
+from metacv.errors import UserError
 from metacv.files import rename_unless_there
 
 CHARACTERS = {"images_background": 964, "images_evaluation": 659}
@@ -18,160 +21,136 @@ DRAWERS = 20
 RESAMPLE = {"lanczos": Image.Resampling.LANCZOS, "nearest": Image.Resampling.NEAREST}
 
 
+@dataclass
 class Omniglot(Dataset):
-    """Splits of the characters, after the papers:
+    """Greyscale images, and splits of the characters as in the papers:
 
-    lake    train and val are the background alphabets, val those named in `val_alphabets`; test is the evaluation
-            alphabets (Lake et al. 2015)
-    random  a shuffle of all characters by `split_seed`: `counts` for train and val from its start, test from its
-            end, so that the same seed has the same test characters whatever the other counts (MAML, Reptile)
-    file    lists of `ALPHABET/characterNN` or `ALPHABET/characterNN/rotDDD` lines (Vinyals et al. 2016); the
-            rotations in such a list are what `as_classes` says, and are not read
+    lake    background alphabets for train and, if in `val_alphabets`, val; evaluation alphabets for test (Lake 2015)
+    random  all characters shuffled with `split_seed`: train and val from the start, test from the end, `counts` of
+            each, so that one seed gives the same test characters whatever the other counts (MAML, Reptile)
+    file    lists with lines `ALPHABET/characterNN` or `ALPHABET/characterNN/rotDDD` (Vinyals et al. 2016); rotations
+            in the lists are ignored, as the rotation `as_classes` gives them
     """
 
-    def __init__(
-        self,
-        data_dir: Path,
-        size: int,
-        resample: Literal["lanczos", "nearest"],
-        invert: bool,
-        split: Literal["lake", "random", "file"],
-        val_alphabets: list[str],
-        counts: dict[str, int],
-        split_seed: int,
-        split_dir: str,
-        split_files: dict[str, str],
-        train_rotation: Rotation = "none",
-        test_rotation: Rotation = "none",
-    ) -> None:
-        super().__init__(data_dir, train_rotation, test_rotation)
-        if not 4 <= size <= 105:
-            raise ValueError(f"size={size}: the images are 105x105, so 4 to 105")
-        for name, found in (("counts", counts), ("split_files", split_files)):
-            if found.keys() != {"train", "val", "test"}:
-                raise ValueError(f"{name} must name train, val and test")
-        if min(counts.values()) < 1 or sum(counts.values()) > sum(CHARACTERS.values()):
-            raise ValueError(f"counts={counts}: each at least 1, together at most {sum(CHARACTERS.values())}")
-        self.size = size
-        self.resample = resample
-        self.invert = invert
-        self.split = split
-        self.val_alphabets = val_alphabets
-        self.counts = counts
-        self.split_seed = split_seed
-        self.split_dir = split_dir
-        self.split_files = split_files
+    size: int  # height and width in pixels
+    resample: Literal["lanczos", "nearest"]
+    invert: bool  # ink is 255 and paper 0
+    split: Literal["lake", "random", "file"]
+    val_alphabets: list[str]
+    counts: dict[str, int]
+    split_seed: int
+    split_dir: str  # the folder of `split_files`, in data_dir/omniglot unless absolute
+    split_files: dict[str, str]
+
+    def __post_init__(self) -> None:
+        if not 4 <= self.size <= 105:
+            raise ValueError(f"size={self.size}: must lie between 4 and 105, as the files are 105x105")
+        for name in ("counts", "split_files"):
+            if getattr(self, name).keys() != set(SPLITS):
+                raise ValueError(f"{name} must have train, val and test")
+        most = sum(CHARACTERS.values())
+        if min(self.counts.values()) < 1 or sum(self.counts.values()) > most:
+            raise ValueError(f"counts={self.counts}: each at least 1, together at most {most}")
 
     def load(self, split: str) -> ImageBank:
         check_split(split)
         settings = {"size": self.size, "resample": self.resample}
         everything = cached_bank(self.data_dir, f"omniglot-{self.size}-{self.resample}", settings, self._decode)
-        bank = everything.select(f"omniglot {split}", self._classes(everything.class_names)[split])
-        images = 255 - bank.images if self.invert else bank.images
-        return ImageBank(bank.name, images, bank.offsets, bank.class_names)
+        bank = everything.select(f"omniglot {split}", self._split_classes(everything.class_names)[split])
+        return replace(bank, images=255 - bank.images) if self.invert else bank
 
-    def _classes(self, names: tuple[str, ...]) -> dict[str, list[int]]:
-        """Of the names `FOLDER/ALPHABET/characterNN`, the indices of each split."""
+    def read(self, path: Path) -> Tensor:
+        image = self._resized(open_image(path, self.size))
+        return 255 - image if self.invert else image
+
+    def _resized(self, image: Image.Image) -> Tensor:
+        return as_tensor(image.convert("L").resize((self.size, self.size), RESAMPLE[self.resample]))
+
+    def _split_classes(self, names: tuple[str, ...]) -> dict[str, list[int]]:
+        """The classes of each split, as indices of `names`, FOLDER/ALPHABET/characterNN each."""
         if self.split == "random":
             order = torch.randperm(len(names), generator=torch.Generator().manual_seed(self.split_seed)).tolist()
             train, val, test = self.counts["train"], self.counts["val"], self.counts["test"]
             return {"train": order[:train], "val": order[train : train + val], "test": order[len(order) - test :]}
         if self.split == "file":
-            return self._listed({name.split("/", 1)[1]: c for c, name in enumerate(names)})
-        alphabets = {name.split("/")[1] for name in names if name.startswith("images_background")}
-        if unknown := set(self.val_alphabets) - alphabets:
-            raise MetacvError(
-                f"dataset.val_alphabets: {min(unknown)} is not among the background alphabets of {self.data_dir}"
-            )
-        found: dict[str, list[int]] = {"train": [], "val": [], "test": []}
+            return self._listed_classes({name.split("/", 1)[1]: c for c, name in enumerate(names)})
+        return self._lake_classes(names)
+
+    def _lake_classes(self, names: tuple[str, ...]) -> dict[str, list[int]]:
+        background = {name.split("/")[1] for name in names if name.startswith("images_background")}
+        if unknown := set(self.val_alphabets) - background:
+            allowed = ", ".join(sorted(background))
+            raise UserError(f"dataset.val_alphabets: {min(unknown)} is not one of the background alphabets, {allowed}")
+        if not self.val_alphabets or background == set(self.val_alphabets):
+            raise UserError("dataset.val_alphabets: name some of the background alphabets, not all or none")
+        classes: dict[str, list[int]] = {split: [] for split in SPLITS}
         for c, name in enumerate(names):
             folder, alphabet, _ = name.split("/")
-            background = "val" if alphabet in self.val_alphabets else "train"
-            found["test" if folder == "images_evaluation" else background].append(c)
-        if not found["train"] or not found["val"]:
-            raise MetacvError("dataset.val_alphabets: name some of the background alphabets, not all or none")
-        return found
+            split = "val" if alphabet in self.val_alphabets else "train"
+            classes["test" if folder == "images_evaluation" else split].append(c)
+        return classes
 
-    def _listed(self, index: dict[str, int]) -> dict[str, list[int]]:
-        folder = Path(self.split_dir).expanduser()
-        if not folder.is_absolute() and not folder.is_dir():
-            folder = self.data_dir / "omniglot" / folder
-        found = {}
+    def _listed_classes(self, index: dict[str, int]) -> dict[str, list[int]]:
+        classes, folder = {}, self.data_dir / "omniglot" / Path(self.split_dir).expanduser()
         for split, name in self.split_files.items():
+            path = folder / name
             try:
-                lines = (folder / name).read_text().split()
+                lines = path.read_text().split()
             except (OSError, UnicodeDecodeError) as error:
-                raise MetacvError(f"dataset.split=file: {folder / name} cannot be read ({error})") from None
+                raise UserError(f"dataset.split=file: {path} cannot be read ({error})") from None
             characters = dict.fromkeys("/".join(line.split("/")[:2]) for line in lines)
             if not characters:
-                raise MetacvError(f"{folder / name} lists no characters")
+                raise UserError(f"{path} lists no characters")
             if unknown := [character for character in characters if character not in index]:
-                raise MetacvError(f"{folder / name}: there is no character {unknown[0]} in Omniglot")
-            found[split] = [index[character] for character in characters]
-        if both := set(found["test"]) & set(found["train"] + found["val"]):
-            raise MetacvError(f"{folder}: {len(both)} test characters are also listed for train or val")
-        return found
+                raise UserError(f"{path}: there is no character {unknown[0]} in Omniglot")
+            classes[split] = [index[character] for character in characters]
+        if shared := set(classes["test"]) & set(classes["train"] + classes["val"]):
+            raise UserError(f"{folder}: {len(shared)} test characters are also listed for train or val")
+        return classes
 
     def _decode(self) -> ImageBank:
-        files: list[Path] = []
-        names: list[str] = []
-        for part, folder in self._folders().items():
+        """All characters, sorted by folder, alphabet and number."""
+        files: dict[str, list[Path]] = {}
+        for part, count in CHARACTERS.items():
+            folder = self._folder(part)
+            advice = f"delete {folder}, and it will be downloaded"
             characters = sorted(path for path in folder.glob("[!.]*/[!.]*") if path.is_dir())
-            if len(characters) != CHARACTERS[part]:
-                raise MetacvError(
-                    f"{folder} holds {len(characters)} instead of {CHARACTERS[part]} characters: mend it, or delete it "
-                    "to have it downloaded"
-                )
+            if len(characters) != count:
+                raise UserError(f"{folder} has {len(characters)} instead of {count} characters: {advice}")
             for character in characters:
                 images = sorted(character.glob("[!.]*.png"))
                 if len(images) != DRAWERS:
-                    raise MetacvError(f"{character} holds {len(images)} instead of {DRAWERS} images: mend or delete "
-                                      f"{folder} to have it downloaded")  # fmt: skip
-                files += images
-                names.append(f"{part}/{character.parent.name}/{character.name}")
-        decoded = read_images("omniglot", files, self._own, (1, self.size, self.size))
-        return ImageBank("omniglot", decoded, torch.arange(0, len(files) + 1, DRAWERS), tuple(names))
+                    raise UserError(f"{character} has {len(images)} instead of {DRAWERS} images: {advice}")
+                files[f"{part}/{character.parent.name}/{character.name}"] = images
+        decoded = read_images("omniglot", list(chain(*files.values())), self._read_own, (1, self.size, self.size))
+        return ImageBank("omniglot", decoded, torch.arange(0, len(decoded) + 1, DRAWERS), tuple(files))
 
-    def read(self, path: Path) -> Tensor:
-        image = self._small(open_picture(path, self.size))
-        return 255 - image if self.invert else image
+    def _read_own(self, path: Path) -> Tensor:
+        image = open_exactly(path, ("PNG",), "L")
+        if image.size != (105, 105):
+            raise UserError(f"{path} is {image.size[0]}x{image.size[1]} instead of 105x105")
+        return self._resized(image)
 
-    def _small(self, image: Image.Image) -> Tensor:
-        return as_tensor(image.convert("L").resize((self.size, self.size), RESAMPLE[self.resample]))
-
-    def _own(self, path: Path) -> Tensor:
-        try:
-            with Image.open(path, formats=("PNG",)) as image:
-                if image.size != (105, 105):
-                    raise ValueError(f"{image.size[0]}x{image.size[1]} instead of 105x105")
-                return self._small(image)
-        except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-            raise MetacvError(f"{path} is not a readable image ({error})") from None
-
-    def _folders(self) -> dict[str, Path]:
-        """Both folders of images: where they are found, else downloaded."""
-        places = [self.data_dir / "omniglot", self.data_dir, self.data_dir / "omniglot-py"]  # the last is torchvision's
-        found = {}
-        for part in CHARACTERS:
-            at = [place / part for place in places if (place / part).is_dir()]
-            found[part] = at[0] if at else self._download(part)
-        return found
+    def _folder(self, part: str) -> Path:
+        """The folder of images_background or images_evaluation, downloaded if it is missing."""
+        for place in ("omniglot", ".", "omniglot-py"):  # torchvision unpacks into omniglot-py
+            if (folder := self.data_dir / place / part).is_dir():
+                return folder
+        return self._download(part)
 
     def _download(self, part: str) -> Path:
-        from torchvision.datasets import Omniglot as Official
-        from torchvision.datasets.utils import download_url, extract_archive
+        from torchvision.datasets import Omniglot as Official  # importing torchvision takes a second
+        from torchvision.datasets.utils import download_url
 
-        place = self.data_dir / "omniglot" / part
-        url = f"{Official.download_url_prefix}/{part}.zip"
+        url, target = f"{Official.download_url_prefix}/{part}.zip", self.data_dir / "omniglot" / part
         try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            # In a folder of its own, then renamed: what is in its place is whole, also with two runs at once.
-            with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{part}.") as own:
-                download_url(url, own, md5=Official.zips_md5[part])
-                extract_archive(str(Path(own) / f"{part}.zip"), own)
-                rename_unless_there(Path(own) / part, place)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            # Unpacked in a temporary folder and renamed, so that `target` is complete whenever it exists.
+            with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{part}.") as temporary:
+                download_url(url, temporary, md5=Official.zips_md5[part])
+                extract(Path(temporary) / f"{part}.zip", Path(temporary))
+                rename_unless_there(Path(temporary) / part, target)
         except (OSError, RuntimeError) as error:
-            raise MetacvError(
-                f"data_dir={self.data_dir}: omniglot/{part} is not there and {url} could not be downloaded ({error})"
-            ) from None
-        return place
+            missing = f"data_dir={self.data_dir}: omniglot/{part} is missing"
+            raise UserError(f"{missing}, and {url} cannot be downloaded ({error})") from None
+        return target

@@ -1,4 +1,4 @@
-"""Random changes of training images, each image by a draw of its own, on the device where the images are."""
+"""Random augmentation of training images, on the device where the images are."""
 
 from typing import Any
 
@@ -6,30 +6,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metacv import MetacvError
+from metacv.errors import UserError
 
-GREY = (0.299, 0.587, 0.114)  # of red, green and blue, as ITU-R 601 and torchvision have it
+LUMA = (0.299, 0.587, 0.114)  # weights of red, green and blue in grey: ITU-R 601, as in torchvision
 
 
 class Augment:
-    """Changes images [B, C, H, W], 0 to 1, each by its own draw, in this order:
+    """Changes each image of a batch [B, C, H, W], from 0 to 1, at random, in this order:
 
-    crop    moved by up to so many pixels up, down, left and right, zeros coming in
-    flip    half of them turned left to right
-    jitter  brightness, contrast and saturation multiplied by factors between 1 - jitter and 1 + jitter
+    crop    shift by up to `crop` pixels in each direction, and fill with zeros
+    flip    mirror left to right, with probability 1/2
+    jitter  multiply brightness, contrast and saturation by factors from 1 - jitter to 1 + jitter
     """
 
     def __init__(self, crop: int, flip: bool, jitter: float, seed: int = 0) -> None:
         if not 0 <= crop < 2**15 or not 0 <= jitter <= 1:
-            raise MetacvError(f"augment.crop={crop}, augment.jitter={jitter}: crop from 0, jitter from 0 to 1")
+            raise UserError(f"augment.crop={crop}, augment.jitter={jitter}: crop from 0, jitter from 0 to 1")
         self.crop, self.flip, self.jitter = crop, flip, jitter
         self.generator = torch.Generator().manual_seed(seed)
 
     def __bool__(self) -> bool:
+        """Whether any change is switched on."""
         return bool(self.crop or self.flip or self.jitter)
 
     def draw(self, count: int) -> Tensor:
-        """What to do with so many images: pixels down and right, whether to flip, three factors. [B, 6]"""
+        """Random changes for `count` images [B, 6]: pixels down and right, flip (0 or 1), and the three factors."""
         down, right = self._integers(2 * self.crop + 1, (2, count)) if self.crop else torch.zeros(2, count)
         flip = self._integers(2, (count,)) if self.flip else torch.zeros(count)
         factors = torch.ones(3, count)
@@ -38,6 +39,7 @@ class Augment:
         return torch.stack([down, right, flip, *factors], dim=1)
 
     def __call__(self, images: Tensor, changes: Tensor) -> Tensor:
+        """Images [B, C, H, W] changed as `draw` says, [B, 6]."""
         count, _, height, width = images.shape
         changes = changes.to(images)
         if self.crop:
@@ -66,7 +68,7 @@ class Augment:
 
 
 def _grey(images: Tensor) -> Tensor:
-    """[B, C, H, W] -> [B, 1, H, W]; images that are not of three channels are grey already."""
+    """[B, C, H, W] -> [B, 1, H, W]. Images without three channels are grey already."""
     if images.shape[1] != 3:
         return images[:, :1]
-    return (images * images.new_tensor(GREY).view(3, 1, 1)).sum(1, keepdim=True)
+    return (images * images.new_tensor(LUMA).view(3, 1, 1)).sum(1, keepdim=True)

@@ -1,243 +1,191 @@
-"""Runs, or a whole sweep, gathered into a table and a page: what was set, what came out, what the papers have."""
+"""Finds the runs below some folders, and the evaluations of their checkpoints."""
 
-import csv
-import io
 import json
-import re
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from functools import cache
-from itertools import groupby
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig
 
-from metacv import MetacvError, checkpoint, clean
+from metacv import CONFIG_DIR
 from metacv.compare import shortened
-from metacv.config import ReportConfig
-from metacv.config_dir import config_dir
-from metacv.evaluate import NORMS
-from metacv.files import csv_safe, write_bytes_atomically
-from metacv.logger import ELSEWHERE, flat
-from metacv.model import check_settings
-from metacv.report.page import page
+from metacv.config import TrainConfig, flat, is_local, to_dict
+from metacv.errors import UserError
+from metacv.model import load_checkpoint
+from metacv.results import Result, ResultFile, read_results
+from metacv.text import plural, printable
+from metacv.upgrade import upgrade_override
 
-EXPERIMENTS = config_dir() / "experiment"
-RUNNERS = {"hydra", "launcher", "sweeper"}
-PROTOCOL = {"way", "shot", "query", "norm", "algo", "backbone", "dataset"}  # a paper's, which its experiment has
+RUNNERS = {"hydra", "launcher", "sweeper"}  # settings of where runs are executed
+# Settings that are part of a paper's protocol: its experiment sets them.
+PROTOCOL = {"way", "shot", "query", "batch_norm", "algo", "backbone", "dataset", "paper"}
 LARGEST = 10**7  # bytes of a text file
-CHOICE = (
-    "chosen: the highest accuracy in validation, where the runs of a task were validated alike; not told apart: an "
-    "interval that overlaps with that of the chosen one, where metacv compare on the same episodes tells more"
-)
 
 
 @dataclass
-class RunFound:
-    """What lies in a run's folder, and where its checkpoint was tested."""
+class Run:
+    """A folder with a best.pt, and the evaluations of this checkpoint. All texts are printable."""
 
     folder: Path
-    saved: dict[str, Any]  # the content of best.pt, without the weights
-    digest: str
-    overrides: dict[str, str]  # what the command line changed
+    config: TrainConfig
+    step: int
+    validation: dict[str, Any]  # accuracy and ci95; empty if the checkpoint has none
+    sha256: str
+    overrides: dict[str, str]  # settings that the command line changed
     metrics: list[dict[str, float]]
-    tests: list[dict[str, Any]] = field(default_factory=list)
+    tests: list[Result] = field(default_factory=list)
     name: str = ""
 
     @property
-    def config(self) -> dict[str, Any]:
-        return self.saved["config"]
-
-    @property
     def algorithm(self) -> str:
-        return class_name(self.config["algo"])
+        return class_name(self.config.algo)
 
-    @property
+    @cached_property
     def settings(self) -> dict[str, str]:
-        """Of what was changed the values as they were trained with."""
-        trained = {name: str(value) for name, value in flat(self.config)}
-        return self.overrides | {name: clean(value) for name, value in trained.items()}
+        """Every setting that may change the result, as the run was trained with it."""
+        trained = {name: printable(str(value)) for name, value in flat(to_dict(self.config))}
+        return self.overrides | trained
 
-    @property
+    @cached_property
     def validated_on(self) -> str:
-        """Runs with the same were validated alike."""
-        names = ("way", "shot", "query", "norm", "eval_episodes")
-        images = {name: value for name, value in self.config["dataset"].items() if name != "train_rotation"}
-        return json.dumps([images, *(self.config.get(name) for name in names)], default=str)
+        """Equal for runs that were validated on the same episodes."""
+        names = ("way", "shot", "query", "batch_norm", "eval_episodes")
+        images = {name: value for name, value in self.config.dataset.items() if name != "train_rotation"}
+        return json.dumps([images, *(getattr(self.config, name) for name in names)], default=str)
 
-    @property
-    def validation(self) -> dict[str, Any]:
-        found = self.saved.get("validation")
-        return found if isinstance(found, dict) and is_number(found.get("accuracy"), found.get("ci95")) else {}
-
-    def paper(self, test: dict[str, Any]) -> str:
-        """The published accuracy in the head of its experiment, if `test` was under that protocol."""
-        line = paper_lines().get(self.overrides.get("experiment", ""))
-        asked = {name: self.config[name] for name in ("way", "shot", "query")} | {
-            "dataset": class_name(self.config["dataset"]),
-            "rotation": self.config["dataset"].get("test_rotation"),
-            "split": "test",
-        }
-        as_there = PROTOCOL.isdisjoint(name.split(".")[0] for name in self.overrides if not name.startswith("algo."))
-        if not line or not as_there or test["algo"] or any(test[name] != value for name, value in asked.items()):
+    def paper(self, test: Result) -> str:
+        """The accuracy that the paper reports, in %, if `test` follows the protocol of the run's experiment."""
+        changed = {name.split(".")[0] for name in self.overrides if not name.startswith("algo.")}
+        own = (self.config.way, self.config.shot, self.config.query)
+        images = (class_name(self.config.dataset), self.config.dataset.get("test_rotation", "none"), "test")
+        if (
+            "experiment" not in self.overrides
+            or PROTOCOL & changed
+            or test.changes
+            or (test.way, test.shot, test.query) != own
+            or (test.dataset, test.rotation, test.split) != images
+        ):
             return ""
-        for inductive, number in re.findall(r"(inductive )?(\d+\.\d+(?: ± \d+\.\d+)?) %", line):
-            if test["norm"] == (inductive.strip() or self.config["norm"]):
-                return str(number)
+        for entry in self.config.paper or paper_of_experiment(self.overrides["experiment"]):
+            accuracy, ci95 = entry.get("accuracy"), entry.get("ci95")
+            if entry.get("batch_norm", self.config.batch_norm) == test.batch_norm and is_number(accuracy):
+                numbers = [accuracy, ci95] if is_number(ci95) else [accuracy]
+                decimals = max(1, *(len(f"{number:.10g}".partition(".")[2]) for number in numbers))
+                return " ± ".join(f"{number:.{decimals}f}" for number in numbers)
         return ""
 
 
-@dataclass
-class Row:
-    """A line of the table: a run, or one test of it."""
-
-    run: RunFound
-    test: dict[str, Any] | None
-    varied: list[str]
-    choice: str = ""
-
-    @property
-    def task(self) -> tuple[int, int, str, str]:
-        """Rows with the same can be compared."""
-        config = self.run.config
-        if self.test:
-            return self.test["way"], self.test["shot"], tested_on(self.test), self.test["episodes_sha256"]
-        return config["way"], config["shot"], "", self.run.validated_on
-
-    @property
-    def accuracy(self) -> float:
-        return self.measured[0]
-
-    @property
-    def measured(self) -> tuple[float, float]:
-        """Accuracy and half its interval, on test if there was one."""
-        found = self.test or self.run.validation or {"accuracy": 0, "ci95": 0}
-        return float(found["accuracy"]), float(found["ci95"])
-
-    @property
-    def settings(self) -> dict[str, str]:
-        return self.run.settings | (self.test["algo"] if self.test else {})
-
-    @property
-    def cells(self) -> dict[str, str]:
-        way, shot, tested, _ = self.task
-        return {
-            "run": self.run.name,
-            "algorithm": self.run.algorithm,
-            "task": f"{way}-way {shot}-shot",
-            "test %": percent(self.test),
-            "paper %": self.run.paper(self.test) if self.test else "",
-            "validation %": percent(self.run.validation),
-            "choice": self.choice,
-            "at step": str(self.run.saved["step"]),
-            **{name: self.settings.get(name, "") for name in self.varied},
-            "tested on": tested,
-        }
+def paper_of_experiment(name: str) -> list[dict[str, Any]]:
+    """The paper's numbers in the experiment's file, for checkpoints from before they were part of the settings."""
+    folder = CONFIG_DIR / "experiment"
+    known = {path.relative_to(folder).with_suffix("").as_posix(): path for path in folder.rglob("*.yaml")}
+    return yaml.safe_load(known[name].read_text()).get("paper", []) if name in known else []
 
 
-def report(cfg: DictConfig, folder: Path) -> list[dict[str, str]]:
-    """Writes report.html, report.md and report.csv about all runs below the folders that are named."""
-    check_settings(cfg, ReportConfig)
-    places = [place for name in cfg.runs if not (place := Path(name).expanduser()).is_file()]
-    for place in places:
-        if not place.is_dir():
-            raise MetacvError(f"{place}: there is no such folder")
-    runs, notes = gather(places)
-    if not runs:
-        raise MetacvError("; ".join([f"{', '.join(cfg.runs)}: no run with a best.pt in there", *notes]))
-    rows = [Row(run, test, []) for run in runs for test in (run.tests or [None])]  # type: ignore[list-item]
-    named = sorted({name for row in rows for name in (*row.run.overrides, *(row.test["algo"] if row.test else ()))})
-    varied = [name for name in named if len({row.settings.get(name) for row in rows}) > 1]
-    for row in rows:
-        row.varied = varied
-    rows.sort(key=lambda row: (*row.task, -row.accuracy))
-    for _, task in groupby(rows, key=lambda row: row.task):
-        choose(list(task))
-    notes = [CHOICE] * any(row.choice for row in rows) + notes
-    cells = without_empty([row.cells for row in rows])
-    write_bytes_atomically(folder / "report.csv", as_csv(cells).encode())
-    write_bytes_atomically(folder / "report.md", as_markdown(cells).encode())
-    write_bytes_atomically(folder / "report.html", page(rows, cells, notes).encode())
-    print("\n".join([as_text(cells), *notes]))
-    for kind in ("html", "md", "csv"):
-        print(f"{'written:' if kind == 'html' else '':<8} {folder / f'report.{kind}'}")
-    return cells
+def gather(places: Iterable[Path]) -> tuple[list[Run], list[str]]:
+    """Runs below `places`, with all evaluations of their checkpoints that lie anywhere below `places`.
 
-
-def choose(rows: list[Row]) -> None:
-    """Of the rows of a task, by validation, since the highest of many accuracies on test is high by chance too."""
-    as_validated = [row for row in rows if not (row.test and row.test["algo"])]
-    alike = len({row.run.validated_on for row in rows}) == 1 and all(row.run.validation for row in rows)
-    if not as_validated or not alike or len({row.run.folder for row in rows}) == 1:
-        return
-    chosen = max(as_validated, key=lambda row: row.run.validation["accuracy"])
-    for row in rows:
-        if abs(row.accuracy - chosen.accuracy) <= row.measured[1] + chosen.measured[1]:
-            row.choice = "not told apart"
-    chosen.choice = "chosen"
-
-
-@cache
-def paper_lines() -> dict[str, str]:
-    """What the head of each experiment says of its paper."""
-    return {
-        path.relative_to(EXPERIMENTS).with_suffix("").as_posix(): line
-        for path in EXPERIMENTS.rglob("*.yaml")
-        for line in path.read_text().splitlines()
-        if line.startswith("# paper ")
-    }
-
-
-def gather(places: Iterable[Path]) -> tuple[list[RunFound], list[str]]:
-    """Every folder with a best.pt, and every evaluation of its checkpoint, wherever it lies below `places`.
-
-    And a line on the runs, and one on the evaluations, that this leaves out.
+    Also returns a note on the runs, and one on the evaluations, that are left out. A damaged checkpoint is reported on
+    stderr; other damaged files count as missing.
     """
-    runs: dict[Path, RunFound] = {}
-    tests: dict[tuple[str, ...], dict[str, Any]] = {}
-    without: dict[Path, None] = {}
-    for place in places:
-        for path in sorted(place.rglob("best.pt")):
-            try:
-                saved, digest = checkpoint.load(path), checkpoint.file_hash(path)
-            except (MetacvError, OSError) as error:
-                print(f"metacv: {error}: left out", file=sys.stderr)
-                continue
-            del saved["algorithm"]
-            home = path.parent
-            runs[home.resolve()] = RunFound(home, saved, digest, overrides(home), metrics(home / "metrics.jsonl"))
-        without |= dict.fromkeys(home for home in trainings(place) if not (home / "best.pt").exists())
-        for path, found in tests_below(place):
-            key = (found["checkpoint_sha256"], found["episodes_sha256"], found["norm"], str(found["algo"]))
-            tests[key] = found | {"path": path}
-    for run in runs.values():
-        run.tests = [found for (digest, *_), found in tests.items() if digest == run.digest]
-    for folder, name in zip(runs, shortened(list(runs)) if runs else [], strict=True):
-        runs[folder].name = clean(name)
-    known = {run.digest for run in runs.values()}
-    strange = [found["path"] for found in tests.values() if found["checkpoint_sha256"] not in known]
-    notes = [left_out("without a best.pt (failed, or not validated yet)", "run", list(without))]
-    notes += [left_out("of a checkpoint that is not there, or has changed since", "evaluation", strange)]
+    places = list(places)
+    files = dict(item for place in places for item in result_files(place))
+    tests = {
+        (test.checkpoint_sha256, test.episodes_sha256, test.batch_norm, str(test.changes)): (test, path)
+        for path, file in files.items()
+        for test in map(printable_result, file.results)
+        if test.checkpoint_sha256
+    }
+    runs: dict[Path, Run] = {}
+    for path in (path for place in places for path in sorted(place.rglob("best.pt"))):
+        try:
+            runs[path.parent.resolve()] = read_run(path, files)
+        except (UserError, OSError) as error:
+            print(printable(f"metacv: {error}: left out"), file=sys.stderr)
+    for run, name in zip(runs.values(), shortened(list(runs)) if runs else [], strict=True):
+        run.name = printable(name)
+        run.tests = [test for test, _ in tests.values() if test.checkpoint_sha256 == run.sha256]
+    failed = {folder for place in places for folder in training_folders(place) if not (folder / "best.pt").exists()}
+    known = {run.sha256 for run in runs.values()}
+    strange = {path for test, path in tests.values() if test.checkpoint_sha256 not in known}
+    notes = [
+        left_out("run", "without a best.pt (failed, or not validated yet)", failed),
+        left_out("evaluation", "of a checkpoint that is missing or has changed since", strange),
+    ]
     return list(runs.values()), [note for note in notes if note]
 
 
-def trainings(place: Path) -> set[Path]:
-    """The folders that a training has written to."""
-    begun = {path.parent.parent for path in place.rglob(".hydra/hydra.yaml") if "name: metacv train\n" in read(path)}
-    return begun | {path.parent for path in place.rglob("metrics.jsonl")}
+def read_run(path: Path, files: dict[Path, ResultFile]) -> Run:
+    """The run of a best.pt, without its weights."""
+    checkpoint, folder = load_checkpoint(path), path.parent
+    validation = checkpoint.content.get("validation")
+    if not isinstance(validation, dict) or not is_number(validation.get("accuracy"), validation.get("ci95")):
+        validation = {}
+    changed = overrides(folder, [file for place, file in files.items() if place.parent == folder])
+    lines = metrics(folder / "metrics.jsonl")
+    return Run(folder, checkpoint.config, checkpoint.step, validation, checkpoint.sha256, changed, lines)
 
 
-def left_out(why: str, what: str, paths: list[Path]) -> str:
-    names = [clean(str(path)) for path in sorted(set(paths))]
-    more = f" and {len(names) - 5} more" * (len(names) > 5)
-    return f"left out: {len(paths)} {what}{'s' * (len(paths) > 1)} {why}: {', '.join(names[:5])}{more}" if paths else ""
+def result_files(place: Path) -> Iterator[tuple[Path, ResultFile]]:
+    for path in sorted(place.rglob("*.json")):
+        try:
+            if path.is_file():
+                yield path, read_results(path)
+        except UserError:  # another program's file, or one that is damaged
+            continue
+
+
+def printable_result(test: Result) -> Result:
+    texts: dict[str, Any] = {own.name: printable(getattr(test, own.name)) for own in fields(Result) if own.type is str}
+    changes = {printable(f"algo.{name}"): printable(str(value)) for name, value in test.changes.items()}
+    return replace(test, **texts, changes=changes)
+
+
+def overrides(folder: Path, files: list[ResultFile]) -> dict[str, str]:
+    """Settings that the command line of a run changed, except those that do not change its result."""
+    words = next((file.training["overrides"] for file in files if file.training and "overrides" in file.training), None)
+    if words is None:  # the run goes on, or is of version 1
+        try:
+            # BaseLoader makes texts and lists only; neither it nor the loop below multiplies what an alias refers to.
+            words = yaml.load(read(folder / ".hydra/overrides.yaml"), yaml.BaseLoader)
+        except (ValueError, RecursionError, yaml.YAMLError):
+            words = []
+    texts = dict.fromkeys(word for word in words if isinstance(word, str)) if isinstance(words, list) else {}
+    pairs = [upgrade_override(printable(word).lstrip("+")).partition("=") for word in texts]
+    return {n: value for n, _, value in pairs if not (n.split(".")[0] in RUNNERS or is_local(n.split(".")[0]))}
+
+
+def metrics(path: Path) -> list[dict[str, float]]:
+    """The lines of metrics.jsonl that have a step, with the values that are numbers."""
+    lines = []
+    for line in read(path).splitlines():
+        try:
+            content = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(content, dict) and is_number(content.get("step")):
+            lines.append({name: float(value) for name, value in content.items() if is_number(value)})
+    return lines
+
+
+def training_folders(place: Path) -> set[Path]:
+    """Folders that a training run has written to."""
+    started = {path.parent.parent for path in place.rglob(".hydra/hydra.yaml") if "name: metacv train\n" in read(path)}
+    return started | {path.parent for path in place.rglob("metrics.jsonl")}
+
+
+def left_out(noun: str, reason: str, paths: set[Path]) -> str:
+    """A note that counts `paths` and names up to five of them; empty if there are none."""
+    names = [printable(str(path)) for path in sorted(paths)]
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"left out: {plural(len(names), noun)} {reason}: {', '.join(names[:5])}{more}" if names else ""
 
 
 def read(path: Path) -> str:
-    """Its text; nothing of a file that cannot be read, or is too large."""
+    """The text of a file; empty if it cannot be read or is too large."""
     try:
         if path.is_file() and path.stat().st_size < LARGEST:
             return path.read_text(errors="replace")
@@ -246,103 +194,9 @@ def read(path: Path) -> str:
     return ""
 
 
-def read_json(path: Path) -> Any:
-    """Its content; nothing of a file that is damaged."""
-    try:
-        return json.loads(read(path))
-    except (ValueError, RecursionError):
-        return None
-
-
-def tests_below(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The evaluations in a folder's files; of one by ways of batch norm, or of a comparison, each."""
-    for path in sorted(folder.rglob("*.json")):
-        content = read_json(path)
-        parts = [content]
-        if isinstance(content, dict):
-            compared = content.get("runs")
-            parts += [content.get(norm) for norm in NORMS] + list(
-                compared.values() if isinstance(compared, dict) else ()
-            )
-        for part in parts:
-            if isinstance(part, dict) and "checkpoint_sha256" in part:
-                found: dict[str, Any] = {"rotation": "none", "algo": {}} | part
-                texts = ("checkpoint_sha256", "episodes_sha256", "norm", "dataset", "split", "rotation")
-                whole = all(type(found.get(name)) is int for name in ("way", "shot", "query", "episodes"))
-                whole = (
-                    whole and is_number(found.get("accuracy"), found.get("ci95")) and isinstance(found["algo"], dict)
-                )
-                if whole and all(isinstance(found.get(name), str) for name in texts):
-                    changed = {clean(f"algo.{name}"): clean(str(value)) for name, value in found["algo"].items()}
-                    yield path, found | {name: clean(found[name]) for name in texts} | {"algo": changed}
-
-
-def overrides(folder: Path) -> dict[str, str]:
-    """What the command line of a run changed, but for what does not change what comes out."""
-    files = [read_json(path) for path in sorted(folder.glob("*.json"))]
-    words = next((found["overrides"] for found in files if isinstance(found, dict) and "overrides" in found), None)
-    if words is None:
-        try:  # as plain text, in which nothing can be merged
-            words = yaml.load(read(folder / ".hydra/overrides.yaml"), yaml.BaseLoader)
-        except (ValueError, RecursionError, yaml.YAMLError):
-            words = []
-    texts = dict.fromkeys(word for word in words if isinstance(word, str)) if isinstance(words, list) else {}
-    pairs = [clean(word).lstrip("+").partition("=") for word in texts]
-    return {name: value for name, _, value in pairs if name.split(".")[0] not in RUNNERS | ELSEWHERE}
-
-
-def metrics(path: Path) -> list[dict[str, float]]:
-    """The lines that can be drawn."""
-    found = []
-    for line in read(path).splitlines():
-        try:
-            content = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(content, dict) and is_number(content.get("step")):
-            found.append({name: float(value) for name, value in content.items() if is_number(value)})
-    return found
-
-
 def is_number(*values: Any) -> bool:
     return all(type(value) in (int, float) and abs(value) < 1e15 for value in values)
 
 
 def class_name(node: dict[str, Any]) -> str:
-    return clean(str(node.get("_target_")).rpartition(".")[2])
-
-
-def percent(found: dict[str, Any] | None) -> str:
-    return f"{100 * found['accuracy']:.2f} ± {100 * found['ci95']:.2f}" if found else ""
-
-
-def tested_on(test: dict[str, Any]) -> str:
-    rotation = "" if test.get("rotation", "none") == "none" else f", rotation {test['rotation']}"
-    where = f"{test['dataset']} {test['split']}"
-    return f"{test['episodes']} episodes of {where}, {test['query']} queries, {test['norm']}{rotation}"
-
-
-def without_empty(cells: list[dict[str, str]]) -> list[dict[str, str]]:
-    kept = [name for name in cells[0] if any(row[name] for row in cells)]
-    return [{name: row[name] for name in kept} for row in cells]
-
-
-def as_csv(cells: list[dict[str, str]]) -> str:
-    text = io.StringIO(newline="")
-    writer = csv.writer(text)
-    for line in (cells[0], *(row.values() for row in cells)):
-        writer.writerow(map(csv_safe, line))
-    return text.getvalue()
-
-
-def as_markdown(cells: list[dict[str, str]]) -> str:
-    lines = [list(cells[0]), *(list(row.values()) for row in cells)]
-    lines = [[value.replace("|", "\\|") for value in line] for line in lines]
-    lines.insert(1, ["---"] * len(cells[0]))
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def as_text(cells: list[dict[str, str]]) -> str:
-    lines = [list(cells[0]), *(list(row.values()) for row in cells)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(f"{v:<{w}}" for v, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return printable(str(node.get("_target_")).rpartition(".")[2])

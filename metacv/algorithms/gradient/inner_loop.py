@@ -1,6 +1,5 @@
-"""What MAML and Reptile share: a classifier whose parameters are adapted to each task by gradient steps."""
+"""A classifier whose parameters are adapted to each task by gradient steps: what MAML and Reptile share."""
 
-from abc import abstractmethod
 from collections.abc import Iterator
 from functools import partial
 from typing import Literal
@@ -9,16 +8,18 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from metacv import MetacvError
-from metacv.algorithms.base import Algorithm, in_fixed_chunks, keeps_running_statistics, uses_batch_statistics
+from metacv.algorithms.base import Algorithm, accuracies
 from metacv.backbones.base import Backbone
-from metacv.data.sampler import TaskBatch
+from metacv.backbones.batch_norm import keeps_running_statistics
+from metacv.data.task import TaskBatch
+from metacv.errors import UserError
 
-Params = dict[str, Tensor]
+Params = dict[str, Tensor]  # parameters by name, each [T, ...]
 TaskBatching = Literal["auto", "loop", "vmap"]
-# Measured on CPUs with Conv4: passes of so few pixels a task (ten images of 28x28) are 1.5 to 1.8 times as fast when so
-# many tasks go together; with twice as many nothing is gained, with ten times as many it is slower.
+# Measured on CPUs with Conv4: passes with so few pixels per task (ten images of 28x28) are 1.5 to 1.8 times as fast
+# when so many tasks go together. Twice as many tasks gain nothing; ten times as many pixels are slower.
 FEW_PIXELS, FEW_TASKS = 10 * 28 * 28, 8
+DIAGNOSED_STEPS = (1, 2, 3, 5, 10, 20, 50, 100)
 
 
 class Classifier(nn.Module):
@@ -27,23 +28,32 @@ class Classifier(nn.Module):
     def __init__(self, backbone: Backbone, way: int) -> None:
         super().__init__()
         self.backbone = backbone
-        self.head = nn.Linear(torch.Size(backbone.out_shape).numel(), way)
+        self.head = nn.Linear(backbone.features_dim, way)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.backbone(images).flatten(1))
+        return self.head(self.backbone.features(images))
 
 
 class InnerLoop(Algorithm):
-    """Adapts a classifier to the support set, then lets it label the queries.
+    """Adapt a classifier to the support set by `update` steps, then classify the queries.
 
-    The head fits the trained number of classes. For any other number, every class starts from the mean of the
-    trained head's rows: a start that prefers no class, from which adaptation tells them apart (Ye & Chao 2022,
-    arXiv:2106.16245, use it for the trained number too).
+    A method sets `adapted` (the names of the parameters that adapt), writes `update` (one inner step), and may override
+    `add_gradient` (the outer loss).
+
+    The head fits the number of classes in training. For another number, every class starts from the mean of the trained
+    rows: a start that prefers no class, from which adaptation separates them (Ye & Chao 2022, arXiv:2106.16245, use it
+    for the trained number too).
 
     Tasks pass through the network one after another (task_batching=loop), or `task_chunk` of them together, each with
-    its own weights (vmap): the same but for rounding. auto: together on a GPU, and on a CPU where that was measured to
+    its own weights (vmap). Both agree up to rounding. auto: together on a GPU, and on a CPU where that was measured to
     be faster.
     """
+
+    execution_settings = frozenset({"task_batching", "task_chunk"})
+    inner_steps: int
+    eval_inner_steps: int
+    adapted: list[str]
+    one_task_in_training = False  # in training, tasks pass one after another whatever task_batching says
 
     def __init__(self, backbone: Backbone, way: int, task_batching: TaskBatching, task_chunk: int | None) -> None:
         super().__init__()
@@ -53,78 +63,101 @@ class InnerLoop(Algorithm):
             raise ValueError(f"task_chunk={task_chunk}: must be at least 1")
         self.net = Classifier(backbone, way)
         self.way = way
-        self.names = [name for name, _ in self.net.named_parameters()]
         self.task_batching, self.task_chunk = task_batching, task_chunk
         if task_batching == "vmap" and keeps_running_statistics(self.net):
-            raise ValueError("task_batching=vmap: batch norm that keeps running statistics sees one task after another")
+            raise ValueError("task_batching=vmap: not with running statistics of batch norm, which see tasks in turn")
 
-    @abstractmethod
+    def update(self, params: Params, tasks: TaskBatch, step: int) -> Params:
+        """The adapted parameters after inner step number `step`, which starts at 0."""
+        raise NotImplementedError
+
     def adapt(self, tasks: TaskBatch) -> Params:
-        """Parameters of `net`, those that were adapted to the support set of each task with a leading [T]."""
+        """The parameters of `net` that were adapted to the support sets."""
+        with torch.enable_grad():
+            params = self.initial(tasks)
+            for step in range(self.inner_steps if self.training else self.eval_inner_steps):
+                params = self.update(params, tasks, step)
+        return params
+
+    def initial(self, tasks: TaskBatch) -> Params:
+        """The initial values of the adapted parameters, for each task; in evaluation cut off from the trained ones."""
+        params: Params = {name: self.net.get_parameter(name) for name in self.adapted}
+        if not self.training:
+            params = {name: p.detach().requires_grad_() for name, p in params.items()}
+        return {name: p.expand(len(tasks), *p.shape) for name, p in self.for_way(params, tasks.way).items()}
+
+    def for_way(self, params: Params, way: int) -> Params:
+        """Parameters of one network, with a head for `way` classes.
+
+        Raises:
+            UserError: in training, where the head must fit.
+        """
+        if way == self.way:
+            return params
+        if self.training:
+            raise UserError(f"algo.way={self.way}, but the training tasks have {way} classes")
+        rows = {name: params.get(name, self.net.get_parameter(name)) for name in ("head.weight", "head.bias")}
+        return params | {
+            name: own.mean(0, keepdim=True).repeat(way, *[1] * (own.dim() - 1)) for name, own in rows.items()
+        }
 
     def forward(self, tasks: TaskBatch) -> Tensor:
-        return torch.cat([self.classify(self.adapt(part), part.query_x) for part in self.parts(tasks)])
+        return torch.cat([self.classify(self.adapt(group), group.query_x) for group in self.groups(tasks)])
 
-    def one_query_at_a_time(self, tasks: TaskBatch) -> Tensor:
+    def classify(self, params: Params, images: Tensor) -> Tensor:
+        """Logits [T, B, N] of images [T, B, C, H, W] under the parameters of each task."""
+        if len(images) > 1 and self.tasks_together(images[0]) > 1:
+            # Gradients are taken outside of vmap: inside, those of fused batch norm are wrong (pytorch/functorch#534).
+            return vmap(self._call, randomness="different")(params, images)
+        return torch.stack([self._call(own, task) for own, task in zip(of_each_task(params), images, strict=True)])
+
+    def predict_each_query(self, tasks: TaskBatch) -> Tensor:
         logits = []
-        for part in self.parts(tasks):
-            own = self.of_each(self.adapt(part), len(part))
-            for params, support, queries in zip(own, part.support_x, part.query_x, strict=True):
-                beside = partial(self._beside, params, support)
-                logits.append(in_fixed_chunks(beside, queries, FEW_TASKS if self.together(support) else 1))
+        for group in self.groups(tasks):
+            params = of_each_task(self.adapt(group))
+            for own, support, queries in zip(params, group.support_x, group.query_x, strict=True):
+                beside = partial(self._beside_support, own, support)
+                logits.append(torch.cat([beside(some) for some in queries.split(self.tasks_together(support))]))
         return torch.stack(logits)
 
-    def _beside(self, params: Params, support: Tensor, queries: Tensor) -> Tensor:
-        """Logits [B, N] of queries [B, C, H, W], each in one batch with the support set [N*K, C, H, W]."""
+    def _beside_support(self, params: Params, support: Tensor, queries: Tensor) -> Tensor:
+        """Logits [B, N] of queries [B, C, H, W], each in one batch with the support images [S, C, H, W]."""
         batches = torch.cat([support.expand(len(queries), *support.shape), queries.unsqueeze(1)], dim=1)
         if len(batches) == 1:
             return self._call(params, batches[0])[-1:]
         return vmap(partial(self._call, params), randomness="different")(batches)[:, -1]
 
-    def classify(self, params: Params, images: Tensor) -> Tensor:
-        """Logits [T, B, N] of images [T, B, C, H, W] under each task's parameters."""
-        inductive = not (self.training or uses_batch_statistics(self.net))
-        if len(images) > 1 and self.together(images[0]) and not inductive:
-            # Gradients are taken outside of vmap: inside, fused batch norm's are wrong (pytorch/functorch#534).
-            shared = {name: None if self._is_shared(name, p) else 0 for name, p in params.items()}
-            return vmap(self._call, in_dims=(shared, 0), randomness="different")(params, images)
-        logits = []
-        for own, task in zip(self.of_each(params, len(images)), images, strict=True):
-            call = partial(self._call, own)
-            logits.append(in_fixed_chunks(call, task) if inductive else call(task))
-        return torch.stack(logits)
+    def groups(self, tasks: TaskBatch) -> Iterator[TaskBatch]:
+        return tasks.split(self.tasks_together(tasks.support_x[0]))
 
-    def together(self, images: Tensor) -> bool:
-        """Whether tasks with as many images as [B, C, H, W] pass through the network together."""
-        if self.task_batching != "auto":
-            return self.task_batching == "vmap"
-        worth_it = images.is_cuda or len(images) * images[0, 0].numel() <= FEW_PIXELS
-        return worth_it and not keeps_running_statistics(self.net)
-
-    def parts(self, tasks: TaskBatch) -> Iterator[TaskBatch]:
-        """The tasks, as many at a time as are adapted together."""
-        if not self.together(tasks.support_x[0]):
-            return tasks.split(1)
-        return tasks.split(self.task_chunk or (len(tasks) if tasks.support_x.is_cuda else FEW_TASKS))
-
-    def of_each(self, params: Params, tasks: int) -> list[Params]:
-        """The parameters of each task, without the leading [T]."""
-        own = {name: [p] * tasks if self._is_shared(name, p) else p.unbind() for name, p in params.items()}
-        return [{name: each[t] for name, each in own.items()} for t in range(tasks)]
-
-    def _is_shared(self, name: str, param: Tensor) -> bool:
-        return param.dim() == self.net.get_parameter(name).dim()
+    def tasks_together(self, images: Tensor) -> int:
+        """How many tasks, with images [B, C, H, W] each, pass through the network together."""
+        one_by_one = self.task_batching == "loop" or keeps_running_statistics(self.net)
+        if one_by_one or (self.training and self.one_task_in_training):
+            return 1
+        on_cpu = images.device.type == "cpu"
+        if on_cpu and self.task_batching == "auto" and len(images) * images[0, 0].numel() > FEW_PIXELS:
+            return 1
+        return self.task_chunk or (FEW_TASKS if on_cpu else 2**31)
 
     def _call(self, params: Params, images: Tensor) -> Tensor:
         return functional_call(self.net, params, (images,))
 
-    def for_way(self, params: Params, way: int) -> Params:
-        """The parameters with a head for `way` classes, by the rule above."""
-        if way == self.way:
-            return params
-        if self.training:
-            raise MetacvError(f"algo.way={self.way} but train_way={way}: the head is trained for train_way classes")
-        head = {name: params[name] for name in ("head.weight", "head.bias")}
-        return params | {
-            name: rows.mean(0, keepdim=True).repeat(way, *[1] * (rows.dim() - 1)) for name, rows in head.items()
-        }
+    def diagnostics(self, tasks: TaskBatch, batch_norm: str) -> dict[str, float]:
+        """The accuracy after fewer inner steps."""
+        steps = self.eval_inner_steps
+        values = {}
+        try:
+            for fewer in [*(fewer for fewer in DIAGNOSED_STEPS if fewer < steps), steps]:
+                self.eval_inner_steps = fewer
+                accuracy = accuracies(self.predict(tasks, batch_norm), tasks.query_y)
+                values[f"inner_steps/accuracy_{fewer:03d}"] = float(accuracy.mean())
+        finally:
+            self.eval_inner_steps = steps
+        return values
+
+
+def of_each_task(params: Params) -> list[Params]:
+    """The parameters of each task, without the leading [T]."""
+    columns = zip(*(p.unbind() for p in params.values()), strict=True)  # unbind is one node of the graph for all tasks
+    return [dict(zip(params, column, strict=True)) for column in columns]

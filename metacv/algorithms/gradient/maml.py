@@ -1,6 +1,5 @@
 """Model-Agnostic Meta-Learning (Finn et al., 2017), https://arxiv.org/abs/1703.03400"""
 
-from functools import partial
 from typing import Literal
 
 import torch
@@ -8,15 +7,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from metacv.algorithms.base import batch_norms, keeps_running_statistics
 from metacv.algorithms.gradient.inner_loop import InnerLoop, Params, TaskBatching
 from metacv.backbones.base import Backbone
-from metacv.backbones.batch_norm import BatchNorm
-from metacv.data.sampler import TaskBatch
+from metacv.backbones.batch_norm import BatchNorm, batch_norms, keeps_running_statistics
+from metacv.data.task import TaskBatch
 
 
 class MAML(InnerLoop):
-    """Learns the initial parameters whose loss on the queries is least after gradient steps on the support set."""
+    """Learn the initial parameters whose loss on the queries is lowest after gradient steps on the support set.
+
+    With `first_order` (FOMAML) the outer gradient treats the inner gradients as constants. With
+    `gradient_checkpointing` the graph of each inner step is dropped, and computed again for the outer gradient.
+    """
+
+    execution_settings = InnerLoop.execution_settings | {"gradient_checkpointing"}
 
     def __init__(
         self,
@@ -38,57 +42,41 @@ class MAML(InnerLoop):
                 f"inner_lr={inner_lr}, inner_steps={inner_steps}, eval_inner_steps={eval_inner_steps}: "
                 "all must be positive"
             )
+        if gradient_checkpointing and keeps_running_statistics(self.net):
+            raise ValueError("gradient_checkpointing: running statistics of batch norm would count every step twice")
         self.inner_lr = inner_lr
-        self.inner_steps = inner_steps
-        self.eval_inner_steps = eval_inner_steps
+        self.inner_steps, self.eval_inner_steps = inner_steps, eval_inner_steps
         self.first_order = first_order
         self.inner_loss = inner_loss
         self.gradient_checkpointing = gradient_checkpointing
-        if gradient_checkpointing and keeps_running_statistics(self.net):
-            raise ValueError("gradient_checkpointing: batch norm's running statistics would count every step twice")
-        kept = set()
-        for norm in batch_norms(self.net):
+        self.one_task_in_training = gradient_checkpointing and task_batching == "auto"  # takes the least memory
+        norms = batch_norms(self.net)
+        for norm in norms:
             if isinstance(norm, BatchNorm):
                 norm.second_order = not first_order
-            if not adapt_norm:
-                kept |= {*norm.parameters()}
+        kept = set() if adapt_norm else {p for norm in norms for p in norm.parameters()}
         self.adapted = [name for name, p in self.net.named_parameters() if p.requires_grad and p not in kept]
 
-    def together(self, images: Tensor) -> bool:
-        """With gradient_checkpointing, auto does what takes the least memory."""
-        sparing = self.training and self.gradient_checkpointing and self.task_batching == "auto"
-        return not sparing and super().together(images)
+    def update(self, params: Params, tasks: TaskBatch, step: int) -> Params:
+        """One gradient step on the support set (equation 1)."""
+        if not (self.training and self.gradient_checkpointing and not self.first_order):
+            return self.gradient_step(params, tasks)
 
-    def adapt(self, tasks: TaskBatch) -> Params:
-        """Equation 1. In training mode the result is a function of the initial parameters that can be
-        differentiated: of second order unless `first_order`, which takes the inner gradients as constants.
-        `gradient_checkpointing` forgets each inner step and repeats it when the outer gradient comes by."""
-        params: Params = dict(self.net.named_parameters())
-        if not self.training:
-            params = {name: p.detach().requires_grad_() for name, p in params.items()}
-        second_order = self.training and not self.first_order
-        with torch.enable_grad():
-            params = self.for_way(params, tasks.way)
-            params |= {name: params[name].expand(len(tasks), *params[name].shape) for name in self.adapted}
-            for _ in range(self.inner_steps if self.training else self.eval_inner_steps):
-                step = partial(self.inner_step, tasks)
-                if second_order and self.gradient_checkpointing:
-                    adapted = checkpoint(step, *params.values(), use_reentrant=True)
-                else:
-                    adapted = step(*params.values())
-                params = params | dict(zip(self.adapted, adapted, strict=True))
-        return params
+        def again(*values: Tensor) -> tuple[Tensor, ...]:
+            return tuple(self.gradient_step(dict(zip(params, values, strict=True)), tasks).values())
 
-    def inner_step(self, tasks: TaskBatch, *values: Tensor) -> tuple[Tensor, ...]:
-        """The adapted ones of all parameters after one step more."""
-        params = dict(zip(self.names, values, strict=True))
-        adapted = [params[name] for name in self.adapted]
+        return dict(zip(params, checkpoint(again, *params.values(), use_reentrant=True), strict=True))
+
+    def gradient_step(self, params: Params, tasks: TaskBatch) -> Params:
+        adapted = {name: params[name] for name in self.adapted}
+        # Checkpointing disables gradients in its first pass, whose graph is not kept.
         second_order = self.training and not self.first_order and torch.is_grad_enabled()
         with torch.enable_grad():
             logits = self.classify(params, tasks.support_x)
-            # The sum over the tasks, so that each gets the gradient of its own mean.
+            # The sum over the tasks, so that each task gets the gradient of its own mean.
             loss = len(tasks) * F.cross_entropy(logits.flatten(0, 1), tasks.support_y.flatten())
             if self.inner_loss == "sum_per_shot":
                 loss = loss * tasks.way
-            grads = torch.autograd.grad(loss, adapted, create_graph=second_order)
-        return tuple(p - self.inner_lr * grad for p, grad in zip(adapted, grads, strict=True))
+            grads = torch.autograd.grad(loss, list(adapted.values()), create_graph=second_order)
+        steps = zip(adapted.items(), grads, strict=True)
+        return params | {name: p - self.inner_lr * grad for (name, p), grad in steps}

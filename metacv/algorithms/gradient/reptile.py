@@ -11,18 +11,18 @@ from torch import Tensor
 from metacv.algorithms.base import accuracies
 from metacv.algorithms.gradient.inner_loop import InnerLoop, Params, TaskBatching
 from metacv.backbones.base import Backbone
-from metacv.data.sampler import TaskBatch
+from metacv.data.task import TaskBatch
 from metacv.precision import Compiled
 
 BETA2, EPSILON = 0.999, 1e-8
 
 
 class Reptile(InnerLoop):
-    """Trains on one task after another and moves the initial parameters towards where each training ended.
+    """Train on one task after another, and move the initial parameters towards where each training ended.
 
-    The inner optimizer is SGD, or Adam with beta1 = 0, whose second moments pass from task to task while the
-    weights start anew (as in the authors' code) unless `reset_moments`. A task of evaluation starts from the
-    moments of training and leaves them alone.
+    The inner optimizer is SGD, or Adam with beta1 = 0. Adam's second moments pass from task to task while the weights
+    start anew (as in the authors' code), unless `reset_moments`. A task of evaluation starts from the moments of
+    training and does not change them.
     """
 
     moment_steps: Tensor
@@ -52,85 +52,85 @@ class Reptile(InnerLoop):
         self.eval_inner_steps, self.eval_inner_batch = eval_inner_steps, eval_inner_batch
         self.inner_optimizer = inner_optimizer
         self.reset_moments = reset_moments
-        self.passes_moments = inner_optimizer == "adam" and not reset_moments
-        if self.passes_moments:
-            self.one_process_because = "algo.reset_moments=false passes moments from task to task"
+        self.one_task_in_training = inner_optimizer == "adam" and not reset_moments
+        if self.one_task_in_training:
+            self.sequential_because = "reset_moments=false passes moments from task to task"
         self.training_gradients: Callable[..., Sequence[Tensor]] = self.gradients
-        self.trained = [name for name, p in self.net.named_parameters() if p.requires_grad]
+        self.adapted = [name for name, p in self.net.named_parameters() if p.requires_grad]
         if inner_optimizer == "adam":
             self.register_buffer("moment_steps", torch.zeros((), dtype=torch.long))
-            for name in self.trained:
+            for name in self.adapted:
                 self.register_buffer(_buffer(name), torch.zeros_like(self.net.get_parameter(name)))
-
-    def together(self, images: Tensor) -> bool:
-        return not (self.training and self.passes_moments) and super().together(images)
 
     def adapt(self, tasks: TaskBatch) -> Params:
         """Parameters after training on the support set, detached."""
-        images, labels, way = tasks.support_x, tasks.support_y, tasks.way
+        images, labels = tasks.support_x, tasks.support_y
         steps, size = self.eval_inner_steps, self.eval_inner_batch
         if self.training:
             steps, size = self.inner_steps, self.inner_batch
-        params = {name: p.detach() for name, p in self.net.named_parameters()}
-        params = self.for_way(params, way)
-        params |= {name: params[name].expand(len(tasks), *params[name].shape) for name in self.trained}
-        moments, count = self._moments(way)
+        params = {name: p.detach() for name, p in self.initial(tasks).items()}
+        moments, count = self._moments(tasks.way)
         gradients = self.training_gradients if self.training else self.gradients
-        with torch.enable_grad():
-            seeds = tasks.seeds.tolist() if self.training and tasks.seeds is not None else [0] * len(tasks)
-            batches = [_batches(images.shape[1], size, steps, seed) for seed in seeds]
-            for rows in map(torch.stack, zip(*batches, strict=True)):
-                batch = torch.arange(len(tasks)).unsqueeze(1), rows.to(images.device)
-                weights = [params[name].requires_grad_() for name in self.trained]
+        seeds = tasks.seeds.tolist() if self.training and tasks.seeds is not None else [0] * len(tasks)
+        batches = [_batches(images.shape[1], size, steps, seed) for seed in seeds]
+        for rows in map(torch.stack, zip(*batches, strict=True)):
+            batch = torch.arange(len(tasks)).unsqueeze(1), rows.to(images.device)
+            for p in params.values():
+                p.requires_grad_()
+            with torch.enable_grad():
                 grads = gradients(images[batch], labels[batch], *params.values(), *self.net.buffers())
-                with torch.no_grad():
-                    count += 1
-                    for name, weight, grad in zip(self.trained, weights, grads, strict=True):
-                        if self.inner_optimizer == "adam":
-                            moments[name] = torch.addcmul(BETA2 * moments[name], grad, grad, value=1 - BETA2)
-                            root = (moments[name].sqrt() / sqrt(1 - BETA2**count)).add_(EPSILON)
-                            params[name] = weight.addcdiv(grad, root, value=-self.inner_lr)
-                        else:
-                            params[name] = weight - self.inner_lr * grad
-        if self.training and self.passes_moments:
+            count += 1
+            with torch.no_grad():
+                for (name, weight), grad in zip(params.items(), grads, strict=True):
+                    params[name] = self._moved(weight, grad, moments, name, count)
+        if self.training and self.one_task_in_training:
             self.moment_steps.fill_(count)
             for name, moment in moments.items():
                 self.get_buffer(_buffer(name)).copy_(moment.squeeze(0))
         return {name: p.detach() for name, p in params.items()}
 
-    def gradients(self, images: Tensor, labels: Tensor, *held: Tensor) -> list[Tensor]:
-        """Of each task's mean loss, for those of all parameters (and buffers) that are trained."""
-        params = dict(zip(self.names, held, strict=False))
+    def _moved(self, weight: Tensor, grad: Tensor, moments: Params, name: str, count: int) -> Tensor:
+        """The weight after one step of the inner optimizer; changes `moments`."""
+        if self.inner_optimizer == "sgd":
+            return weight - self.inner_lr * grad
+        moments[name] = torch.addcmul(BETA2 * moments[name], grad, grad, value=1 - BETA2)
+        root = (moments[name].sqrt() / sqrt(1 - BETA2**count)).add_(EPSILON)
+        return weight.addcdiv(grad, root, value=-self.inner_lr)
+
+    def gradients(self, images: Tensor, labels: Tensor, *values: Tensor) -> list[Tensor]:
+        """Gradients of each task's mean loss; `values` are the adapted parameters, then the buffers of the network."""
+        params = dict(zip(self.adapted, values, strict=False))
         logits = self.classify(params, images)
         loss = len(images) * F.cross_entropy(logits.flatten(0, 1), labels.flatten())
-        return list(torch.autograd.grad(loss, [params[name] for name in self.trained]))
+        return list(torch.autograd.grad(loss, list(params.values())))
 
-    def backward_part(self, tasks: TaskBatch, share: float) -> Tensor:
-        """Adds initial minus adapted parameters to `.grad`, as if it were a gradient (section 2)."""
+    def add_gradient(self, tasks: TaskBatch, share: float) -> dict[str, Tensor]:
+        """Add initial minus adapted parameters to `.grad`, as if it were a gradient (section 2)."""
         params = self.adapt(tasks)
         with torch.no_grad():
-            for name in self.trained:
+            for name in self.adapted:
                 weight = self.net.get_parameter(name)
                 step = share * (weight - params[name].mean(0))
                 weight.grad = step if weight.grad is None else weight.grad + step
             logits = self.classify(params, tasks.query_x)
             loss, accuracy = self.loss(logits, tasks.query_y), accuracies(logits, tasks.query_y).mean()
-        return torch.stack([loss, accuracy]) * share
+        return {"loss": loss * share, "accuracy": accuracy * share}
 
-    def compile_steps(self) -> None:
+    def compile_training(self) -> None:
         self.training_gradients = Compiled(self.gradients)
 
     def _moments(self, way: int) -> tuple[Params, int]:
+        """Second moments and the number of steps that they come from, at the start of a task."""
         if self.inner_optimizer == "sgd":
             return {}, 0
-        moments = {name: self.get_buffer(_buffer(name)) for name in self.trained}
+        moments = {name: self.get_buffer(_buffer(name)) for name in self.adapted}
         if self.reset_moments:
-            return self.for_way({name: torch.zeros_like(m) for name, m in moments.items()}, way), 0
-        return self.for_way(moments, way), int(self.moment_steps)
+            moments = {name: torch.zeros_like(moment) for name, moment in moments.items()}
+        return self.for_way(moments, way), 0 if self.reset_moments else int(self.moment_steps)
 
 
 def _batches(images: int, size: int, steps: int, seed: int) -> list[Tensor]:
-    """Rows of each inner step: shuffled passes through the support set, cut into batches of `size`."""
+    """Rows of the batch of each inner step: shuffled passes through the support set, cut into batches of `size`."""
     generator = torch.Generator().manual_seed(seed)
     size = min(size, images)
     passes = -(-size * steps // images)

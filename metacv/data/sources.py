@@ -1,0 +1,303 @@
+"""Reading a published data set in the forms that people have it in: class folders, CSV lists, pickles and archives.
+
+The module of a data set has a `SplitSpec`, a function that reads one image file, and perhaps one that reads a pickle;
+`Source` does the rest. For another layout, override `Source.files` (image files) or `Source.load_from` (anything).
+"""
+
+import csv
+import operator
+import pickle
+import re
+import shutil
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from metacv.data.bank import SPLITS, ImageBank
+from metacv.data.image_files import folders_in, read_images
+from metacv.errors import UserError
+from metacv.files import rename_unless_there
+
+ARCHIVE = re.compile(r"\.(zip|tar|tgz|tbz2?|txz|tar\.(gz|bz2|xz))$", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class SplitSpec:
+    """The class names of each split, and the number of images of every class (None: any number)."""
+
+    classes: Mapping[str, Sequence[str]]
+    images: int | None = None
+
+    def check(self, sizes: Mapping[str, int], place: Path, split: str) -> None:
+        """Raise a UserError unless `sizes`, of the classes read from `place`, are those of the split."""
+        expected = self.classes[split]
+        if missing := sorted(set(expected) - sizes.keys()):
+            names = _first(missing)
+            raise UserError(f"{place}: the {split} split lacks {len(missing)} of {len(expected)} classes: {names}")
+        if others := sorted(sizes.keys() - set(expected)):
+            raise UserError(f"{place}: the {split} split has classes that do not belong to it: {_first(others)}")
+        for name in expected:
+            if sizes[name] != self.images and (self.images or not sizes[name]):
+                allowed = self.images or "at least 1"
+                raise UserError(f"{place}: {name} of the {split} split has {sizes[name]} images, not {allowed}")
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
+@dataclass(frozen=True)
+class Source:
+    """The files of a data set, somewhere under data_dir: class folders, CSV lists, pickles, or archives of these.
+
+    Searched are folders named like the data set (miniimagenet also as Mini-ImageNet or mini_imagenet_data), the folders
+    up to two levels below them, and data_dir itself; then archives in these folders, or with such a name in data_dir.
+    """
+
+    title: str  # for messages, such as "miniImageNet"
+    folder: str  # in data_dir, in lower-case letters and digits
+    download: str  # where to get the files, for the message that they are missing
+    spec: SplitSpec
+    read: Callable[[Path], Tensor]  # one image file -> uint8 `shape`
+    shape: tuple[int, int, int]
+    pickle: str = ""  # the name of a split's pickle, with {} in place of the split
+    from_pickle: Callable[[Any, Path, str], ImageBank] | None = None  # gets content, path, split; may raise anything
+
+    def load(self, data_dir: Path, split: str) -> ImageBank:
+        """The images of a split, classes sorted by name. A UserError says what is damaged, or what to put where."""
+        hints: list[str] = []
+        problems: list[UserError] = []
+        for folder in self._folders(data_dir, problems):
+            if bank := self.load_from(folder, split):
+                return bank
+            hints += self._hints(folder, split)
+        if problems:
+            raise problems[0]
+        forms = [", ".join(map(self.pickle.format, SPLITS))] if self.pickle else []
+        forms.append("train/, val/ and test/ with a folder of images for each class")
+        forms.append("images/ with train.csv, val.csv and test.csv")
+        raise UserError(
+            f"data_dir={data_dir}: the {split} split of {self.title} is missing ({self.download}). Put into "
+            f"{data_dir / self.folder} one of: {'; '.join(forms)}; or a zip or tar archive of these"
+            + (f". Found: {'; '.join(hints)}" if hints else "")
+        )
+
+    def load_from(self, folder: Path, split: str) -> ImageBank | None:
+        """The images of a split in one folder; None if it does not have the split."""
+        path = folder / self.pickle.format(split)
+        if self.from_pickle and path.is_file():
+            try:
+                return self.from_pickle(read_pickle(path), path, split)
+            except UserError:
+                raise
+            except Exception as error:  # a damaged or malicious pickle may raise anything
+                raise UserError(f"{path} is not a pickle of {self.title} ({_one_line(error)})") from None
+        files = self.files(folder, split)
+        if files is None:
+            return None
+        sizes = {name: len(files[name]) for name in sorted(files)}
+        self.spec.check(sizes, folder, split)
+        paths = [path for name in sizes for path in files[name]]
+        images = read_images(f"{folder.name} {split}", paths, self.read, self.shape)
+        return ImageBank(split, images, torch.tensor([0, *sizes.values()]).cumsum(0), tuple(sizes))
+
+    def files(self, folder: Path, split: str) -> dict[str, list[Path]] | None:
+        """The image files of each class, from SPLIT/CLASS/* or from SPLIT.csv and images/*; None without these."""
+        # Another data set's train/ does not count.
+        if any((folder / split / name).is_dir() for name in self.spec.classes[split]):
+            classes = [path for path in (folder / split).glob("[!.]*") if path.is_dir()]
+            return {path.name: sorted(path.glob("[!.]*")) for path in classes}
+        table, images = folder / f"{split}.csv", folder / "images"
+        return listed_files(table, images) if table.is_file() and images.is_dir() else None
+
+    def _hints(self, folder: Path, split: str) -> Iterator[str]:
+        """What a folder has that is almost a form of the data set."""
+        table, images = folder / f"{split}.csv", folder / "images"
+        if (folder / split).is_dir() and (self._is_named(folder) or self._is_named(folder.parent)):
+            yield f"{folder / split} without a folder named {', '.join(self.spec.classes[split][:2])}, ..."
+        if images.is_dir():
+            yield f"{images} without {table.name} beside it"
+        if table.is_file():
+            yield f"{table} without images/ beside it"
+
+    def _is_named(self, path: Path) -> bool:
+        return self.folder in re.sub("[^a-z0-9]", "", path.name.lower())
+
+    def _folders(self, data_dir: Path, problems: list[UserError]) -> Iterator[Path]:
+        """The folders to search. Archives come last, and are unpacked only then; their errors go to `problems`."""
+        own = [folder for folder in folders_in(data_dir) if self._is_named(folder)]
+        for folder in own:
+            yield from _two_levels(folder)
+        yield data_dir
+        inside = [path for folder in own for path in folder.glob("[!.]*")]
+        beside = [path for path in data_dir.glob("[!.]*") if self._is_named(path)]
+        for archive in sorted(path for path in inside + beside if ARCHIVE.search(path.name) and path.is_file()):
+            try:
+                unpacked = unpack(archive)
+            except UserError as error:  # the data may still be in another archive
+                problems.append(error)
+            else:
+                yield from _two_levels(unpacked)
+
+
+def listed_files(table: Path, images: Path) -> dict[str, list[Path]]:
+    """The files in `images` of each class, from a CSV file with columns `filename` and `label`."""
+    files: dict[str, list[Path]] = {}
+    try:
+        with table.open(newline="", encoding="utf-8-sig") as file:
+            for row in csv.DictReader(file):
+                files.setdefault(row["label"] or "", []).append(images / Path(row["filename"]).name)
+    except (OSError, KeyError, TypeError, UnicodeDecodeError, csv.Error) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{table} is not a CSV file with columns filename and label ({reason})") from None
+    if repeated := [path.name for path, times in Counter(chain(*files.values())).items() if times > 1]:
+        raise UserError(f"{table} lists {repeated[0]} more than once")
+    return {name: sorted(paths) for name, paths in files.items()}
+
+
+def _two_levels(folder: Path) -> Iterator[Path]:
+    """The folder and those up to two levels below it, but none in images/, which has many files."""
+    yield folder
+    for child in folders_in(folder):
+        yield child
+        yield from folders_in(child) if child.name != "images" else ()
+
+
+def _one_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def unpack(archive: Path) -> Path:
+    """Unpack a zip or tar archive into ARCHIVE.unpacked beside it, unless that exists, and return this folder.
+
+    The folder is complete whenever it exists, also if the program is killed or another one unpacks the same archive.
+    A UserError says that the archive is damaged, would write outside its folder, or holds links or devices.
+    """
+    target = archive.with_name(f"{archive.name}.unpacked")
+    if not target.exists():
+        print(f"metacv: unpacking {archive} into {target}", file=sys.stderr)
+        try:
+            with tempfile.TemporaryDirectory(dir=archive.parent, prefix=f".{target.name}.") as temporary:
+                (content := Path(temporary) / "content").mkdir()
+                extract(archive, content)
+                rename_unless_there(content, target)
+        except Exception as error:  # a damaged archive may raise anything
+            raise UserError(f"{archive} cannot be unpacked ({_one_line(error)})") from None
+    return target
+
+
+def extract(archive: Path, folder: Path) -> None:
+    """Write the files of a zip or tar archive below `folder`, and nothing else that the archive may hold.
+
+    Raises ValueError if a name leads out of the folder or a member is a link or a device, and errors of any kind for a
+    damaged archive.
+    """
+
+    def write(name: str, content: IO[bytes]) -> None:
+        path = folder / name
+        if ".." in path.parts or not path.is_relative_to(folder):
+            raise ValueError(f"{name} would be written outside of the folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            shutil.copyfileobj(content, file)
+
+    if archive.suffix.lower() == ".zip":
+        with zipfile.ZipFile(archive) as zipped:
+            for info in zipped.infolist():
+                if not info.is_dir():
+                    write(info.filename, zipped.open(info))
+        return
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            if content := tar.extractfile(member) if member.isreg() else None:
+                write(member.name, content)
+            elif not member.isdir():
+                raise ValueError(f"{member.name} is neither a file nor a folder")
+        # tarfile ends without an error at a damaged header. A complete archive goes on with a block of zeros, and
+        # reading to the end makes gzip, bzip2 and xz compare their checksums.
+        assert tar.fileobj
+        tar.fileobj.seek(tar.offset)
+        if tar.fileobj.read(512) != bytes(512):
+            raise ValueError("it is damaged or cut short")
+        while tar.fileobj.read(2**20):
+            pass
+
+
+def read_pickle(path: Path) -> Any:
+    """The content of a pickle: plain values, and a `PickledArray` for each numpy array. No code in it is run.
+
+    Pickles of Python 2 are read as latin-1. A damaged file, or one that needs other classes, raises any error.
+    """
+    with path.open("rb") as file:
+        return _SafeUnpickler(file, encoding="latin1").load()
+
+
+@dataclass
+class PickledArray:
+    """A numpy array in a pickle, as bare bytes: nothing of numpy reads it.
+
+    A pickle can build an array of numpy itself whose bytes are taken for addresses of objects; these bytes never are.
+    """
+
+    code: str = ""  # of numpy, such as u1 for uint8
+    shape: tuple[int, ...] = ()
+    raw: bytes = b""
+    by_column: bool = False
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _, self.shape, self.code, self.by_column, raw = state
+        self.raw = raw.encode("latin1") if isinstance(raw, str) else raw
+
+    def tensor(self, *shape: int) -> Tensor:
+        """Copy an array of type uint8 to a tensor [M, *shape]; any other array raises ValueError or RuntimeError."""
+        if self.code != "u1" or self.shape[1:] != shape or self.by_column:
+            sides = ", ".join(map(str, shape))
+            raise ValueError(f"an array is {self.code} {self.shape}, not u1 (images, {sides})")
+        return torch.frombuffer(bytearray(self.raw), dtype=torch.uint8).view(self.shape)
+
+
+def integers(values: Any) -> list[int]:
+    """Integers from a list, or from an array of 32 or 64 bits. Other types raise KeyError or TypeError."""
+    if isinstance(values, PickledArray):
+        width = {"i4": 4, "i8": 8, "u4": 4, "u8": 8}[values.code]
+        parts = (values.raw[start : start + width] for start in range(0, len(values.raw), width))
+        return [int.from_bytes(part, "little", signed=values.code[0] == "i") for part in parts]
+    return [operator.index(value) for value in values]
+
+
+class _PickledDtype(str):
+    """The code of a dtype."""
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        if state[1] not in ("<", "|", "="):
+            raise ValueError(f"its arrays have the byte order {state[1]}")
+
+
+_STAND_INS: dict[str, Callable[..., Any]] = {  # by the names of numpy
+    "dtype": lambda code, *_: _PickledDtype(code),
+    "ndarray": lambda *_: PickledArray(),
+    "_reconstruct": lambda *_: PickledArray(),
+    "_frombuffer": lambda raw, dtype, shape, order: PickledArray(dtype, shape, raw, order == "F"),
+    "scalar": lambda dtype, raw: integers(PickledArray(dtype, (1,), raw))[0],
+}
+
+
+class _SafeUnpickler(pickle.Unpickler):
+    """Looks up nothing that a pickle names: numpy's names give the stand-ins above, and all others are refused."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.split(".")[0] == "numpy" and name in _STAND_INS:
+            return _STAND_INS[name]
+        if (module, name) == ("_codecs", "encode"):  # of bytes, in pickles of protocol 2
+            return lambda text, _: text.encode("latin1")
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which images do not need")

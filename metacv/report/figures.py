@@ -1,0 +1,186 @@
+"""The figures of a report: curves, accuracy by shot and by way as SVG, and pictures of episodes."""
+
+import io
+import json
+import re
+from base64 import b64encode
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from markupsafe import Markup
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from metacv.compare import t_interval
+from metacv.config import flat, to_dict
+from metacv.report.gather import Run
+from metacv.report.table import Row
+from metacv.results import Result
+from metacv.text import plural
+
+CURVES, EPISODES, POINTS = 10, 6, 150  # at most: runs with curves, runs with a sample episode, points of a curve
+TASK = {"way", "shot", "train_way", "train_shot"}
+# Ten hues with a contrast of 3 or more on a light and on a dark ground; after Tableau's.
+HUES = ("#4e79a7", "#d9730d", "#e15759", "#2a9d8f", "#59a14f", "#a8860f", "#b07aa1", "#d4738a", "#9c755f", "#8a8f98")
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",  # text stays text; the page gives it its colour
+    "svg.hashsalt": "metacv",  # the same data gives the same file
+    "font.size": 9.5,
+    "axes.edgecolor": "#8a8f98",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#8a8f98",
+    "grid.alpha": 0.3,
+    "xtick.color": "#8a8f98",
+    "ytick.color": "#8a8f98",
+    "lines.linewidth": 1.5,
+    "lines.markersize": 3.5,
+}
+Point = tuple[float, float, float]  # x, accuracy and half its interval in %
+Line = Sequence[Point]
+
+
+@dataclass
+class Chart:
+    """A figure with the names of its lines, whose colours are HUES in this order."""
+
+    caption: str
+    names: list[str]
+    svg: Markup
+
+
+def curves(runs: list[Run]) -> list[Chart]:
+    """Validation and training accuracy by step, with a line for each run."""
+    charts = []
+    for kind, tag in (("Validation", "val/accuracy"), ("Training", "train/accuracy")):
+        lines: list[Line] = []
+        for run in runs:
+            points = [(m["step"], 100 * m[tag], 100 * m.get("val/ci95", 0.0)) for m in run.metrics if tag in m]
+            every = -(-len(points) // POINTS) or 1
+            lines.append([*points[:-1:every], *points[-1:]])
+        if any(lines):
+            charts.append(Chart(f"{kind} accuracy by step", [], svg(draw(lines, "step"))))
+    return charts
+
+
+def by_task(rows: list[Row], varied: list[str]) -> list[Chart]:
+    """Accuracy by shot for each way, and by way for each shot, of runs that were tested in the same way.
+
+    A point is the mean of the runs that differ only in the seed, with its interval over the runs (Student's t); a
+    single run has its interval over episodes.
+    """
+    charts = []
+    for x_axis, fixed in (("shot", "way"), ("way", "shot")):
+        # By way of testing, by line, by x and by checkpoint: a test.
+        groups: dict[tuple[object, ...], dict[tuple[str, str], dict[int, dict[str, Result]]]] = defaultdict(
+            lambda: defaultdict(lambda: defaultdict(dict))
+        )
+        for row in rows:
+            if test := row.test:
+                said = (test.dataset, test.split, test.batch_norm, test.rotation)
+                same = (getattr(test, fixed), *said, test.query, test.episodes, test.seed, str(row.run.config.dataset))
+                for line in lines_of(row, test, varied):
+                    groups[same][line][getattr(test, x_axis)][row.run.sha256] = test
+        for (value, dataset, split, batch_norm, rotation, *_), group in groups.items():
+            lines = [(name, points) for (name, _), points in group.items() if len(points) > 1]
+            if not lines:
+                continue
+            shown = lines[: len(HUES)]
+            drawn = [[point(x, list(tests.values())) for x, tests in sorted(points.items())] for _, points in shown]
+            names = [f"{name}: {counted([len(tests) for tests in points.values()])}" for name, points in shown]
+            caption = f"{value}-{fixed} accuracy by {x_axis}: {dataset} {split}, {batch_norm}, rotation {rotation}"
+            caption += f"; the first {len(shown)} of {len(lines)} lines" * (len(shown) < len(lines))
+            charts.append(Chart(caption, names, svg(draw(drawn, x_axis))))
+    return charts
+
+
+def lines_of(row: Row, test: Result, varied: list[str]) -> Iterator[tuple[str, str]]:
+    """Name and identity of the lines that a test belongs to.
+
+    One line joins the tests of the same training on different tasks. Another joins runs that were each trained for the
+    task that they are tested on, and are otherwise alike.
+    """
+    config = row.run.config
+    settings = {name: str(value) for name, value in flat(to_dict(config)) if name != "seed"} | test.changes
+    without_task = {name: value for name, value in settings.items() if name.split(".")[-1] not in TASK}
+    shown = [f"{name}={row.settings[name]}" for name in varied if name in without_task]
+    name = ", ".join([row.run.algorithm, *shown])
+    yield f"{name}, trained {config.train_way}-way {config.train_shot}-shot", json.dumps(settings)
+    if (test.way, test.shot) == (config.way, config.shot):
+        yield f"{name}, trained for each task", json.dumps(without_task)
+
+
+def point(x: float, tests: list[Result]) -> Point:
+    if len(tests) == 1:
+        return x, 100 * tests[0].accuracy, 100 * tests[0].ci95
+    accuracy = 100 * torch.tensor([test.accuracy for test in tests], dtype=torch.float64)
+    return x, float(accuracy.mean()), t_interval(accuracy)
+
+
+def counted(runs: list[int]) -> str:
+    few, many = min(runs), max(runs)
+    return plural(few, "run") if few == many else f"{few} to {many} runs"
+
+
+def draw(lines: Sequence[Line], x_label: str) -> Figure:
+    """Lines with their intervals, on axes that fit them."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(4.2, 2.5))
+        axes = figure.add_axes((0.13, 0.2, 0.84, 0.75))
+        for line, hue in zip(lines, HUES, strict=False):
+            x, half = [point[0] for point in line], [point[2] for point in line]
+            y = [min(100, max(0, point[1])) for point in line]
+            axes.plot(x, y, color=hue, marker="o" if len(line) <= 30 else None)
+            if len(line) <= 30:
+                low = [value - max(0, value - e) for value, e in zip(y, half, strict=True)]
+                high = [min(100, value + e) - value for value, e in zip(y, half, strict=True)]
+                axes.errorbar(x, y, (low, high), fmt="none", ecolor=hue, elinewidth=1)
+        axes.set_xlabel(x_label)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g} %"))
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+        ticks = sorted({point[0] for line in lines for point in line})
+        if 1 < len(ticks) < 6:
+            axes.set_xticks(ticks)
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+        return figure
+
+
+def svg(figure: Figure) -> Markup:
+    """The figure as an element of a page: transparent, the same for the same data, and without names of its own."""
+    content = io.StringIO()
+    with matplotlib.rc_context(STYLE):
+        metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(content, format="svg", transparent=True, metadata=metadata)
+    text = content.getvalue()
+    text = re.sub(r"<!--.*?-->\s*| id=\"\w+_\d+\"", "", text[text.index("<svg") :], flags=re.DOTALL)
+    return Markup(text)
+
+
+def sample_episodes(runs: list[Run]) -> list[tuple[str, str]]:
+    """Name of the run and the picture, PNG in base64, of the first few runs that have one."""
+    pictures = ((run.name, picture) for run in runs if (picture := sample_episode(run.folder)))
+    return [(name, b64encode(picture).decode()) for name, picture in islice(pictures, EPISODES)]
+
+
+def sample_episode(folder: Path) -> bytes | None:
+    """The last picture of an episode, a PNG file, that the run has sent to TensorBoard."""
+    if not any(folder.glob("events.out.tfevents.*")):
+        return None
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"images": 1, "scalars": 1})
+    try:
+        events.Reload()
+        picture: bytes = events.Images("val/episode")[-1].encoded_image_string
+    except Exception:  # the file is damaged, or has no picture
+        return None
+    return picture if picture.startswith(b"\x89PNG") else None

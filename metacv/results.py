@@ -1,0 +1,120 @@
+"""The record of a measured accuracy, which every command writes and reads in the same form."""
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metacv import __version__
+from metacv.errors import UserError
+from metacv.files import write_bytes_atomically
+from metacv.text import percent
+
+SCHEMA = 2
+LARGEST = 10**7  # bytes of a result file
+
+
+@dataclass(frozen=True)
+class Result:
+    """An accuracy with its interval: what was evaluated, on what, and how. Accuracies are from 0 to 1."""
+
+    accuracy: float
+    ci95: float  # half the 95 % interval over episodes
+
+    # On what.
+    dataset: str  # class name of the data set
+    split: str
+    rotation: str
+    way: int
+    shot: int
+    query: int
+    episodes: int
+    seed: int  # of the list of episodes
+    batch_norm: str  # transductive or inductive
+    episodes_sha256: str = ""  # of the images and of the list of episodes
+
+    # What.
+    method: str = ""  # class name of the algorithm
+    changes: dict[str, Any] = field(default_factory=dict)  # algo settings that differ from those of training
+    checkpoint: str = ""
+    checkpoint_sha256: str = ""
+    step: int = 0
+
+    # How.
+    device: str = ""
+    tasks_per_second: float = 0.0
+    torch: str = str(torch.__version__)
+    metacv: str = __version__
+
+    def describe(self) -> str:
+        """One line for the terminal."""
+        return (
+            f"accuracy {percent(self.accuracy, self.ci95)} %: {self.method}, {self.way}-way {self.shot}-shot, "
+            f"{self.query} {'query' if self.query == 1 else 'queries'} per class, {self.episodes} episodes of "
+            f"{self.dataset} {self.split}, {self.batch_norm} ({self.tasks_per_second:.3g} tasks/s)"
+        )
+
+
+@dataclass
+class ResultFile:
+    """The content of a result.json."""
+
+    results: list[Result]
+    training: dict[str, Any] | None = None  # steps, seconds and overrides of a training run
+    differences: list[dict[str, Any]] | None = None  # of pairs of results, from compare
+
+    def write(self, path: Path) -> None:
+        """Replaces `path` in one step.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        content = {"schema": SCHEMA} | {name: value for name, value in asdict(self).items() if value is not None}
+        try:
+            write_bytes_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+        except OSError as error:
+            raise UserError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def read_results(path: Path) -> ResultFile:
+    """The content of a result file.
+
+    Raises:
+        UserError: the file is missing, damaged, or not a result file of this version.
+    """
+    try:
+        if path.stat().st_size > LARGEST:
+            raise ValueError("too large")
+        content = json.loads(path.read_text())
+        if content["schema"] != SCHEMA:
+            raise ValueError(f"schema {content['schema']}")
+        training, differences = content.get("training"), content.get("differences")
+        if not isinstance(training, dict | None) or not isinstance(differences, list | None):
+            raise TypeError
+        return ResultFile([_result(record) for record in content["results"]], training, differences)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise UserError(f"{path} is not a result file of this version of metacv, or is damaged") from None
+
+
+def _result(record: dict[str, Any]) -> Result:
+    result = Result(**record)
+    if record.keys() != {own.name for own in fields(Result)}:
+        raise KeyError
+    for own in fields(Result):
+        kinds: Any = (int, float) if own.type is float else dict if own.name == "changes" else own.type
+        value = getattr(result, own.name)
+        number = isinstance(value, int | float)
+        if not isinstance(value, kinds) or isinstance(value, bool) or (number and not -1e15 < value < 1e15):
+            raise TypeError(own.name)
+    return result
+
+
+def summary(accuracies: Tensor) -> dict[str, float]:
+    """Mean of the accuracies [E] of E episodes, and half its 95 % interval, 1.96 * std(ddof=1) / sqrt(E)."""
+    ci95 = 1.96 * accuracies.std(correction=1) / len(accuracies) ** 0.5
+    return {"accuracy": float(accuracies.mean()), "ci95": float(ci95)}

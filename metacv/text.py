@@ -1,0 +1,31 @@
+"""Text for terminals, tables and spreadsheets."""
+
+import re
+import shlex
+from pathlib import Path
+
+
+def printable(text: str) -> str:
+    """Text from outside the program, such as a file name, in one line and with characters that can be encoded."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def csv_safe(text: str) -> str:
+    """Text that a spreadsheet would compute gets a ' in front; numbers stay numbers."""
+    computed = re.match(r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]|[\t\r\n]", text)
+    return f"'{text}" if computed and not re.fullmatch(r"[+-]?[\d.]+(e[+-]?\d+)?", text, re.IGNORECASE) else text
+
+
+def plural(count: int, noun: str, nouns: str = "") -> str:
+    """`1 run`, `2 runs`."""
+    return f"{count} {noun if count == 1 else nouns or noun + 's'}"
+
+
+def percent(accuracy: float, ci95: float) -> str:
+    """An accuracy with its interval, both from 0 to 1, as `98.37 ± 0.48`."""
+    return f"{100 * accuracy:.2f} ± {100 * ci95:.2f}"
+
+
+def setting(name: str, value: Path) -> str:
+    """`name=value` as it can be typed into a shell, for a setting that is a path."""
+    return shlex.quote(f"{name}={value}")

@@ -1,0 +1,150 @@
+"""ProtoNet and RelationNet, against values calculated by hand."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import Identity, SmoothNet, random_tasks
+from torch import nn
+
+from metacv.algorithms.metric.protonet import ProtoNet
+from metacv.algorithms.metric.relationnet import ConvRelation, RelationNet
+from metacv.backbones.conv4 import Conv4
+from metacv.data.task import TaskBatch
+
+
+def points(*xy) -> torch.Tensor:
+    return torch.tensor(xy, dtype=torch.float64).view(1, len(xy), 1, 1, 2)
+
+
+def two_classes() -> TaskBatch:
+    """Class 0 around (1, 0), class 1 around (0, 2); one query each."""
+    return TaskBatch(
+        support_x=points((0, 0), (2, 0), (0, 1), (0, 3)),
+        support_y=torch.tensor([[0, 0, 1, 1]]),
+        query_x=points((1, 1), (3, 2)),
+        query_y=torch.tensor([[0, 1]]),
+        way=2,
+        classes=torch.tensor([[0, 1]]),
+    )
+
+
+def test_protonet_logits_are_minus_squared_distances_summed_over_dimensions():
+    logits = ProtoNet(Identity()).double()(two_classes())
+    # (1,1) to (1,0): 1; to (0,2): 1+1. (3,2) to (1,0): 4+4; to (0,2): 9.
+    assert logits.tolist() == [[[-1.0, -2.0], [-8.0, -9.0]]]
+
+
+def test_protonet_with_cosine_metric_divides_the_cosine_by_the_temperature():
+    logits = ProtoNet(Identity(), metric="cosine", temperature=0.5).double()(two_classes())
+    expected = [[1 / math.sqrt(2), 1 / math.sqrt(2)], [3 / math.sqrt(13), 2 / math.sqrt(13)]]
+    torch.testing.assert_close(logits[0], 2 * torch.tensor(expected, dtype=torch.float64))
+
+
+def test_protonet_loss_is_the_cross_entropy_of_the_softmax_over_distances():
+    tasks = two_classes()
+    algorithm = ProtoNet(Identity()).double()
+    by_hand = (math.log(1 + math.exp(-1)) + math.log(1 + math.exp(1))) / 2
+    assert float(algorithm.loss(algorithm(tasks), tasks.query_y)) == pytest.approx(by_hand, rel=1e-12)
+
+
+class DotProduct(nn.Module):
+    """l . r = ((l + r)^2 - (l^2 + r^2)) / 2, from the sum of a pair's halves as relation modules take it."""
+
+    def first_layer(self, images, part):
+        return torch.cat([images.flatten(1), images.flatten(1) ** 2], dim=1)
+
+    def forward(self, sums):
+        both, squares = sums.chunk(2, dim=1)
+        return (both**2 - squares).sum(1) / 2
+
+
+def test_relationnet_compares_each_query_with_the_sum_of_the_support_maps_of_a_class():
+    algorithm = RelationNet(SmoothNet(image_shape=(2, 8, 8), channels=2), relation="conv")
+    algorithm.backbone, algorithm.relation = Identity(), DotProduct()
+    # sums: class 0 (2, 0), class 1 (0, 4); the pair is joined along the channel axis
+    tasks = two_classes()
+    channels = replace(tasks, support_x=tasks.support_x.transpose(2, 4), query_x=tasks.query_x.transpose(2, 4))
+    assert algorithm(channels).tolist() == [[[2.0, 4.0], [6.0, 8.0]]]
+
+
+def test_relationnet_loss_is_the_mean_squared_error_to_one_hot():
+    algorithm = RelationNet(SmoothNet(image_shape=(1, 8, 8)), relation="conv")
+    scores = torch.tensor([[[0.5, 0.2], [0.3, 0.9]]])
+    loss = algorithm.loss(scores, torch.tensor([[0, 1]]))
+    assert float(loss) == pytest.approx((0.25 + 0.04 + 0.09 + 0.01) / 4, rel=1e-6)
+
+
+def test_mlp_relation_gives_each_class_its_share_of_the_mean_scores():
+    algorithm = RelationNet(Identity(), relation="mlp").double()
+    algorithm.relation = DotProduct()
+    # queries (1,1) and (3,2) with (0,0) (2,0) | (0,1) (0,3): 0 2 | 1 3 and 0 6 | 2 6
+    expected = torch.tensor([[[2 / 6, 4 / 6], [6 / 14, 8 / 14]]], dtype=torch.float64)
+    torch.testing.assert_close(algorithm(two_classes()).exp(), expected)
+
+
+def test_mlp_scores_are_never_negative_and_probabilities_sum_to_one():
+    torch.manual_seed(0)
+    tasks = random_tasks()
+    algorithm = RelationNet(SmoothNet(), relation="mlp")
+    algorithm.relation.fc2.weight.data *= 100
+    torch.testing.assert_close(algorithm(tasks).exp().sum(-1), torch.ones(2, 12))
+    assert (algorithm.relation(torch.randn(50, 8)) >= 0).all()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: ProtoNet(SmoothNet((1, 8, 8))),
+        lambda: ProtoNet(SmoothNet((1, 8, 8)), metric="cosine"),
+        lambda: RelationNet(SmoothNet((1, 8, 8)), relation="conv"),
+        lambda: RelationNet(SmoothNet((1, 8, 8)), relation="mlp"),
+    ],
+    ids=["sqeuclidean", "cosine", "conv", "mlp"],
+)
+def test_labels_and_not_positions_tell_the_class_of_a_support_image(make):
+    torch.manual_seed(0)
+    algorithm = make().double().eval()
+    tasks = random_tasks(shape=(1, 8, 8), dtype=torch.float64)
+    order = torch.stack([torch.randperm(6, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)])
+    row = torch.arange(2).unsqueeze(1)
+    shuffled = replace(tasks, support_x=tasks.support_x[row, order], support_y=tasks.support_y[row, order])
+    assert not torch.equal(shuffled.support_y, tasks.support_y)
+    torch.testing.assert_close(algorithm(shuffled), algorithm(tasks), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(("side", "maps", "features"), [(28, 5, 64), (84, 19, 64 * 3 * 3)])
+def test_relation_module_has_the_shapes_of_the_paper(side, maps, features):
+    encoder = Conv4((1, side, side), downsample=["max_pool", "max_pool", "none", "none"], padding=[0, 0, 1, 1])
+    assert encoder.out_shape == (64, maps, maps)
+    module = ConvRelation(encoder.out_shape, hidden=8)
+    assert module.fc1.in_features == features
+    scores = module(torch.randn(3, 64, maps, maps))
+    assert scores.shape == (3,)
+    assert ((scores >= 0) & (scores <= 1)).all()
+
+
+@pytest.mark.parametrize(("kind", "training"), [("conv", True), ("conv", False), ("mlp", False)])
+def test_scores_are_those_of_the_relation_module_on_concatenated_pairs(kind, training):
+    """Support maps come before query maps along the channels; the layers are those of the paper's figure 2."""
+    torch.manual_seed(0)
+    algorithm = RelationNet(SmoothNet(image_shape=(1, 10, 10), channels=3), relation=kind).double().train(training)
+    left, right = torch.randn(2, 3, 3, 5, 5).double(), torch.randn(2, 4, 3, 5, 5).double()
+    module = algorithm.relation
+
+    def joined(task: int) -> torch.Tensor:
+        pairs = torch.stack([torch.cat([one, other]) for other in right[task] for one in left[task]])
+        if kind == "mlp":
+            return F.softplus(module.fc2(F.relu(module.fc1(pairs.flatten(1)))))
+        for conv, norm, *_ in module.blocks:
+            pairs = F.conv2d(pairs, conv.weight, conv.bias, padding=conv.padding)
+            pairs = F.batch_norm(pairs, norm.running_mean.clone(), norm.running_var.clone(), norm.weight, norm.bias,
+                                 training)  # fmt: skip
+            pairs = F.max_pool2d(F.relu(pairs), 2)
+        return torch.sigmoid(module.fc2(F.relu(module.fc1(pairs.flatten(1)))))
+
+    expected = torch.stack([joined(task).view(4, 3) for task in range(2)])
+    given = (left, right) if kind == "conv" else (left.flatten(2), right.flatten(2))
+    torch.testing.assert_close(algorithm.scores(*given), expected, rtol=1e-12, atol=1e-12)

@@ -1,0 +1,231 @@
+"""Tasks: their content, and a random stream that is exactly reproducible."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import bank_of
+
+from metacv.data.sampler import EpisodeList, EpisodeSampler
+from metacv.errors import UserError
+
+
+@pytest.fixture
+def sampler() -> EpisodeSampler:
+    return EpisodeSampler(bank_of([20] * 12), way=5, shot=2, query=3)
+
+
+def identities(images: torch.Tensor) -> torch.Tensor:
+    """(class, image) of the images of bank_of, [T, B, 1, 4, 4] -> [T, B, 2]"""
+    return (images[:, :, 0, 0, :2] * 255).round().long()
+
+
+def test_a_task_has_distinct_classes_and_its_support_and_query_are_disjoint(sampler):
+    tasks = sampler.sample(50)
+    support, query = identities(tasks.support_x), identities(tasks.query_x)
+    assert tasks.support_x.shape == (50, 10, 1, 4, 4)
+    assert tasks.query_x.shape == (50, 15, 1, 4, 4)
+    for t in range(50):
+        assert len(set(tasks.classes[t].tolist())) == 5
+        assert len(set(map(tuple, torch.cat([support[t], query[t]]).tolist()))) == 25
+
+
+def test_labels_and_classes_tell_the_class_of_every_image(sampler):
+    tasks = sampler.sample(50)
+    assert tasks.way == 5
+    assert torch.equal(tasks.classes.gather(1, tasks.support_y), identities(tasks.support_x)[:, :, 0])
+    assert torch.equal(tasks.classes.gather(1, tasks.query_y), identities(tasks.query_x)[:, :, 0])
+    assert torch.bincount(tasks.support_y[0]).tolist() == [2] * 5
+    assert torch.bincount(tasks.query_y[0]).tolist() == [3] * 5
+
+
+def test_images_are_floats_from_0_to_1(sampler):
+    images = sampler.sample(20).support_x
+    assert images.dtype == torch.float32
+    assert float(images.max()) == 1.0
+    assert float(images.min()) == 0.0
+
+
+@pytest.mark.parametrize("only_used_rows", [False, True])
+def test_tasks_can_be_formed_from_features(sampler, only_used_rows):
+    rows = sampler.draw(4)
+    of_images = sampler.gather(rows)
+    used, index = rows.unique(return_inverse=True) if only_used_rows else (slice(None), None)
+    features = (sampler.images[used].float() / 255).flatten(1)[:, :7]  # [U, 7]
+    of_features = sampler.tasks(features, rows, index)
+    assert torch.equal(of_features.support_x, of_images.support_x.flatten(2)[..., :7])
+    assert torch.equal(of_features.query_x, of_images.query_x.flatten(2)[..., :7])
+    for field in ("support_y", "query_y", "classes", "seeds"):
+        assert torch.equal(getattr(of_features, field), getattr(of_images, field))
+
+
+def test_every_class_and_image_is_equally_likely(sampler):
+    tasks = sampler.sample(4000)
+    seen = identities(torch.cat([tasks.support_x, tasks.query_x], dim=1)).flatten(0, 1)
+    counts = torch.bincount(seen[:, 0] * 20 + seen[:, 1], minlength=240).double()
+    expected = len(seen) / 240  # 100,000 draws: 417 of each image, standard deviation about 20
+    assert (counts - expected).abs().max() < 5 * expected**0.5
+
+
+def test_the_order_of_the_classes_in_a_task_is_random(sampler):
+    first = sampler.sample(3000).classes[:, 0]
+    assert torch.bincount(first, minlength=12).min() > 180  # 250 expected of each of 12 classes
+
+
+def test_the_stream_does_not_depend_on_how_many_tasks_are_drawn_at_a_time():
+    whole, parts = (EpisodeSampler(bank_of([20] * 12), 5, 2, 3, "per_class", seed=3) for _ in range(2))
+    assert torch.equal(whole.draw(16), torch.cat([parts.draw(n) for n in (1, 2, 5, 1, 7)]))
+
+
+def test_the_stream_follows_from_the_mersenne_twister_and_sorting():
+    """Computed a second time without torch: so it is the same on every machine and with every version of torch."""
+    bits = np.random.RandomState(7)._bit_generator
+
+    def uniform(n: int) -> list[float]:
+        words = bits.random_raw(2 * n).reshape(n, 2).tolist()
+        return [((high << 32 | low) & (2**53 - 1)) / 2**53 for high, low in words]
+
+    def largest(values: list[float], n: int) -> list[int]:
+        return sorted(range(len(values)), key=lambda i: -values[i])[:n]
+
+    sizes, way, images_per_class = [4, 9, 6, 5, 7], 3, 4
+    first_rows = [0, 4, 13, 19, 24]
+    drawn = EpisodeSampler(bank_of(sizes), way, 1, 3, "per_class", seed=7).draw(50).tolist()
+    for task in drawn:
+        classes = largest(uniform(5), way)
+        turns = [int(4 * u) for u in uniform(way)]
+        expected = []
+        for c, turn in zip(classes, turns, strict=True):
+            images = largest(uniform(9)[: sizes[c]], images_per_class)
+            expected.append([turn * sum(sizes) + first_rows[c] + image for image in images])
+        assert task == expected
+
+
+def test_the_seeds_of_tasks_are_those_of_version_1():
+    sampler = EpisodeSampler(bank_of([8, 12, 9, 20, 7]), 3, 2, 3, "per_class", seed=4)
+    rows = sampler.draw(20)
+    expected = [sum(i * row for i, row in enumerate(task.flatten().tolist(), start=1)) for task in rows]
+    assert sampler.gather(rows).seeds.tolist() == expected
+
+
+def test_another_seed_gives_other_tasks():
+    one, other = (EpisodeSampler(bank_of([20] * 12), 5, 1, 1, seed=seed) for seed in (0, 1))
+    assert not torch.equal(one.draw(4), other.draw(4))
+
+
+def test_a_sampler_continues_from_its_saved_state(sampler):
+    sampler.draw(3)
+    state = sampler.state_dict()
+    expected = sampler.draw(4)
+    sampler.load_state_dict(state)
+    assert torch.equal(sampler.draw(4), expected)
+
+
+def test_sampling_does_not_use_the_global_random_state(sampler):
+    before = torch.get_rng_state()
+    sampler.sample(3)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_classes_of_different_sizes_give_all_of_their_own_images():
+    tasks = EpisodeSampler(bank_of([4, 9, 30]), 3, 1, 3).sample(300)
+    seen = identities(torch.cat([tasks.support_x, tasks.query_x], dim=1)).flatten(0, 1)
+    for c, size in enumerate([4, 9, 30]):
+        assert sorted(set(seen[seen[:, 0] == c, 1].tolist())) == list(range(size))
+
+
+def corner_bank(classes: int = 6):
+    """Images with one bright corner, the upper left."""
+    bank = bank_of([5] * classes)
+    bank.images.zero_()
+    bank.images[:, :, 0, 0] = 255
+    return bank
+
+
+def turns_of(x: torch.Tensor) -> torch.Tensor:
+    """Quarter turns of images of corner_bank [..., 1, H, W]."""
+    x = x[..., 0, :, :]
+    corners = torch.stack([x[..., 0, 0], x[..., -1, 0], x[..., -1, -1], x[..., 0, -1]], dim=-1)
+    return corners.argmax(dim=-1)
+
+
+@pytest.mark.parametrize(
+    ("rotation", "angles_in_a_task", "angles"),
+    [("none", 1, 1), ("per_episode", 1, 4), ("per_class", 3, 4), ("as_classes", 3, 4)],
+)
+def test_each_rotation_turns_images_as_documented(rotation, angles_in_a_task, angles):
+    turned = turns_of(EpisodeSampler(corner_bank(), 3, 1, 1, rotation).sample(400).support_x)
+    assert max(len(set(task.tolist())) for task in turned) == angles_in_a_task
+    assert len(set(turned.flatten().tolist())) == angles
+
+
+def test_rotations_as_classes_make_four_classes_of_each():
+    sampler = EpisodeSampler(corner_bank(2), 8, 1, 1, "as_classes")
+    tasks = sampler.sample(1)
+    assert sorted(turns_of(tasks.support_x)[0].tolist()) == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert sorted(tasks.classes[0].tolist()) == list(range(8))
+    assert torch.equal(tasks.classes // 2, turns_of(tasks.support_x))
+    with pytest.raises(UserError, match="way=9 but toy train has only 8 classes"):
+        EpisodeSampler(corner_bank(2), 9, 1, 1, "as_classes")
+
+
+@pytest.mark.parametrize("rotation", ["per_class", "per_episode"])
+def test_other_rotations_do_not_change_the_class(rotation):
+    tasks = EpisodeSampler(corner_bank(), 3, 1, 1, rotation).sample(50)
+    assert turns_of(tasks.support_x).max() == 3
+    assert tasks.classes.max() == 5
+
+
+def test_support_and_query_of_a_class_have_the_same_rotation():
+    tasks = EpisodeSampler(corner_bank(), 3, 1, 1, "per_class").sample(50)
+    assert torch.equal(tasks.support_x, tasks.query_x)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"way": 100}, "way=100 but toy train has only 12 classes"),
+        ({"way": 1}, "way=1: a task needs at least 2 classes"),
+        ({"shot": 0}, "shot=0: a class needs at least 1 image"),
+        ({"prefix": "train_", "query": 0}, "train_query=0: a class needs at least 1 image"),
+        ({"shot": 15, "query": 6}, r"shot=15 \+ query=6 needs 21 images a class but class0 of toy train has 20"),
+        ({"seed": -1}, "seed=-1"),
+        ({"seed": 2**70}, "seed="),
+    ],
+)
+def test_impossible_tasks_are_refused_with_the_setting_and_the_reason(settings, message):
+    with pytest.raises(UserError, match=message):
+        EpisodeSampler(bank_of([20] * 12), **({"way": 5, "shot": 1, "query": 1} | settings))
+
+
+def test_rotation_needs_square_images():
+    with pytest.raises(UserError, match="rotation=per_class needs square images, not 4x6"):
+        EpisodeSampler(bank_of([20] * 12, shape=(1, 4, 6)), 5, 1, 1, "per_class")
+
+
+def test_an_interval_needs_two_episodes(sampler):
+    with pytest.raises(UserError, match="eval_episodes=1: from 2"):
+        EpisodeList(sampler, 1, "eval_episodes")
+
+
+def test_the_fingerprint_depends_on_images_seed_number_and_support_size():
+    def fingerprint(bank=None, shot=1, query=2, seed=0, episodes=5):
+        return EpisodeList(EpisodeSampler(bank or bank_of([20] * 12), 5, shot, query, seed=seed), episodes).fingerprint
+
+    first = fingerprint()
+    assert fingerprint() == first
+    other_images = bank_of([20] * 12)
+    other_images.images[7] += 1
+    others = [fingerprint(other_images), fingerprint(shot=2, query=1), fingerprint(seed=1), fingerprint(episodes=6)]
+    assert len({first, *others}) == 5
+
+
+def test_an_episode_list_gives_the_same_tasks_every_time_in_batches_of_any_size(sampler):
+    episodes = EpisodeList(sampler, 7)
+    whole = next(episodes.batches(7)).query_x
+    assert torch.equal(torch.cat([tasks.query_x for tasks in episodes.batches(3)]), whole)
+    assert torch.equal(next(episodes.part(slice(2, 5)).batches(7)).query_x, whole[2:5])
+
+
+def test_a_long_episode_list_is_the_start_of_the_same_stream():
+    one, other = (EpisodeSampler(bank_of([3] * 3), 2, 1, 1) for _ in range(2))
+    assert torch.equal(EpisodeList(one, 1500).rows, other.draw(1500))

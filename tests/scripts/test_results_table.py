@@ -1,0 +1,171 @@
+"""RESULTS.md: its numbers are those of the files in outputs/reference, and these belong to the kept checkpoints."""
+
+import dataclasses
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from metacv.config import to_dict
+from metacv.model import WEIGHTS, load_checkpoint
+from metacv.results import Result, ResultFile, read_results
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+
+import results_table
+
+ROOT = Path(__file__).resolve().parents[2]
+REFERENCE = ROOT / "outputs/reference"
+KEPT = sorted(path for path in REFERENCE.glob("*/*_*w*s") if path.is_dir())
+OTHER_FORMATS = ("benchmark.json", "predictions.json")
+RESULT_FILES = sorted(path for path in REFERENCE.rglob("*.json") if path.name not in OTHER_FORMATS)
+
+
+def result(**changes) -> Result:
+    own = Result(0.9, 0.01, "Omniglot", "test", "none", 5, 1, 1, 50, 0, "transductive", method="Reptile")
+    return dataclasses.replace(own, **changes)
+
+
+def test_results_md_is_up_to_date():
+    assert (ROOT / "RESULTS.md").read_text() == results_table.page(), "run scripts/results_table.py"
+
+
+@pytest.mark.parametrize("path", RESULT_FILES, ids=lambda path: path.relative_to(REFERENCE).as_posix())
+def test_every_result_file_has_the_one_schema_and_belongs_to_its_checkpoint(path):
+    assert json.loads(path.read_text())["schema"] == 2
+    file = read_results(path)
+    assert file.results
+    best = path.with_name("best.pt")
+    if best.exists() and file.training is None:
+        digest = hashlib.sha256(best.read_bytes()).hexdigest()
+        assert {result.checkpoint_sha256 for result in file.results} == {digest}
+        assert {result.checkpoint for result in file.results} == {best.relative_to(ROOT).as_posix()}
+
+
+@pytest.mark.parametrize("folder", KEPT, ids=lambda folder: folder.relative_to(REFERENCE).as_posix())
+def test_a_kept_model_is_small_complete_and_has_the_settings_of_its_config_file(folder):
+    assert {path.name for path in folder.iterdir()} == {*results_table.FILES}
+    assert (folder / "best.pt").stat().st_size < 1_000_000
+    assert (folder / "metrics.jsonl").stat().st_size > 0
+    checkpoint = load_checkpoint(folder)
+    assert checkpoint.content.keys() - {"splits", "format"} == WEIGHTS | {"validation"}
+    assert checkpoint.content.get("splits") is None  # only data sets of users have them
+    content = torch.load(folder / "best.pt", weights_only=True)
+    assert yaml.safe_load((folder / "config.yaml").read_text()) == content["config"]
+
+
+@pytest.mark.parametrize("folder", KEPT, ids=lambda folder: folder.relative_to(REFERENCE).as_posix())
+def test_a_kept_model_was_tested_under_both_protocols(folder):
+    checkpoint = load_checkpoint(folder)
+    config, kept = checkpoint.config, results_table.Kept(folder)
+    assert kept.complete
+    own = {name: getattr(config, name) for name in ("way", "shot", "query", "episodes")}
+    own |= {"split": "test", "seed": 0, "rotation": config.dataset["test_rotation"], "step": checkpoint.step}
+    assert config.batch_norm in kept.results
+    assert all(dataclasses.asdict(result).items() >= own.items() for result in kept.results.values())
+    common = {"way": config.way, "shot": config.shot, "query": 15, "episodes": 2000, "rotation": "none"}
+    common |= {"split": "test", "seed": 0, "batch_norm": "inductive", "step": checkpoint.step}
+    assert dataclasses.asdict(kept.common).items() >= common.items()
+    (validation,) = kept.trained.results
+    assert validation.split == "val"
+    expected = checkpoint.content["validation"]
+    assert {name: getattr(validation, name) for name in expected} == expected
+
+
+def test_models_of_one_task_were_compared_on_the_same_episodes():
+    hashes: dict[tuple, set[str]] = {}
+    for kept in map(results_table.Kept, KEPT):
+        config = kept.config
+        # The hash covers the pixels, and those of Reptile are not inverted.
+        key = (config.dataset["_target_"], config.way, config.shot, config.dataset.get("invert"))
+        hashes.setdefault(key, set()).add(kept.common.episodes_sha256)
+    assert hashes
+    assert all(len(same) == 1 for same in hashes.values())
+
+
+@pytest.mark.parametrize("method", results_table.LOSS_SCALE)
+def test_runs_of_the_loss_scale_table_differ_in_the_inner_loss_alone(method):
+    folders = (REFERENCE / "omniglot" / folder for folder in results_table.LOSS_SCALE[method])
+    one, other = (to_dict(results_table.Kept(folder).config) for folder in folders)
+    assert [config["algo"].pop("inner_loss") for config in (one, other)] == ["mean", "sum_per_shot"]
+    assert [config.pop("eval_every") for config in (one, other)] == [400, 400]
+    assert {**one, "steps": 0} == {**other, "steps": 0}
+
+
+@pytest.fixture
+def reptile(tmp_path, monkeypatch) -> Path:
+    """A made-up result of reptile_5w1s, which is all that the table has."""
+    monkeypatch.setattr(results_table, "ROOT", tmp_path)
+    monkeypatch.setattr(results_table, "REFERENCE", tmp_path / "outputs/reference")
+    folder = tmp_path / "outputs/reference/omniglot/reptile_5w1s"
+    folder.mkdir(parents=True)
+    config = to_dict(results_table.experiment_configs()["omniglot/reptile_5w1s"])
+    (folder / "config.yaml").write_text(yaml.safe_dump(config | {"steps": 400, "episodes": 50}))
+    (folder / "metrics.jsonl").write_text("")
+    (folder / "best.pt").write_text("weights")
+    digest = hashlib.sha256(b"weights").hexdigest()
+    both = [
+        result(accuracy=0.9765, ci95=0.001, checkpoint_sha256=digest),
+        result(accuracy=0.95, ci95=0.002, batch_norm="inductive", checkpoint_sha256=digest),
+    ]
+    ResultFile(both).write(folder / "result.json")
+    ResultFile([result(episodes=600, checkpoint_sha256=digest)]).write(folder / "common.json")
+    overrides = ["experiment=omniglot/reptile_5w1s", "data_dir=here", "steps=300", "episodes=50", "steps=400"]
+    training = {"steps": 400, "seconds": 600, "overrides": overrides}
+    ResultFile([result(split="val", device="abacus")], training).write(folder / "train.json")
+    return folder
+
+
+def test_a_row_compares_with_the_interval_of_the_paper(reptile):
+    transductive, inductive = [line for line in results_table.page().splitlines() if "Reptile | 5w1s" in line][:2]
+    link = "(outputs/reference/omniglot/reptile_5w1s)"
+    # 97.65 is within 97.68 ± 0.04; 95.00 is not within 95.39 ± 0.09
+    assert f"| 97.68 ± 0.04 | [97.65 ± 0.10]{link} | -0.03 | yes | 400 of 100000 | 10 min | abacus |" in transductive
+    assert f"| 95.39 ± 0.09 | [95.00 ± 0.20]{link} | -0.39 | no | 400 of 100000 | 10 min | abacus |" in inductive
+    assert "inductive, rotation none, 50 episodes" in inductive
+
+
+def test_the_table_lists_changed_settings_and_unusual_numbers_of_episodes(reptile):
+    page = results_table.page().splitlines()
+    assert "- `omniglot/reptile_5w1s`: `steps=400 episodes=50`" in page
+    assert "| Reptile | 90.00 ± 1.00 % (600 episodes) | not run | not run | not run |" in page
+
+
+def test_the_table_shows_which_experiments_were_not_run(reptile):
+    lines = [line for line in results_table.page().splitlines() if "| not run |" in line]
+    papers, common = (5 * 4 - 1) + (4 - 1) + 5 * 2 + 2, 5 + 5  # each with two rows for Reptile; all methods
+    assert len(lines) == papers + common
+
+
+def test_results_of_another_checkpoint_are_not_shown(reptile):
+    assert "97.65" in results_table.page()
+    (reptile / "best.pt").write_text("other weights")
+    assert "97.65" not in results_table.page()
+
+
+@pytest.mark.parametrize(
+    ("paper", "ci95", "accuracy", "own_ci95", "reproduced"),
+    [
+        (98.9, 0.2, 0.987, 0.0, True),  # the lower end of the interval
+        (98.9, 0.2, 0.9869, 0.01, False),
+        (98.9, None, 0.9875, 0.001, True),  # our interval reaches 98.85, which rounds to 98.9
+        (98.9, None, 0.9874, 0.001, False),
+        (98.90, None, 0.9884, 0.0, False),
+    ],
+)
+def test_reproduced_means_within_an_interval(paper, ci95, accuracy, own_ci95, reproduced):
+    published = results_table.Published(paper, ci95, "inductive", "", decimals=1)
+    assert published.reproduced_by(result(accuracy=accuracy + 1e-9, ci95=own_ci95)) == reproduced
+
+
+def test_published_numbers_keep_their_decimals():
+    config = results_table.experiment_configs()
+    assert [str(one) for one in results_table.published(config["omniglot/reptile_5w5s"])] == [
+        "99.48 ± 0.06",
+        "98.90 ± 0.10",
+    ]
+    assert [str(one) for one in results_table.published(config["omniglot/protonet_20w1s"])] == ["96.0"]

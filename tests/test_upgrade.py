@@ -1,0 +1,55 @@
+"""Checkpoints that version 1 wrote, with what version 1 computed from them.
+
+tests/data_v1/ALGO holds best.pt, last.pt and metrics.jsonl of a run of two steps, by `metacv train algo=ALGO way=3
+query=5 steps=2 eval_every=2 log_every=3 meta_batch=2 eval_episodes=4 dataset.classes={train:6,val:4,test:4}` with 2 or 4
+channels. expected.pt has version 1's logits, and the weights that it reached by `resume=RUN steps=4`;
+metrics_step_4.jsonl has the metrics of that.
+"""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import random_tasks
+
+from metacv.model import load_checkpoint
+
+RUNS = Path(__file__).with_name("data_v1")
+every_run = pytest.mark.parametrize("name", sorted(path.name for path in RUNS.iterdir()))
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "train/tasks_per_second"} for line in lines]
+
+
+@every_run
+@pytest.mark.parametrize("mode", ["inductive", "transductive"])
+def test_checkpoints_of_version_1_predict_what_they_did(name, mode):
+    tasks = random_tasks(tasks=2, way=3, shot=2, query=4, shape=(1, 28, 28))
+    tasks = replace(tasks, support_x=10 * tasks.support_x, query_x=10 * tasks.query_x)
+    expected = torch.load(RUNS / name / "expected.pt", weights_only=True)["logits"][mode]
+    for file in ("best.pt", "last.pt"):
+        checkpoint = load_checkpoint(RUNS / name, file)
+        assert checkpoint.step == 2
+        assert checkpoint.config.batch_norm in ("inductive", "transductive")
+        torch.testing.assert_close(checkpoint.build().predict(tasks, mode), expected, rtol=1e-5, atol=1e-5)
+
+
+@every_run
+def test_runs_of_version_1_resume_as_version_1_does(name, metacv, tmp_path):
+    shutil.copytree(RUNS / name, tmp_path / "run")
+    code, _, err = metacv("train", "resume=run", "steps=4")
+    assert (code, err) == (0, "")
+    expected = torch.load(RUNS / name / "expected.pt", weights_only=True)["step_4"]
+    weights = torch.load("run/last.pt", weights_only=True)["algorithm"]
+    assert weights.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(weights[key], value, rtol=1e-5, atol=1e-5)
+    ours, theirs = read_metrics(tmp_path / "run/metrics.jsonl"), read_metrics(RUNS / name / "metrics_step_4.jsonl")
+    assert [line.keys() for line in ours] == [line.keys() for line in theirs]
+    for our, their in zip(ours, theirs, strict=True):
+        assert our == pytest.approx(their, abs=1e-4)
