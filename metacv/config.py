@@ -157,8 +157,7 @@ def absolute(path: Any) -> Any:
 def from_dict(schema: type[T], content: Mapping[str, Any]) -> T:
     """Settings from plain values, such as a checkpoint holds. Interpolations (`${...}`) in them stay text.
 
-    Raises:
-        ValueError: a setting is unknown, missing or of the wrong type.
+    Raises ValueError if a setting is unknown, missing or of the wrong type.
     """
     hints = typing.get_type_hints(schema)
     values: dict[str, Any] = {}

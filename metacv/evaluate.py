@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from metacv import __version__
 from metacv.algorithms.base import Algorithm, MetricMethod, accuracies, evaluating
 from metacv.config import CHOICES, EvaluateConfig, TestConfig, TrainConfig, merged
 from metacv.data.bank import Dataset, ImageBank
@@ -24,6 +25,7 @@ from metacv.precision import keep_freed_memory
 from metacv.results import Result, ResultFile, summary
 from metacv.text import setting
 
+CHANGEABLE = ("way", "shot", "query", "episodes", "batch_norm", "seed")
 IMAGES_AT_ONCE = 1024
 FEATURES_AT_ONCE = 2**24  # numbers in the features of a batch of episodes, 64 MB
 FEATURES_KEPT = 2**29  # numbers at most in the cached features, 2 GB
@@ -69,6 +71,8 @@ class Evaluation:
             checkpoint_sha256=self.checkpoint.sha256,
             step=self.checkpoint.step,
             device=describe_device(sampler.device),
+            torch=str(torch.__version__),
+            metacv=__version__,
             tasks_per_second=len(accuracy) / seconds,
         )
         return accuracy, result
@@ -90,8 +94,7 @@ def evaluate(cfg: EvaluateConfig, folder: Path) -> list[Result]:
 def prepare(checkpoint: Checkpoint, given: TestConfig) -> Evaluation:
     """Load data and model. Settings that `given` leaves null are those that the model was trained with.
 
-    Raises:
-        UserError: the data set does not fit the model or the task, or has test classes that were used in training.
+    Raises UserError if the data set does not fit the model or the task, or has test classes that were used in training.
     """
     config = with_changes(checkpoint, given)
     device = pick_device(given.device)
@@ -170,9 +173,8 @@ def _from_features(
     return torch.cat(results).double().cpu()
 
 
-def with_changes(checkpoint: Checkpoint, given: Any) -> TrainConfig:
-    """The settings of a checkpoint, with those that `given` does not leave null."""
-    names = ("way", "shot", "query", "episodes", "batch_norm", "seed")
+def with_changes(checkpoint: Checkpoint, given: Any, names: tuple[str, ...] = CHANGEABLE) -> TrainConfig:
+    """The settings of a checkpoint, with those of `names`, algo and dataset that `given` does not leave null."""
     changes = {name: value for name in names if (value := getattr(given, name, None)) is not None}
     for group in ("algo", "dataset"):
         trained, changed = getattr(checkpoint.config, group), getattr(given, group)

@@ -56,8 +56,7 @@ class Checkpoint:
     def build(self, config: TrainConfig | None = None) -> Algorithm:
         """The trained model on the CPU, with settings that `config` may have changed since.
 
-        Raises:
-            UserError: the settings are invalid, or the weights do not fit them.
+        Raises UserError if the settings are invalid, or the weights do not fit them.
         """
         algorithm = build(config or self.config, self.image_shape)
         self.load_weights(algorithm)
@@ -74,8 +73,7 @@ class Checkpoint:
 def load_checkpoint(place: str | Path, name: str = "best.pt") -> Checkpoint:
     """The checkpoint at `place`: a file, or the folder of a run, of which it takes the file `name`.
 
-    Raises:
-        UserError: the file is missing, damaged, or not a checkpoint of metacv.
+    Raises UserError if the file is missing, damaged, or not a checkpoint of metacv.
     """
     path = checkpoint_path(place, name)
     try:
@@ -109,11 +107,7 @@ def load_checkpoint(place: str | Path, name: str = "best.pt") -> Checkpoint:
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Replaces `path` in one step; on an error the old file stays.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
+    """Replaces `path` in one step; on an error the old file stays. Raises UserError if the file cannot be written."""
     try:
         write_atomically(path, content | {"format": FORMAT})
     except OSError as error:
@@ -133,8 +127,7 @@ def checkpoint_path(place: str | Path, name: str = "best.pt") -> Path:
 def build(config: TrainConfig, image_shape: tuple[int, int, int]) -> Algorithm:
     """The algorithm that `config` describes, with initial weights, for images [C, H, W].
 
-    Raises:
-        UserError: a setting is unknown, of the wrong type, or refused by its class.
+    Raises UserError if a setting is unknown, of the wrong type, or refused by its class.
     """
     backbone = build_node("backbone", config.backbone, Backbone, image_shape=image_shape)
     if config.normalize != NormalizeConfig():
@@ -221,8 +214,7 @@ def describe_device(device: torch.device) -> str:
 def pick_device(name: str) -> torch.device:
     """The torch device for the setting `device`; `auto` is a GPU if there is one.
 
-    Raises:
-        UserError: the name is not that of a CPU or of a CUDA device of this machine.
+    Raises UserError if the name is not that of a CPU or of a CUDA device of this machine.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -56,7 +56,7 @@ def predict(cfg: PredictConfig, folder: Path) -> list[dict[str, Any]]:
     if save:
         check_place_to_save(save)
     checkpoint = load_model(cfg)
-    config = with_changes(checkpoint, cfg)
+    config = with_changes(checkpoint, cfg, ("batch_norm",))  # query is a path here
     check_choices(config)
     device = pick_device(cfg.device)
     dataset = build_dataset(config.dataset, ".")
@@ -81,15 +81,15 @@ def predict(cfg: PredictConfig, folder: Path) -> list[dict[str, Any]]:
         for query, row in zip(queries, probabilities, strict=True)
     ]
     truth = labels_of_folders(queries, place, support.classes)
-    folder.mkdir(parents=True, exist_ok=True)
-    write(folder, predictions, support, checkpoint)
-    write_bytes_atomically(folder / "predictions.png", picture(images, predictions, support, truth))
-    if save:
+    if save:  # first, since it may fail, and should then leave no folder behind
         paths = {name: None for name in config.dataset if is_path(name)}
         portable = dataclasses.replace(config, dataset=config.dataset | paths)
         kept = {"images": support.images, "shots": list(support.shots), "classes": list(support.classes)}
         content = {name: checkpoint.content[name] for name in WEIGHTS}
         save_checkpoint(save, content | {"config": to_dict(portable), "support": kept})
+    folder.mkdir(parents=True, exist_ok=True)
+    write(folder, predictions, support, checkpoint)
+    write_bytes_atomically(folder / "predictions.png", picture(images, predictions, support, truth))
     show(folder, predictions, truth, cfg, config.batch_norm)
     return predictions
 
@@ -136,8 +136,7 @@ def kept_support(checkpoint: Checkpoint) -> Support:
 def read_support(folder: Path, dataset: Dataset) -> Support:
     """Examples from a folder with a folder for each class.
 
-    Raises:
-        UserError: there are fewer than two classes, or one without a readable image.
+    Raises UserError if there are fewer than two classes, or one without a readable image.
     """
     if not folder.is_dir():
         raise UserError(f"support={folder}: there is no such folder")

@@ -104,8 +104,7 @@ class Run:
     def load(self, source: Checkpoint) -> None:
         """Continue from a last.pt.
 
-        Raises:
-            UserError: it does not fit the settings, or the data set is split otherwise now.
+        Raises UserError if it does not fit the settings, or the data set is split otherwise now.
         """
         source.load_weights(self.algorithm)
         state, path = source.content, source.path
@@ -138,8 +137,7 @@ class Run:
     def stop_if_not_finite(self, folder: Path) -> None:
         """Check the scalars of all steps that are not logged yet, and the weights that they led to.
 
-        Raises:
-            UserError: one is not finite.
+        Raises UserError if one is not finite.
         """
         finite = [all(scalars[name].isfinite() for name in scalars) for scalars in self.window]
         if not all(finite):
@@ -186,8 +184,7 @@ class StopSignals:
 def lock_folder(folder: Path) -> Iterator[None]:
     """Hold the lock of a run's folder, and remove temporary files that a killed run left there.
 
-    Raises:
-        UserError: another process holds it.
+    Raises UserError if another process holds it.
     """
     lock = FileLock(folder / ".lock")
     try:
@@ -216,8 +213,7 @@ class Start:
 def start(cfg: DictConfig, folder: Path, overrides: list[str]) -> Start:
     """Settings for a new run, or for one that resumes.
 
-    Raises:
-        UserError: the folder holds another run, there is nothing to resume, or a setting changed that must not.
+    Raises UserError if the folder holds another run, there is nothing to resume, or a setting changed that must not.
     """
     last = folder / "last.pt"
     own = load_state(last) if last.exists() else None
@@ -245,8 +241,7 @@ def start(cfg: DictConfig, folder: Path, overrides: list[str]) -> Start:
 def resumed(source: Checkpoint, overrides: list[str]) -> Start:
     """The settings of a run, composed of its own overrides and then of those given now.
 
-    Raises:
-        UserError: one has changed that training depends on.
+    Raises UserError if one has changed that training depends on.
     """
     own: list[str] = source.content["overrides"]
     once = {"resume", *(word for word in own if word[0] in "+~")}  # a key is added or deleted only once

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import random
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from metacv import __version__
 from metacv.algorithms.base import Algorithm
 from metacv.backbones.base import Backbone
 from metacv.backbones.batch_norm import running_statistics
@@ -102,7 +104,7 @@ def training_step(run: Run, ranks: Ranks) -> dict[str, Tensor]:
     ranks.average([*gradients, *scalars.values()], (own.stop - own.start) / config.meta_batch)
     clip(algorithm, config.clip_norm, config.clip_value)
     run.optimizer.step()
-    scalars["lr"] = torch.tensor(run.optimizer.param_groups[0]["lr"])
+    scalars["lr"] = torch.tensor(float(run.optimizer.param_groups[0]["lr"]))
     run.schedule.step()
     run.step += 1
     return scalars
@@ -110,7 +112,8 @@ def training_step(run: Run, ranks: Ranks) -> dict[str, Tensor]:
 
 def log_window(run: Run, logger: Logger, speed: float) -> str:
     """Log the means over the steps since the last line, and return them as text for the progress bar."""
-    means = {name: float(torch.stack([scalars[name] for scalars in run.window]).mean()) for name in run.window[0]}
+    columns = {name: torch.stack([scalars[name] for scalars in run.window]) for name in run.window[0]}
+    means = {name: float(values.float().mean()) for name, values in columns.items()}
     means["lr"] = float(run.window[-1]["lr"])
     run.window = []
     tags = {f"train/{name}": value for name, value in means.items()}
@@ -198,6 +201,7 @@ def prepare(begun: Start, ranks: Ranks) -> tuple[Run, EpisodeList]:
     if device.type == "cpu":
         keep_freed_memory()  # only now: decoding a data set frees much memory
     torch.manual_seed(config.seed)
+    random.seed(config.seed)
     algorithm = build(config, training.bank.image_shape).to(device)
     if ranks.size > 1 and algorithm.sequential_because:
         raise UserError(f"algo.{algorithm.sequential_because}, which {ranks.size} processes cannot share")
@@ -253,6 +257,8 @@ def report(run: Run, folder: Path) -> None:
         method=type(run.algorithm).__name__,
         step=int(best["step"]),
         device=run.hardware,
+        torch=str(torch.__version__),
+        metacv=__version__,
     )
     training = {"steps": run.step, "seconds": round(run.seconds, 1), "seed": config.seed, "overrides": run.overrides}
     ResultFile([result], training).write(folder / "result.json")

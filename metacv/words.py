@@ -15,8 +15,7 @@ FLAGS_WITH_VALUE = {"-c", "--cfg", "-p", "--package"}
 class Words:
     """A command line without the command.
 
-    Raises:
-        UserError: a setting has another name now, or an option belongs to train only.
+    Raises UserError if a setting has another name now, or an option belongs to train only.
     """
 
     def __init__(self, command: str, words: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""What the tests share: small networks and tasks with known answers, the command line in this process, and short runs."""
+"""What tests share: small networks and tasks with known answers, the command line in this process, short runs."""
 
 import os
 import sys

@@ -52,6 +52,8 @@ def trained(name: str, running_stats: bool):
     """A model after two outer steps, so that statistics and moments are not what they begin as."""
     torch.manual_seed(0)
     algorithm = MAKERS[name](backbone(running_stats))
+    for norm in batch_norms(algorithm):
+        norm.momentum = None  # running statistics are then the mean over the steps, so that features have size 1
     optimizer = torch.optim.SGD(algorithm.parameters(), lr=0.1)
     for seed in range(2):
         algorithm.train()
@@ -151,6 +153,9 @@ def test_evaluating_twice_gives_the_same_accuracies_and_changes_nothing(name, ru
     assert torch.equal(torch.get_rng_state(), random_state)
     assert algorithm.training
     assert [(norm.training, norm.track_running_stats) for norm in batch_norms(algorithm)] == flags
+    algorithm.eval()
+    evaluate_episodes(algorithm, episodes.part(slice(1)), mode)
+    assert not algorithm.training
 
 
 def test_batch_statistics_ignore_the_running_ones_and_do_not_change_them():

@@ -1,4 +1,4 @@
-"""What the README promises: its example, its table of choices, and the wheel."""
+"""The README: its example, its table of choices, its links, its numbers; and the wheel."""
 
 import itertools
 import json
@@ -11,38 +11,50 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import TRAIN
+import torch
+from conftest import TRAIN, random_tasks
 
-from metacv.config_dir import config_dir
+from metacv import CONFIG_DIR, cli, completion, help
+from metacv.algorithms import metric
+from metacv.model import load_checkpoint
+from metacv.results import Result, read_results
+from metacv.text import percent
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def run(place: Path, cwd: Path, data_dir: Path, *arguments: str) -> subprocess.CompletedProcess:
-    """The metacv that lies in `place`, from another folder."""
-    environment = os.environ | {"PYTHONPATH": str(place), "METACV_DATA_DIR": str(data_dir), "OMP_NUM_THREADS": "1"}
-    environment.pop("HYDRA_FULL_ERROR", None)
-    return subprocess.run(
-        [sys.executable, "-m", "metacv", *arguments], cwd=cwd, env=environment, capture_output=True, text=True
-    )
+@pytest.fixture
+def checkout(monkeypatch, tmp_path) -> Path:
+    """A folder whose modules in metacv/algorithms/metric and whose configs/ this process uses too."""
+    shutil.copytree(CONFIG_DIR, tmp_path / "checkout/configs")
+    modules = tmp_path / "checkout/metacv/algorithms/metric"
+    modules.mkdir(parents=True)
+    monkeypatch.setattr(metric, "__path__", [*metric.__path__, str(modules)])
+    for user in (cli, completion, help):
+        monkeypatch.setattr(user, "CONFIG_DIR", tmp_path / "checkout/configs")
+    return tmp_path / "checkout"
 
 
-def test_the_example_of_a_new_algorithm_works_as_it_stands(tmp_path, data_dir):
-    place = tmp_path / "checkout"
-    for folder in ("metacv", "configs"):
-        shutil.copytree(ROOT / folder, place / folder, ignore=shutil.ignore_patterns("__pycache__"))
+def test_the_example_of_a_new_algorithm_works_without_changes(metacv, checkout):
     section = README.split("## Your own algorithm")[1].split("\n## ")[0]
     files = re.findall(r"`((?:metacv|configs)/[\w/]+\.(?:py|yaml))`:\n\n```\w+\n(.*?)```", section, re.DOTALL)
-    assert [name for name, _ in files] == ["metacv/algorithms/matchingnet.py", "configs/algo/matchingnet.yaml"]
+    names = ["metacv/algorithms/metric/matchingnet.py", "configs/algo/matchingnet.yaml"]
+    assert [name for name, _ in files] == names
     for name, text in files:
-        (place / name).write_text(text)
-    done = run(place, tmp_path, data_dir, "train", "algo=matchingnet", *TRAIN, "hydra.run.dir=run")
-    assert (done.returncode, done.stderr) == (0, "")
-    done = run(place, tmp_path, data_dir, "evaluate", "checkpoint=run", "episodes=8", "hydra.run.dir=evaluation")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert json.loads((tmp_path / "evaluation/result.json").read_text())["algorithm"] == "MatchingNet"
-    assert "matchingnet" in run(place, tmp_path, data_dir, "train", "--help").stdout
+        (checkout / name).write_text(text)
+    code, _, err = metacv("train", "algo=matchingnet", *TRAIN, "hydra.run.dir=run")
+    assert (code, err) == (0, "")
+    for mode in ("inductive", "transductive"):
+        words = (f"batch_norm={mode}", "way=4", f"hydra.run.dir={mode}")
+        code, _, err = metacv("evaluate", "checkpoint=run", *words)
+        assert (code, err) == (0, "")
+        assert read_results(Path(mode) / "result.json").results[0].method == "MatchingNet"
+    assert "algo=matchingnet" in metacv("train", "--help")[1]
+    assert "matchingnet" in completion.values("train", "algo")
+    task = random_tasks(2, way=3, shot=2, query=2, shape=(1, 28, 28))
+    logits = load_checkpoint("run").build().predict(task, "inductive")
+    torch.testing.assert_close(logits.exp().sum(dim=-1), torch.full((2, 6), 0.5))  # means over two images of each class
 
 
 def expanded(word: str) -> list[str]:
@@ -51,16 +63,24 @@ def expanded(word: str) -> list[str]:
     return ["".join(choice) for choice in itertools.product(*parts)]
 
 
+def test_every_module_in_the_table_of_files_exists():
+    for row in re.findall(r"^\| (`metacv/.*?) \|", README, re.MULTILINE):
+        folder = ROOT
+        for name in re.findall(r"`([\w/.]+)`", row):
+            folder = (ROOT / name).parent if "/" in name else folder
+            assert (ROOT / name if "/" in name else folder / name).exists(), name
+
+
 @pytest.mark.parametrize("group", ["algo", "backbone", "dataset", "optimizer", "schedule", "experiment"])
 def test_the_table_of_choices_lists_the_files_of_configs(group):
     row = re.search(rf"^\| `{group}/` \| (.*?) \|", README, re.MULTILINE)
-    files = sorted(p.relative_to(config_dir() / group).with_suffix("").as_posix()
-                   for p in (config_dir() / group).rglob("*.yaml"))  # fmt: skip
+    files = sorted(p.relative_to(CONFIG_DIR / group).with_suffix("").as_posix()
+                   for p in (CONFIG_DIR / group).rglob("*.yaml"))  # fmt: skip
     assert row is not None
     assert sorted(name for word in re.findall(r"`([\w/{},]+)`", row[1]) for name in expanded(word)) == files
 
 
-def test_every_file_and_folder_that_the_readme_links_is_there():
+def test_every_file_and_folder_that_the_readme_links_exists():
     for page in (ROOT / "README.md", ROOT / "docs/own-images.md"):
         for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text()):
             assert (page.parent / target).exists(), target
@@ -68,21 +88,25 @@ def test_every_file_and_folder_that_the_readme_links_is_there():
 
 def test_the_page_on_own_images_shows_the_numbers_on_file():
     page, place = (ROOT / "docs/own-images.md").read_text(), ROOT / "outputs/reference/own_images"
-    comparison, found = (json.loads((place / f"{name}.json").read_text()) for name in ("comparison", "predictions"))
+    page, place = (ROOT / "docs/own-images.md").read_text(), ROOT / "outputs/reference/own_images"
+    comparison = read_results(place / "comparison.json")
 
-    def percent(one: dict, name: str = "accuracy", sign: str = "") -> str:
-        return f"{100 * one[name]:{sign}.2f} ± {100 * one['ci95']:.2f} %"
+    def measured(result: Result) -> str:
+        return f"{percent(result.accuracy, result.ci95)} %"
 
-    (difference,) = comparison["differences"]
-    shown = [percent(one) for one in comparison["runs"].values()] + [percent(difference, "mean", "+")]
-    shown.append(f"best in validation: {percent(json.loads((place / 'rotated.json').read_text()))} at step 150")
-    right = [Path(one["file"]).parent.name == one["label"] for one in found["predictions"]]
+    (difference,) = comparison.differences
+    shown = [measured(result) for result in comparison.results]
+    shown.append(f"{100 * difference['mean']:+.2f} ± {100 * difference['ci95']:.2f} %")
+    shown.append(f"best in validation: {measured(read_results(place / 'rotated.json').results[0])} at step 150")
+    predictions = json.loads((place / "predictions.json").read_text())["predictions"]
+    right = [Path(one["file"]).parent.name == one["label"] for one in predictions]
     shown.append(f"accuracy {100 * sum(right) / len(right):.2f} %: {sum(right)} of {len(right)}")
     shown += [line.split("|")[1].strip() for line in (place / "report.md").read_text().splitlines()[2:4]]
     for words in shown:
         assert words in page
 
 
+@pytest.mark.slow
 def test_the_wheel_runs_both_commands_from_any_folder(tmp_path, data_dir):
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path,
@@ -94,14 +118,18 @@ def test_the_wheel_runs_both_commands_from_any_folder(tmp_path, data_dir):
         archive.extractall(tmp_path / "installed")
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    train = run(tmp_path / "installed", elsewhere, data_dir, "train", *TRAIN, "hydra.run.dir=run")
-    assert (train.returncode, train.stderr) == (0, "")
-    evaluate = run(tmp_path / "installed", elsewhere, data_dir, "evaluate", "checkpoint=run", "episodes=8")
-    assert (evaluate.returncode, evaluate.stderr) == (0, "")
-    assert "accuracy" in evaluate.stdout
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "installed"), "METACV_DATA_DIR": str(data_dir)}
+    environment.pop("HYDRA_FULL_ERROR", None)
+    for words in (["train", *TRAIN, "hydra.run.dir=run"], ["evaluate", "checkpoint=run"], ["train", "--help"]):
+        command = [sys.executable, "-m", "metacv", *words]
+        done = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+    command = [sys.executable, "-c", "import metacv; print(metacv.CONFIG_DIR)"]
+    done = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == str(tmp_path / "installed/metacv/configs")
 
 
-def test_the_speeds_are_those_of_the_kept_benchmark():
+def test_the_speeds_are_those_of_the_benchmark_on_file():
     kept = (ROOT / "outputs/reference/benchmark/benchmark.md").read_text()
     header = kept.splitlines()[2]
     assert header.startswith("| | metacv, tasks/s |")

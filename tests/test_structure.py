@@ -59,5 +59,7 @@ def test_command_line_has_fewer_than_150_lines():
 
 def test_no_name_of_version_1_remains():
     files = [path for path in FILES if path.name != "upgrade.py"]
-    left = [f"{path.name}: {line}" for path in files for line in path.read_text().splitlines() if VERSION_1.search(line)]
+    left = [
+        f"{path.name}: {line}" for path in files for line in path.read_text().splitlines() if VERSION_1.search(line)
+    ]
     assert left == []

@@ -1,8 +1,8 @@
 """Checkpoints that version 1 wrote, with what version 1 computed from them.
 
 tests/data_v1/ALGO holds best.pt, last.pt and metrics.jsonl of a run of two steps, by `metacv train algo=ALGO way=3
-query=5 steps=2 eval_every=2 log_every=3 meta_batch=2 eval_episodes=4 dataset.classes={train:6,val:4,test:4}` with 2 or 4
-channels. expected.pt has version 1's logits, and the weights that it reached by `resume=RUN steps=4`;
+query=5 steps=2 eval_every=2 log_every=3 meta_batch=2 eval_episodes=4 dataset.classes={train:6,val:4,test:4}` with 2 or
+4 channels. expected.pt has version 1's logits, and the weights that it reached by `resume=RUN steps=4`;
 metrics_step_4.jsonl has the metrics of that.
 """
 

@@ -40,8 +40,7 @@ class Backbone(nn.Module, ABC):
     def set_normalization(self, mean: list[float], std: list[float]) -> None:
         """Give the network (images - mean) / std from now on, by channel; one value holds for all channels.
 
-        Raises:
-            ValueError: a value is not finite, a deviation is not positive, or a normalization is already set.
+        Raises ValueError if a value is not finite, a deviation is not positive, or a normalization is already set.
         """
         if not all(map(math.isfinite, mean)) or not all(0 < value < math.inf for value in std):
             raise ValueError(f"mean={mean}, std={std}: all must be finite, and every std above 0")

@@ -13,8 +13,8 @@ from metacv.errors import UserError
 class Torchvision(Backbone):
     """The features that the network's last linear layer classifies: vectors [D].
 
-    Images are normalized as `weights` need it; grey images become three equal channels. With `frozen` neither the weights
-    nor the running statistics of batch norm are trained.
+    Images are normalized as `weights` need it; grey images become three equal channels. With `frozen` the weights and
+    the running statistics of batch norm stay as they are.
     """
 
     def __init__(

@@ -79,10 +79,7 @@ class Dataset(ABC):
 
 
 def cached_bank(data_dir: Path, name: str, settings: dict[str, Any], make: Callable[[], ImageBank]) -> ImageBank:
-    """The result of `make()`, kept in data_dir/cache under a hash of `settings`; loading it takes about a second.
-
-    A damaged cache file is replaced. If the folder cannot be written, a line says so and nothing is kept.
-    """
+    """The result of `make()`, kept in data_dir/cache under a hash of `settings`. A damaged file is made again."""
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     path = data_dir / "cache" / f"{name}-{key}.pt"
     try:

@@ -1,12 +1,12 @@
 """Glyphs: generated characters that look handwritten, for training without any data files.
 
-A class is a random motor program: one to four pen strokes, each a curve through two to five knots of a 3 x 3 lattice;
-some start on an earlier stroke. Because of the lattice, strokes meet, are parallel and fill a box, as those of
-characters do. An image is the program drawn once, with random errors at every knot, a smooth distortion, and random
-slant, size and position. It is drawn as dots on a fine canvas, widened to the pen, and reduced with a Lanczos filter,
-which is faster than computing distances to the curves.
+A class is a random motor program: one to four pen strokes, each a curve through two to five knots of a 3 x 3 lattice.
+Because of the lattice, strokes meet, are parallel and fill a box, as those of characters do. An image is the program
+drawn once, with random errors at every knot, a smooth distortion, and random slant, size and position. It is drawn as
+dots on a fine canvas, widened to the pen, and reduced with a Lanczos filter: faster than distances to the curves.
 """
 
+import functools
 import hashlib
 import math
 from dataclasses import dataclass
@@ -35,8 +35,8 @@ class Glyphs(Dataset):
     seed: int
 
     def __post_init__(self) -> None:
-        numbers = f"classes={self.classes}, images={self.images}"
         if self.classes.keys() != set(SPLITS) or min(*self.classes.values(), self.images) < 1:
+            numbers = f"classes={self.classes}, images={self.images}"
             raise ValueError(f"{numbers}: train, val and test, and all at least 1")
 
     def load(self, split: str) -> ImageBank:
@@ -59,17 +59,13 @@ class Glyphs(Dataset):
 
 
 def draw_glyphs(classes: int, images: int, seed: int = 0, size: int = SIZE) -> Tensor:
-    """Draw `images` versions of each of `classes` random characters.
-
-    Returns uint8 [classes, images, 1, size, size], size in pixels, ink 255 on background 0. The result depends on the
-    arguments alone, and class c does not depend on how many classes follow it. The global random state is not used.
-    """
+    """Draw random characters in several versions: uint8 [classes, images, 1, size, size], ink 255 on background 0."""
     drawn = torch.empty(classes, images, 1, size, size, dtype=torch.uint8)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # faster: the tensors are small, and threads would wait for each other
     try:
         for start in range(0, classes, BLOCK):
-            rng = torch.Generator().manual_seed(seed * 1_000_003 + start)
+            rng = torch.Generator().manual_seed(seed * 1_000_003 + start)  # whatever the number of classes
             paths = draw_paths(random_programs(rng), images, rng)[: classes - start].flatten(0, 1)
             parts = [render(part, size) for part in torch.split(paths, 200)]  # so few fit the processor's cache
             drawn[start : start + BLOCK] = torch.cat(parts).view(-1, images, 1, size, size)
@@ -81,11 +77,7 @@ def draw_glyphs(classes: int, images: int, seed: int = 0, size: int = SIZE) -> T
 def random_programs(rng: torch.Generator) -> dict[str, Tensor]:
     """Motor programs of a block of classes: tensors [BLOCK, ...], lengths in lattice sides, bends in radians."""
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(BLOCK, *shape, generator=rng)
-
-    def uniform(*shape: int) -> Tensor:
-        return torch.rand(BLOCK, *shape, generator=rng)
+    normal, uniform = (functools.partial(draw, BLOCK, generator=rng) for draw in (torch.randn, torch.rand))
 
     def pick(values: list[float], weights: list[float], *shape: int) -> Tensor:
         index = torch.multinomial(torch.tensor(weights), BLOCK * math.prod(shape), True, generator=rng)

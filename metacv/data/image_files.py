@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -13,6 +14,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
+from metacv.data.bank import ImageBank
 from metacv.errors import UserError
 from metacv.text import printable
 
@@ -27,10 +29,9 @@ EXTERNAL = {"EPS", "WMF"}  # formats that Pillow opens with another program (Gho
 
 
 def open_image(path: Path, side: int | None = None) -> Image.Image:
-    """Open an image file of any format that Pillow decodes itself; UserError if that is impossible.
+    """Open an image file as 8 bits of mode L or RGB, upright, transparent pixels on white; UserError if impossible.
 
-    Returns mode L or RGB, 8 bits, rotated as its EXIF says, transparent pixels on white; of an animation the first
-    frame. With `side`, a large file is returned at a smaller scale, but never with a side below twice `side` pixels.
+    With `side`, a large file may be returned at a smaller scale, but never with a side below twice `side` pixels.
     """
     Image.init()
     try:
@@ -39,7 +40,11 @@ def open_image(path: Path, side: int | None = None) -> Image.Image:
                 image.draft(None, (2 * side, 2 * side))
                 if (factor := min(image.size) // (2 * side)) > 1 and image.mode in ("L", "RGB", "RGBA", "CMYK"):
                     image = image.reduce(factor)
-            return _to_8_bits(_upright(image))
+            try:
+                image = ImageOps.exif_transpose(image)
+            except Exception:  # damaged EXIF: without a rotation
+                image.load()
+            return _to_8_bits(image)
     except OSError as error:
         heic = path.suffix.lower() in (".heic", ".heif")
         reason = "Pillow does not read HEIC: convert it to JPEG or PNG" if heic else "not an image, or damaged"
@@ -55,14 +60,6 @@ def open_exactly(path: Path, formats: tuple[str, ...], mode: str) -> Image.Image
             return image.convert(mode)
     except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise UserError(f"{path} is not a readable image ({error})") from None
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # damaged EXIF: without a rotation
-        image.load()
-        return image
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
@@ -89,17 +86,19 @@ def to_square(image: Image.Image, size: int, fit: Fit) -> Image.Image:
 
 def as_tensor(image: Image.Image) -> Tensor:
     """Copy an image of mode L or RGB to a tensor, uint8 [C, H, W]."""
-    width, height = image.size
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return pixels.view(height, width, -1).permute(2, 0, 1)
+    return pixels.view(image.height, image.width, -1).permute(2, 0, 1)
 
 
-def read_images(label: str, files: list[Path], read: Callable[[Path], Tensor], shape: tuple[int, int, int]) -> Tensor:
-    """Read all files on several threads: uint8 [M, *shape]. The first error of `read` is raised."""
-    images = torch.empty(len(files), *shape, dtype=torch.uint8)
-    for row, image in enumerate(map_on_threads(label, read, files)):
+def read_classes(
+    name: str, files: dict[str, list[Path]], read: Callable[[Path], Tensor], shape: tuple[int, int, int]
+) -> ImageBank:
+    """Read the files of each class on several threads, each to uint8 `shape`. The first error of `read` is raised."""
+    paths = list(chain(*files.values()))
+    images = torch.empty(len(paths), *shape, dtype=torch.uint8)
+    for row, image in enumerate(map_on_threads(name, read, paths)):
         images[row] = image
-    return images
+    return ImageBank(name, images, torch.tensor([0, *map(len, files.values())]).cumsum(0), tuple(files))
 
 
 def read_readable(label: str, files: list[Path], read: Callable[[Path], Tensor]) -> tuple[list[Path], list[Tensor]]:
@@ -121,17 +120,13 @@ def read_readable(label: str, files: list[Path], read: Callable[[Path], Tensor])
 
 
 def map_on_threads(label: str, function: Callable[[Path], T], files: list[Path]) -> Iterator[T]:
-    """Yield the results of `function` for each file, in order, and show a progress bar.
-
-    A thread takes several files at a time: with small files taken one by one, two threads are slower than one.
-    """
+    """Yield the results of `function` for each file, in order, and show a progress bar."""
     threads = min(32, os.cpu_count() or 1)
+    # Several files at a time: with small files taken one by one, two threads are slower than one.
     size = max(1, min(8, len(files) // (4 * threads)))
     chunks = [files[start : start + size] for start in range(0, len(files), size)]
-    with (
-        ThreadPoolExecutor(threads) as pool,
-        tqdm(desc=label, total=len(files), unit="image", leave=False, disable=None) as bar,
-    ):
+    bar = tqdm(desc=label, total=len(files), unit="image", leave=False, disable=None)
+    with ThreadPoolExecutor(threads) as pool, bar:
         try:
             for results in pool.map(lambda chunk: [function(path) for path in chunk], chunks):
                 yield from results
@@ -143,8 +138,9 @@ def map_on_threads(label: str, function: Callable[[Path], T], files: list[Path])
 def report_skipped(label: str, readable: int, files: int) -> None:
     """Print how many of the files were skipped, if any."""
     if skipped := files - readable:
-        message = f"metacv: {label}: {skipped} of {files} files skipped: not readable as images"
-        print(printable(message), file=sys.stderr)
+        print(
+            printable(f"metacv: {label}: {skipped} of {files} files skipped: not readable as images"), file=sys.stderr
+        )
 
 
 def folders_in(folder: Path) -> list[Path]:

@@ -55,8 +55,10 @@ class ImageFolder(Dataset):
         files = {folder: image_files.files_below(folder) for folder in self._folders(split)}
         stats = [(os.path.abspath(path), path.stat()) for path in chain(*files.values())]
         settings = {name: getattr(self, name) for name in ("size", "color", "fit", "invert")}
-        settings["files"] = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
-        settings["decoding"] = image_files.DECODING
+        settings |= {
+            "files": [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats],
+            "decoding": image_files.DECODING,
+        }
         name = f"{self.folder.resolve().name} {split}"
         bank = cached_bank(self.data_dir, f"image_folder-{split}", settings, lambda: self._decode(name, files))
         image_files.report_skipped(name, len(bank.images), len(stats))
@@ -91,10 +93,10 @@ class ImageFolder(Dataset):
                 raise UserError(f"dataset.root={self.folder}: rename its folder {folder.name} to {split}")
         classes: dict[str, Path] = {}
         places = [self.folder / split for split in SPLITS] if self._has_split_folders() else [self.folder]
-        for folder in chain(*map(image_files.folders_in, places)):
-            if (other := classes.setdefault(folder.name, folder)) != folder:
-                both = f"{other.parent.name} and {folder.parent.name}"
-                raise UserError(f"{self.folder}: the class {folder.name} is in both {both}")
+        for own in chain(*map(image_files.folders_in, places)):
+            if (other := classes.setdefault(own.name, own)) != own:
+                both = f"{other.parent.name} and {own.parent.name}"
+                raise UserError(f"{self.folder}: the class {own.name} is in both {both}")
         return classes
 
     def _folders(self, split: str) -> list[Path]:
@@ -135,5 +137,4 @@ class ImageFolder(Dataset):
         sizes = {folder.name: len(readable.intersection(own)) for folder, own in files.items()}
         if empty := [name for name, size in sizes.items() if not size]:
             raise UserError(f"{label}: the class {empty[0]} has no readable image")
-        offsets = torch.tensor([0, *sizes.values()]).cumsum(0)
-        return ImageBank(label, torch.stack(images), offsets, tuple(sizes))
+        return ImageBank(label, torch.stack(images), torch.tensor([0, *sizes.values()]).cumsum(0), tuple(sizes))

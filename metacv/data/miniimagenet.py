@@ -13,37 +13,30 @@ from metacv.data.sources import Source, SplitSpec, integers
 from metacv.errors import UserError
 
 SIZE, IMAGES = 84, 600
-CLASSES = {
-    split: names.split()
-    for split, names in {
-        "train": """
-            n01532829 n01558993 n01704323 n01749939 n01770081 n01843383 n01910747 n02074367 n02089867 n02091831
-            n02101006 n02105505 n02108089 n02108551 n02108915 n02111277 n02113712 n02120079 n02165456 n02457408
-            n02606052 n02687172 n02747177 n02795169 n02823428 n02966193 n03017168 n03047690 n03062245 n03207743
-            n03220513 n03337140 n03347037 n03400231 n03476684 n03527444 n03676483 n03838899 n03854065 n03888605
-            n03908618 n03924679 n03998194 n04067472 n04243546 n04251144 n04258138 n04275548 n04296562 n04389033
-            n04435653 n04443257 n04509417 n04515003 n04596742 n04604644 n04612504 n06794110 n07584110 n07697537
-            n07747607 n09246464 n13054560 n13133613
-        """,
-        "val": """
-            n01855672 n02091244 n02114548 n02138441 n02174001 n02950826 n02971356 n02981792 n03075370 n03417042
-            n03535780 n03584254 n03770439 n03773504 n03980874 n09256479
-        """,
-        "test": """
-            n01930112 n01981276 n02099601 n02110063 n02110341 n02116738 n02129165 n02219486 n02443484 n02871525
-            n03127925 n03146219 n03272010 n03544143 n03775546 n04146614 n04149813 n04418357 n04522168 n07613480
-        """,
-    }.items()
+NAMES = {
+    "train": """
+        n01532829 n01558993 n01704323 n01749939 n01770081 n01843383 n01910747 n02074367 n02089867 n02091831 n02101006
+        n02105505 n02108089 n02108551 n02108915 n02111277 n02113712 n02120079 n02165456 n02457408 n02606052 n02687172
+        n02747177 n02795169 n02823428 n02966193 n03017168 n03047690 n03062245 n03207743 n03220513 n03337140 n03347037
+        n03400231 n03476684 n03527444 n03676483 n03838899 n03854065 n03888605 n03908618 n03924679 n03998194 n04067472
+        n04243546 n04251144 n04258138 n04275548 n04296562 n04389033 n04435653 n04443257 n04509417 n04515003 n04596742
+        n04604644 n04612504 n06794110 n07584110 n07697537 n07747607 n09246464 n13054560 n13133613
+    """,
+    "val": """
+        n01855672 n02091244 n02114548 n02138441 n02174001 n02950826 n02971356 n02981792 n03075370 n03417042 n03535780
+        n03584254 n03770439 n03773504 n03980874 n09256479
+    """,
+    "test": """
+        n01930112 n01981276 n02099601 n02110063 n02110341 n02116738 n02129165 n02219486 n02443484 n02871525 n03127925
+        n03146219 n03272010 n03544143 n03775546 n04146614 n04149813 n04418357 n04522168 n07613480
+    """,
 }
+CLASSES = {split: names.split() for split, names in NAMES.items()}
 
 
 @dataclass
 class MiniImageNet(Dataset):
-    """Images of 84x84 pixels in colour, from class folders, from images/ with Ravi's CSV lists, from the pickles
-    mini-imagenet-cache-SPLIT.pkl, or from archives of these in data_dir/miniimagenet (see Source).
-
-    Classes are sorted by name. The images of a class are sorted by file name, or as the pickle's class_dict lists them.
-    """
+    """Images of 84x84 pixels in colour, from class folders, Ravi's CSV lists, pickles or archives (see Source)."""
 
     resize: bool  # accept files of another size, and resize them
 
@@ -75,7 +68,7 @@ class MiniImageNet(Dataset):
 
 
 def read_content(content: Any, path: Path, split: str) -> ImageBank:
-    """Read the `image_data` of a pickle, uint8 [M, 84, 84, 3], and `class_dict`, from class names to rows of it."""
+    """Read `image_data`, uint8 [M, 84, 84, 3], and `class_dict`, from class names to rows of it, in their order."""
     rows = {str(name): integers(values) for name, values in content["class_dict"].items()}
     pixels = content.pop("image_data").tensor(SIZE, SIZE, 3)  # pop: up to 800 MB that are not needed twice
     SplitSpec(CLASSES, IMAGES).check({name: len(set(own)) for name, own in rows.items()}, path, split)
@@ -85,5 +78,4 @@ def read_content(content: Any, path: Path, split: str) -> ImageBank:
     images = torch.empty(len(every), 3, SIZE, SIZE, dtype=torch.uint8)
     for c, name in enumerate(sorted(rows)):
         images[c * IMAGES : (c + 1) * IMAGES] = pixels[rows[name]].permute(0, 3, 1, 2)
-    offsets = torch.arange(0, len(images) + 1, IMAGES)
-    return ImageBank("miniimagenet", images, offsets, tuple(sorted(rows)))
+    return ImageBank("miniimagenet", images, torch.arange(0, len(images) + 1, IMAGES), tuple(sorted(rows)))

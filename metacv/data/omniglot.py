@@ -2,7 +2,6 @@
 
 import tempfile
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -11,14 +10,13 @@ from PIL import Image
 from torch import Tensor
 
 from metacv.data.bank import SPLITS, Dataset, ImageBank, cached_bank, check_split
-from metacv.data.image_files import as_tensor, open_exactly, open_image, read_images
+from metacv.data.image_files import as_tensor, open_exactly, open_image, read_classes
 from metacv.data.sources import extract
 from metacv.errors import UserError
 from metacv.files import rename_unless_there
 
 CHARACTERS = {"images_background": 964, "images_evaluation": 659}
 DRAWERS = 20
-RESAMPLE = {"lanczos": Image.Resampling.LANCZOS, "nearest": Image.Resampling.NEAREST}
 
 
 @dataclass
@@ -28,8 +26,7 @@ class Omniglot(Dataset):
     lake    background alphabets for train and, if in `val_alphabets`, val; evaluation alphabets for test (Lake 2015)
     random  all characters shuffled with `split_seed`: train and val from the start, test from the end, `counts` of
             each, so that one seed gives the same test characters whatever the other counts (MAML, Reptile)
-    file    lists with lines `ALPHABET/characterNN` or `ALPHABET/characterNN/rotDDD` (Vinyals et al. 2016); rotations
-            in the lists are ignored, as the rotation `as_classes` gives them
+    file    lists of lines `ALPHABET/characterNN[/rotDDD]` (Vinyals 2016); the rotation `as_classes` replaces rotDDD
     """
 
     size: int  # height and width in pixels
@@ -64,17 +61,17 @@ class Omniglot(Dataset):
         return 255 - image if self.invert else image
 
     def _resized(self, image: Image.Image) -> Tensor:
-        return as_tensor(image.convert("L").resize((self.size, self.size), RESAMPLE[self.resample]))
+        return as_tensor(image.convert("L").resize((self.size, self.size), Image.Resampling[self.resample.upper()]))
 
     def _split_classes(self, names: tuple[str, ...]) -> dict[str, list[int]]:
         """The classes of each split, as indices of `names`, FOLDER/ALPHABET/characterNN each."""
-        if self.split == "random":
-            order = torch.randperm(len(names), generator=torch.Generator().manual_seed(self.split_seed)).tolist()
-            train, val, test = self.counts["train"], self.counts["val"], self.counts["test"]
-            return {"train": order[:train], "val": order[train : train + val], "test": order[len(order) - test :]}
+        if self.split == "lake":
+            return self._lake_classes(names)
         if self.split == "file":
             return self._listed_classes({name.split("/", 1)[1]: c for c, name in enumerate(names)})
-        return self._lake_classes(names)
+        order = torch.randperm(len(names), generator=torch.Generator().manual_seed(self.split_seed)).tolist()
+        train, val, test = (self.counts[split] for split in SPLITS)
+        return {"train": order[:train], "val": order[train : train + val], "test": order[len(order) - test :]}
 
     def _lake_classes(self, names: tuple[str, ...]) -> dict[str, list[int]]:
         background = {name.split("/")[1] for name in names if name.startswith("images_background")}
@@ -122,8 +119,7 @@ class Omniglot(Dataset):
                 if len(images) != DRAWERS:
                     raise UserError(f"{character} has {len(images)} instead of {DRAWERS} images: {advice}")
                 files[f"{part}/{character.parent.name}/{character.name}"] = images
-        decoded = read_images("omniglot", list(chain(*files.values())), self._read_own, (1, self.size, self.size))
-        return ImageBank("omniglot", decoded, torch.arange(0, len(decoded) + 1, DRAWERS), tuple(files))
+        return read_classes("omniglot", files, self._read_own, (1, self.size, self.size))
 
     def _read_own(self, path: Path) -> Tensor:
         image = open_exactly(path, ("PNG",), "L")
@@ -136,9 +132,6 @@ class Omniglot(Dataset):
         for place in ("omniglot", ".", "omniglot-py"):  # torchvision unpacks into omniglot-py
             if (folder := self.data_dir / place / part).is_dir():
                 return folder
-        return self._download(part)
-
-    def _download(self, part: str) -> Path:
         from torchvision.datasets import Omniglot as Official  # importing torchvision takes a second
         from torchvision.datasets.utils import download_url
 

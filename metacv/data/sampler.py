@@ -22,10 +22,9 @@ from metacv.errors import UserError
 
 
 class EpisodeSampler:
-    """An endless stream of random tasks from one bank.
+    """An endless stream of random tasks, the same for every batch size, algorithm, device and machine.
 
-    Each task takes the same number of random values, however many tasks are drawn at a time, from a generator on the
-    CPU, in double precision. So the stream is the same for every batch size, algorithm, device and machine.
+    A task takes the same number of values, in double precision, however many are drawn at a time.
     """
 
     def __init__(
@@ -40,33 +39,28 @@ class EpisodeSampler:
         prefix: str = "",
         augment: Augment | None = None,
     ) -> None:
-        """Copy the images of `bank` to `device`, with rotations four times. `sample` returns them changed by `augment`.
-
-        Errors name the settings with `prefix` in front, such as train_ for train_way.
-        """
+        """Copy the images of `bank` to `device`. Errors name settings with `prefix`, such as train_ for train_way."""
         self.way, self.shot, self.query, self.device = way, shot, query, torch.device(device)
         self.bank, self.rotation, self.augment = bank, rotation, augment
         self.classes = len(bank.sizes) * (4 if rotation == "as_classes" else 1)
-        if way < 2:
-            raise UserError(f"{prefix}way={way}: a task needs at least 2 classes")
-        for name, value in (("shot", shot), ("query", query)):
-            if value < 1:
-                raise UserError(f"{prefix}{name}={value}: a class needs at least 1 image")
-        if not 0 <= seed < 2**63:
-            raise UserError(f"seed={seed}: must lie between 0 and 2**63 - 1")
-        if way > self.classes:
-            raise UserError(f"{prefix}way={way} but {bank.name} has only {self.classes} classes")
-        smallest, need = int(bank.sizes.min()), f"{prefix}shot={shot} + {prefix}query={query} needs {shot + query}"
-        if shot + query > smallest:
-            name = bank.class_names[int(bank.sizes.argmin())]
-            raise UserError(f"{need} images a class but {name} of {bank.name} has {smallest}")
-        _, height, width = bank.image_shape
-        if augment and augment.crop >= min(height, width):
-            raise UserError(f"augment.crop={augment.crop} but the images are {height} pixels high and {width} wide")
+        size, name = min(zip(bank.sizes.tolist(), bank.class_names, strict=True), default=(0, ""))
+        need = f"{prefix}shot={shot} + {prefix}query={query} needs {shot + query} images a class"
+        (_, height, width), crop = bank.image_shape, augment.crop if augment else 0
+        extent = f"{height} pixels high and {width} wide"
+        for wrong, message in (
+            (way < 2, f"{prefix}way={way}: a task needs at least 2 classes"),
+            (shot < 1, f"{prefix}shot={shot}: a class needs at least 1 image"),
+            (query < 1, f"{prefix}query={query}: a class needs at least 1 image"),
+            (not 0 <= seed < 2**63, f"seed={seed}: must lie between 0 and 2**63 - 1"),
+            (way > self.classes, f"{prefix}way={way} but {bank.name} has only {self.classes} classes"),
+            (shot + query > size, f"{need} but {name} of {bank.name} has {size}"),
+            (crop >= min(height, width), f"augment.crop={crop} but the images are {extent}"),
+            (rotation != "none" and height != width, f"rotation={rotation} needs square images, not {height}x{width}"),
+        ):
+            if wrong:
+                raise UserError(message)
         images = bank.images
         if rotation != "none":  # rotated in advance, so that a task is one gather
-            if height != width:
-                raise UserError(f"rotation={rotation} needs square images, not {height}x{width}")
             images = torch.cat([torch.rot90(images, turns, (2, 3)) for turns in range(4)])
         self.images = images.to(self.device)  # uint8 [M, C, H, W], or [4 * M, C, H, W] with rotations
         self.generator = torch.Generator().manual_seed(seed)
@@ -95,7 +89,7 @@ class EpisodeSampler:
     def tasks(
         self, images: Tensor, rows: Tensor, index: Tensor | None = None, changes: Tensor | None = None
     ) -> TaskBatch:
-        """Form the tasks that `rows` [T, N, K+Q] describe of `images`, or of their features, [U, ...]; uint8 / 255.
+        """Form the tasks of `rows` [T, N, K+Q] from images or features [U, ...]; uint8 is divided by 255.
 
         `index` [T, N, K+Q]: their places in `images`, by default `rows`. `changes` [T, N, K+Q, 6]: augmentation.
         """
@@ -107,21 +101,19 @@ class EpisodeSampler:
             values = self.augment(values.flatten(0, 2), changes.flatten(0, 2)).view_as(values)
         labels = torch.arange(self.way, device=images.device)
         rows = rows.cpu()
+        first = rows[:, :, 0]  # an image of each class
+        classes = torch.bucketize(first % len(self.bank.images), self.bank.offsets[1:], right=True)
+        if self.rotation == "as_classes":
+            classes += first // len(self.bank.images) * len(self.bank.sizes)
         return TaskBatch(
             support_x=values[:, :, : self.shot].flatten(1, 2),
             support_y=labels.repeat_interleave(self.shot).expand(tasks, -1),
             query_x=values[:, :, self.shot :].flatten(1, 2),
             query_y=labels.repeat_interleave(self.query).expand(tasks, -1),
             way=self.way,
-            classes=self._classes(rows[:, :, 0]).to(images.device),
+            classes=classes.to(images.device),
             seeds=rows.flatten(1) @ torch.arange(1, rows[0].numel() + 1),
         )
-
-    def _classes(self, rows: Tensor) -> Tensor:
-        """The class of each row; with rotations as classes, turns * (number of classes) + class."""
-        turns, rows = rows // len(self.bank.images), rows % len(self.bank.images)
-        classes = torch.bucketize(rows, self.bank.offsets[1:], right=True)
-        return classes + turns * len(self.bank.sizes) if self.rotation == "as_classes" else classes
 
     def gather(self, rows: Tensor, changes: Tensor | None = None) -> TaskBatch:
         """The tasks that `draw` describes, [T, N, K+Q], their images augmented by `changes`, [T, N, K+Q, 6]."""
@@ -134,8 +126,8 @@ class EpisodeSampler:
         return self.gather(rows[part], changes)
 
     def state_dict(self) -> dict[str, Any]:
-        state = {"generator": self.generator.get_state()}
-        return state | ({"augment": self.augment.state_dict()} if self.augment else {})
+        augment = {"augment": self.augment.state_dict()} if self.augment else {}
+        return {"generator": self.generator.get_state()} | augment
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.generator.set_state(state["generator"])
@@ -147,7 +139,7 @@ class EpisodeList:
     """The first `episodes` tasks of a sampler's stream, for evaluation on the same tasks each time."""
 
     def __init__(self, sampler: EpisodeSampler, episodes: int, setting: str = "episodes") -> None:
-        """`setting`: the name of `episodes` in errors."""
+        """`setting` is the name of `episodes` in errors."""
         if not 2 <= episodes < 2**31:
             raise UserError(f"{setting}={episodes}: from 2, which an interval needs, to 2**31 - 1")
         self.sampler = sampler

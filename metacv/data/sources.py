@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from metacv.data.bank import SPLITS, ImageBank
-from metacv.data.image_files import folders_in, read_images
+from metacv.data.image_files import folders_in, read_classes
 from metacv.errors import UserError
 from metacv.files import rename_unless_there
 
@@ -42,14 +42,14 @@ class SplitSpec:
         """Raise a UserError unless `sizes`, of the classes read from `place`, are those of the split."""
         expected = self.classes[split]
         if missing := sorted(set(expected) - sizes.keys()):
-            names = _first(missing)
-            raise UserError(f"{place}: the {split} split lacks {len(missing)} of {len(expected)} classes: {names}")
+            lacks = f"lacks {len(missing)} of {len(expected)} classes"
+            raise UserError(f"{place}: the {split} split {lacks}: {_first(missing)}")
         if others := sorted(sizes.keys() - set(expected)):
             raise UserError(f"{place}: the {split} split has classes that do not belong to it: {_first(others)}")
         for name in expected:
             if sizes[name] != self.images and (self.images or not sizes[name]):
-                allowed = self.images or "at least 1"
-                raise UserError(f"{place}: {name} of the {split} split has {sizes[name]} images, not {allowed}")
+                number = f"{sizes[name]} images, not {self.images or 'at least 1'}"
+                raise UserError(f"{place}: {name} of the {split} split has {number}")
 
 
 def _first(names: list[str]) -> str:
@@ -60,8 +60,8 @@ def _first(names: list[str]) -> str:
 class Source:
     """The files of a data set, somewhere under data_dir: class folders, CSV lists, pickles, or archives of these.
 
-    Searched are folders named like the data set (miniimagenet also as Mini-ImageNet or mini_imagenet_data), the folders
-    up to two levels below them, and data_dir itself; then archives in these folders, or with such a name in data_dir.
+    `load` searches folders named like the data set (miniimagenet also as Mini-ImageNet or mini_imagenet_data) and two
+    levels below them, then data_dir itself, then archives in these folders or with such a name in data_dir.
     """
 
     title: str  # for messages, such as "miniImageNet"
@@ -83,12 +83,11 @@ class Source:
             hints += self._hints(folder, split)
         if problems:
             raise problems[0]
-        forms = [", ".join(map(self.pickle.format, SPLITS))] if self.pickle else []
-        forms.append("train/, val/ and test/ with a folder of images for each class")
-        forms.append("images/ with train.csv, val.csv and test.csv")
+        pickles = f"{', '.join(dict.fromkeys(map(self.pickle.format, SPLITS)))}; " if self.pickle else ""
         raise UserError(
             f"data_dir={data_dir}: the {split} split of {self.title} is missing ({self.download}). Put into "
-            f"{data_dir / self.folder} one of: {'; '.join(forms)}; or a zip or tar archive of these"
+            f"{data_dir / self.folder} one of: {pickles}train/, val/ and test/ with a folder of images for each class; "
+            "images/ with train.csv, val.csv and test.csv; or a zip or tar archive of these"
             + (f". Found: {'; '.join(hints)}" if hints else "")
         )
 
@@ -105,11 +104,8 @@ class Source:
         files = self.files(folder, split)
         if files is None:
             return None
-        sizes = {name: len(files[name]) for name in sorted(files)}
-        self.spec.check(sizes, folder, split)
-        paths = [path for name in sizes for path in files[name]]
-        images = read_images(f"{folder.name} {split}", paths, self.read, self.shape)
-        return ImageBank(split, images, torch.tensor([0, *sizes.values()]).cumsum(0), tuple(sizes))
+        self.spec.check({name: len(paths) for name, paths in files.items()}, folder, split)
+        return read_classes(f"{folder.name} {split}", dict(sorted(files.items())), self.read, self.shape)
 
     def files(self, folder: Path, split: str) -> dict[str, list[Path]] | None:
         """The image files of each class, from SPLIT/CLASS/* or from SPLIT.csv and images/*; None without these."""
@@ -143,11 +139,9 @@ class Source:
         beside = [path for path in data_dir.glob("[!.]*") if self._is_named(path)]
         for archive in sorted(path for path in inside + beside if ARCHIVE.search(path.name) and path.is_file()):
             try:
-                unpacked = unpack(archive)
+                yield from _two_levels(unpack(archive))
             except UserError as error:  # the data may still be in another archive
                 problems.append(error)
-            else:
-                yield from _two_levels(unpacked)
 
 
 def listed_files(table: Path, images: Path) -> dict[str, list[Path]]:
@@ -178,15 +172,12 @@ def _one_line(error: Exception) -> str:
 
 
 def unpack(archive: Path) -> Path:
-    """Unpack a zip or tar archive into ARCHIVE.unpacked beside it, unless that exists, and return this folder.
-
-    The folder is complete whenever it exists, also if the program is killed or another one unpacks the same archive.
-    A UserError says that the archive is damaged, would write outside its folder, or holds links or devices.
-    """
+    """Unpack an archive into ARCHIVE.unpacked beside it, unless that exists; UserError if it cannot be unpacked."""
     target = archive.with_name(f"{archive.name}.unpacked")
     if not target.exists():
         print(f"metacv: unpacking {archive} into {target}", file=sys.stderr)
         try:
+            # Renamed at the end, so that `target` is complete whenever it exists.
             with tempfile.TemporaryDirectory(dir=archive.parent, prefix=f".{target.name}.") as temporary:
                 (content := Path(temporary) / "content").mkdir()
                 extract(archive, content)
@@ -197,11 +188,7 @@ def unpack(archive: Path) -> Path:
 
 
 def extract(archive: Path, folder: Path) -> None:
-    """Write the files of a zip or tar archive below `folder`, and nothing else that the archive may hold.
-
-    Raises ValueError if a name leads out of the folder or a member is a link or a device, and errors of any kind for a
-    damaged archive.
-    """
+    """Write the files of a zip or tar archive below `folder`; any error if it is damaged, or has links or bad names."""
 
     def write(name: str, content: IO[bytes]) -> None:
         path = folder / name
@@ -234,12 +221,9 @@ def extract(archive: Path, folder: Path) -> None:
 
 
 def read_pickle(path: Path) -> Any:
-    """The content of a pickle: plain values, and a `PickledArray` for each numpy array. No code in it is run.
-
-    Pickles of Python 2 are read as latin-1. A damaged file, or one that needs other classes, raises any error.
-    """
+    """The content of a pickle, plain values and a `PickledArray` for each array, without running code; any error."""
     with path.open("rb") as file:
-        return _SafeUnpickler(file, encoding="latin1").load()
+        return _SafeUnpickler(file, encoding="latin1").load()  # latin1: for pickles of Python 2
 
 
 @dataclass
@@ -261,8 +245,7 @@ class PickledArray:
     def tensor(self, *shape: int) -> Tensor:
         """Copy an array of type uint8 to a tensor [M, *shape]; any other array raises ValueError or RuntimeError."""
         if self.code != "u1" or self.shape[1:] != shape or self.by_column:
-            sides = ", ".join(map(str, shape))
-            raise ValueError(f"an array is {self.code} {self.shape}, not u1 (images, {sides})")
+            raise ValueError(f"an array is {self.code} {self.shape}, not u1 (images, {', '.join(map(str, shape))})")
         return torch.frombuffer(bytearray(self.raw), dtype=torch.uint8).view(self.shape)
 
 
@@ -276,8 +259,6 @@ def integers(values: Any) -> list[int]:
 
 
 class _PickledDtype(str):
-    """The code of a dtype."""
-
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         if state[1] not in ("<", "|", "="):
             raise ValueError(f"its arrays have the byte order {state[1]}")

@@ -26,14 +26,15 @@ class Augment:
         self.generator = torch.Generator().manual_seed(seed)
 
     def __bool__(self) -> bool:
-        """Whether any change is switched on."""
         return bool(self.crop or self.flip or self.jitter)
 
     def draw(self, count: int) -> Tensor:
         """Random changes for `count` images [B, 6]: pixels down and right, flip (0 or 1), and the three factors."""
-        down, right = self._integers(2 * self.crop + 1, (2, count)) if self.crop else torch.zeros(2, count)
-        flip = self._integers(2, (count,)) if self.flip else torch.zeros(count)
-        factors = torch.ones(3, count)
+        down, right, flip, factors = *torch.zeros(3, count), torch.ones(3, count)
+        if self.crop:
+            down, right = torch.randint(2 * self.crop + 1, (2, count), generator=self.generator)
+        if self.flip:
+            flip = torch.randint(2, (count,), generator=self.generator)
         if self.jitter:
             factors += self.jitter * (2 * torch.rand(3, count, generator=self.generator) - 1)
         return torch.stack([down, right, flip, *factors], dim=1)
@@ -56,9 +57,6 @@ class Augment:
             images = torch.lerp(mean.expand_as(images), images, contrast).clamp(0, 1)
             images = torch.lerp(_grey(images).expand_as(images), images, saturation).clamp(0, 1)
         return images
-
-    def _integers(self, below: int, shape: tuple[int, ...]) -> Tensor:
-        return torch.randint(below, shape, generator=self.generator)
 
     def state_dict(self) -> dict[str, Any]:
         return {"generator": self.generator.get_state()}

@@ -139,7 +139,7 @@ POOLED = {"downsample": ["max_pool", "max_pool", "none", "none"]}
     ],
 )
 def test_tasks_together_have_the_gradient_of_tasks_in_a_loop(net, norm, first_order, inner_steps, chunk):
-    """Also with torch's fused batch norm (as on a GPU) and max pool: vmap over the gradient would be wrong by percents."""
+    """Also with max pool and torch's fused batch norm, as on a GPU, whose gradient within vmap is wrong by percents."""
     tasks = random_tasks(tasks=3, shape=(1, 14, 14), dtype=torch.float64)
     gradients = []
     for batching in ("loop", "vmap"):

@@ -15,7 +15,7 @@ from metacv.data.image_files import (
     map_on_threads,
     open_exactly,
     open_image,
-    read_images,
+    read_classes,
     to_square,
 )
 from metacv.errors import UserError
@@ -182,7 +182,7 @@ def test_the_first_error_of_a_thread_is_raised():
         return torch.zeros(1, 2, 2)
 
     with pytest.raises(UserError, match="7 is damaged"):
-        read_images("files", [Path(str(i)) for i in range(20)], read, (1, 2, 2))
+        read_classes("files", {"a": [Path(str(i)) for i in range(20)]}, read, (1, 2, 2))
 
 
 def test_hidden_files_and_folders_are_not_listed(tmp_path):

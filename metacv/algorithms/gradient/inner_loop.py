@@ -89,8 +89,7 @@ class InnerLoop(Algorithm):
     def for_way(self, params: Params, way: int) -> Params:
         """Parameters of one network, with a head for `way` classes.
 
-        Raises:
-            UserError: in training, where the head must fit.
+        Raises UserError in training, if the head does not fit.
         """
         if way == self.way:
             return params

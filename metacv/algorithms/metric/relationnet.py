@@ -24,12 +24,11 @@ class ConvRelation(nn.Module):
         # Two poolings need maps of 4x4 or more after two convolutions; smaller maps keep their border.
         self.padding = padding = 1 if min(height, width) < 10 else 0
         self.blocks = nn.Sequential(_block(2 * depth, depth, padding), _block(depth, depth, padding))
+        size = f"{height}x{width}"
         for _ in range(2):
             height, width = (height + 2 * padding - 2) // 2, (width + 2 * padding - 2) // 2
         if min(height, width) < 1:
-            raise ValueError(
-                f"relation=conv needs feature maps of 4x4 or more, not {'x'.join(map(str, out_shape[1:]))}"
-            )
+            raise ValueError(f"relation=conv needs feature maps of 4x4 or more, not {size}")
         self.fc1 = nn.Linear(depth * height * width, hidden)
         self.fc2 = nn.Linear(hidden, 1)
 

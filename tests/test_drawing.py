@@ -1,4 +1,6 @@
-"""The picture of an episode."""
+"""Pictures of episodes and of predictions, checked by their pixels."""
+
+import dataclasses
 
 import torch
 from conftest import random_tasks
@@ -7,10 +9,10 @@ from metacv.data.image_files import as_tensor
 from metacv.drawing import LINE, RIGHT, WRONG, captioned_picture, episode_picture, legible
 
 
-def test_queries_are_framed_in_green_where_the_model_is_right_and_in_red_where_it_is_wrong():
+def test_queries_have_a_green_frame_if_the_prediction_is_correct_and_a_red_one_otherwise():
     tasks = random_tasks(tasks=1, way=2, shot=1, query=2, shape=(1, 28, 28))
-    said = torch.tensor([[0, 1, 1, 1]])  # of queries 0 0 1 1
-    picture = episode_picture(tasks, torch.nn.functional.one_hot(said, 2).float())
+    predicted = torch.tensor([[0, 1, 1, 1]])  # of queries 0 0 1 1
+    picture = episode_picture(tasks, torch.nn.functional.one_hot(predicted, 2).float())
     assert picture.dtype == torch.uint8
     assert picture.shape[0] == 3
 
@@ -24,6 +26,31 @@ def test_queries_are_framed_in_green_where_the_model_is_right_and_in_red_where_i
     assert coloured(RIGHT)[lower].sum() > 1.9 * coloured(RIGHT)[upper].sum()
 
 
+def test_labels_tell_the_class_of_an_image_not_its_position():
+    tasks = random_tasks(tasks=1, way=3, shot=2, query=4, shape=(1, 28, 28))
+    logits = torch.rand(1, 12, 3, generator=torch.Generator().manual_seed(0))
+    support, query = torch.tensor([0, 2, 4, 1, 3, 5]), torch.tensor([0, 4, 8, 1, 5, 9, 2, 6, 10, 3, 7, 11])
+    shuffled = dataclasses.replace(
+        tasks,
+        support_x=tasks.support_x[:, support],
+        support_y=tasks.support_y[:, support],
+        query_x=tasks.query_x[:, query],
+        query_y=tasks.query_y[:, query],
+    )
+    assert shuffled.query_y.tolist() == [[0, 1, 2] * 4]
+    assert torch.equal(episode_picture(shuffled, logits[:, query]), episode_picture(tasks, logits))
+
+
+def test_classes_may_have_different_numbers_of_images():
+    tasks = random_tasks(tasks=1, way=2, shot=3, query=2, shape=(1, 28, 28))
+    support = torch.tensor([0, 3, 4, 5])
+    unequal = dataclasses.replace(
+        tasks, support_x=tasks.support_x[:, support], support_y=tasks.support_y[:, support], query_y=torch.zeros(1, 4)
+    )
+    picture = episode_picture(unequal, torch.zeros(1, 4, 2))
+    assert picture.shape[2] == 22 + 3 * 62 + 2 * 6 + 4 * 62
+
+
 def test_colour_images_and_large_tasks_fit():
     tasks = random_tasks(tasks=1, way=30, shot=5, query=15, shape=(3, 84, 84))
     picture = episode_picture(tasks, torch.zeros(1, 450, 30))
@@ -31,16 +58,16 @@ def test_colour_images_and_large_tasks_fit():
     assert picture.shape[2] < 14 * 95
 
 
-def test_a_picture_of_labels_has_a_cell_for_each_image_in_as_many_rows_as_it_takes():
+def test_a_picture_of_predictions_has_a_cell_for_each_image_in_rows_of_eight():
     image = torch.zeros(1, 28, 28, dtype=torch.uint8)
     cells = [(image, "alpha 98%", RIGHT)] * 9 + [(image, "a name much too long for its place", WRONG)]
     picture = captioned_picture([("support", [(image, "alpha", LINE)] * 3), ("query", cells)])
     pixels = as_tensor(picture)
 
     def coloured(colour, top: int) -> int:
-        """Pixels from so many cells down."""
-        here = (pixels == torch.tensor(colour).view(3, 1, 1)).all(dim=0)
-        return int(here[top : top + 76].sum())
+        """Pixels of this colour in the row of cells that begins at `top`."""
+        match = (pixels == torch.tensor(colour).view(3, 1, 1)).all(dim=0)
+        return int(match[top : top + 76].sum())
 
     assert picture.width == 8 * 102 + 6  # columns of 96 pixels and a gap
     assert picture.height == 3 * (56 + 6 + 14) + 2 * (14 + 6) + 6
@@ -51,7 +78,7 @@ def test_a_picture_of_labels_has_a_cell_for_each_image_in_as_many_rows_as_it_tak
     assert min(coloured(RIGHT, query + 76), coloured(WRONG, query + 76)) >= frame
 
 
-def test_names_that_the_font_lacks_become_numbers():
+def test_names_that_the_font_cannot_show_become_numbers():
     assert legible("cat 2", "class 1") == "cat 2"
     assert legible("épsilon", "class 1") == "epsilon"
     assert legible("猫", "class 1") == "class 1"

@@ -1,0 +1,507 @@
+"""Reports on run folders with known content, read back from the table, and from the page in a real browser."""
+
+import csv
+import dataclasses
+import json
+import re
+import shutil
+import subprocess
+from html import escape
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from metacv.config import ReportConfig
+from metacv.files import sha256
+from metacv.model import save_checkpoint
+from metacv.report import report
+from metacv.report.figures import draw, point, svg
+from metacv.results import Result, ResultFile
+from metacv.text import csv_safe
+
+ROOT = Path(__file__).resolve().parents[2]
+REFERENCE = ROOT / "outputs/reference/omniglot"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CONFIG = {
+    "dataset": {"_target_": "metacv.data.omniglot.Omniglot", "split": "vinyals", "test_rotation": "as_classes"},
+    "backbone": {"_target_": "metacv.backbones.conv4.Conv4", "channels": 64},
+    "algo": {"_target_": "metacv.algorithms.metric.protonet.ProtoNet", "temperature": 1.0},
+    "optimizer": {"_target_": "torch.optim.Adam", "lr": 0.001},
+    "schedule": {"_target_": "torch.optim.lr_scheduler.ConstantLR"},
+    "way": 5, "shot": 1, "query": 15, "episodes": 1000, "train_way": 60, "train_shot": 1, "train_query": 5,
+    "steps": 10, "meta_batch": 1, "precision": "fp32", "compile": False, "eval_every": 5, "eval_episodes": 200,
+    "batch_norm": "inductive", "seed": 0,
+}  # fmt: skip
+TEST = Result(
+    accuracy=0.8, ci95=0.01, dataset="Omniglot", split="test", rotation="as_classes", way=5, shot=1, query=15,
+    episodes=1000, seed=0, batch_norm="inductive", episodes_sha256="1", method="ProtoNet",
+)  # fmt: skip
+
+
+def make_run(folder: Path, accuracy: float = 0.5, overrides: tuple[str, ...] = (), **changes) -> Path:
+    """The folder of a finished run with this validation accuracy; `changes` are settings that differ from CONFIG."""
+    folder.mkdir(parents=True)
+    config = CONFIG | changes
+    best = {"accuracy": accuracy, "ci95": 0.01}
+    content = {"config": config, "image_shape": [1, 28, 28], "step": 10, "algorithm": {"w": torch.zeros(1)}}
+    save_checkpoint(folder / "best.pt", content | {"validation": best | {"step": 10}})
+    validated = dataclasses.replace(
+        TEST, **best, split="val", episodes=config["eval_episodes"], episodes_sha256="", step=10
+    )
+    ResultFile([validated], {"steps": 10, "seconds": 1.0, "overrides": [*overrides]}).write(folder / "result.json")
+    lines = [{"step": step, "train/accuracy": accuracy - 0.1 / step, "train/loss": 1.0} for step in range(1, 11)]
+    lines += [{"step": step, "val/accuracy": accuracy - 0.1 / step, "val/ci95": 0.01} for step in (5, 10)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def make_test(run: Path, folder: Path, *changes: dict) -> None:
+    """An evaluation of the run's checkpoint, with a result for each of the `changes` to TEST."""
+    folder.mkdir(parents=True)
+    digest = sha256(run / "best.pt")
+    results = [dataclasses.replace(TEST, checkpoint_sha256=digest, **one) for one in changes]
+    ResultFile(results).write(folder / "result.json")
+
+
+@pytest.fixture(scope="module")
+def kept_sweep(tmp_path_factory) -> Path:
+    sweep = tmp_path_factory.mktemp("sweep")
+    for i, (seed, lr) in enumerate((seed, lr) for seed in (0, 1) for lr in (0.001, 0.01)):
+        words = ("algo=protonet", f"seed={seed}", f"optimizer.lr={lr}", "steps=10")
+        optimizer = CONFIG["optimizer"] | {"lr": lr}
+        run = make_run(sweep / str(i), 0.5 + 0.1 * i, words, seed=seed, optimizer=optimizer)
+        with SummaryWriter(str(run)) as writer:
+            writer.add_image("val/episode", torch.full((3, 120, 200), 99, dtype=torch.uint8), 10)
+    make_test(sweep / "0", sweep / "tests/0/1", {"accuracy": 0.41})
+    make_test(sweep / "0", sweep / "tests/0/2", {"accuracy": 0.52, "shot": 2, "episodes_sha256": "2"})
+    both = {"accuracy": 0.71}, {"accuracy": 0.73, "batch_norm": "transductive"}
+    make_test(sweep / "3", sweep / "tests/3/1", *both)
+    return sweep
+
+
+@pytest.fixture
+def runs(kept_sweep, tmp_path, monkeypatch) -> Path:
+    """A copy of a sweep of two by two, two of its runs tested, one of them on two shots and one in both modes."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(kept_sweep, "sweep")
+    return Path("sweep")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return Path("own")
+
+
+def rows(*places: Path | str) -> list[dict[str, str]]:
+    """The rows of a report's table, as report.csv has them."""
+    report(ReportConfig([str(place) for place in places]), Path("out"))
+    with Path("out/report.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_table_has_every_run_and_every_test_with_the_settings_that_vary(runs, capsys):
+    table = rows(runs)
+    out = capsys.readouterr().out
+    assert len({row["run"] for row in table}) == 4
+    assert {(row["seed"], row["optimizer.lr"]) for row in table} == {(s, r) for s in "01" for r in ("0.001", "0.01")}
+    assert not {"steps", "algo", "query", "batch_norm", "eval_episodes"} & table[0].keys()  # the same for all
+    tested = sorted(
+        (row["run"], row["task"], row["tested on"].split(", ")[2], row["test %"]) for row in table if row["test %"]
+    )
+    assert tested == [
+        ("0", "5-way 1-shot", "inductive", "41.00 ± 1.00"),
+        ("0", "5-way 2-shot", "inductive", "52.00 ± 1.00"),
+        ("3", "5-way 1-shot", "inductive", "71.00 ± 1.00"),
+        ("3", "5-way 1-shot", "transductive", "73.00 ± 1.00"),
+    ]
+    for row in table:
+        assert row["validation %"] == f"{50 + 10 * int(row['run'])}.00 ± 1.00"
+        assert row["at step"] == "10"
+        assert row["validation %"] in out
+    markdown = Path("out/report.md").read_text().splitlines()
+    assert len(markdown) == len(table) + 2
+    assert len({line.count(" | ") for line in markdown}) == 1
+
+
+def test_rows_of_a_task_are_together_and_the_best_comes_first(runs):
+    table = rows(runs)
+    keys = [(row["task"], row["tested on"]) for row in table]
+    assert keys == sorted(keys)
+    assert len(set(keys)) > 2
+    for key in set(keys):
+        own = [row for row, k in zip(table, keys, strict=True) if k == key]
+        values = [float((row["test %"] or row["validation %"]).split()[0]) for row in own]
+        assert values == sorted(values, reverse=True)
+
+
+def test_runs_that_differ_in_a_setting_do_not_look_alike(folder):
+    """Also where no command line is known, or another method brought other settings of validation."""
+    make_run(folder / "a", overrides=("algo=protonet",))
+    make_run(folder / "b", overrides=("algo=protonet",), clip_norm=5.0)
+    assert {row["run"]: row["clip_norm"] for row in rows(folder)} == {"a": "None", "b": "5.0"}
+    make_run(folder / "c", overrides=("algo=protonet",), eval_episodes=50, batch_norm="transductive")
+    table = {row["run"]: row for row in rows(folder)}
+    assert (table["c"]["eval_episodes"], table["c"]["batch_norm"]) == ("50", "transductive")
+
+
+def test_settings_of_the_machine_have_no_column(folder):
+    make_run(folder / "a", overrides=("seed=0", "device=cpu", "+launcher=joblib", "hydra.job.num=1", "log_every=1"))
+    make_run(folder / "b", overrides=("seed=1", "device=cuda", "log_every=2"), seed=1)
+    assert rows(folder)[0].keys() == {"run", "algorithm", "task", "validation %", "selection", "at step", "seed"}
+
+
+def test_a_trained_and_evaluated_run_is_in_the_report(metacv, trained):
+    shutil.copytree(trained("protonet"), "run")
+    assert metacv("evaluate", "checkpoint=run", "hydra.run.dir=test")[0] == 0
+    assert metacv("compare", "run", str(trained("protonet")), "hydra.run.dir=compared")[0] == 0
+    code, out, err = metacv("report", ".", "hydra.run.dir=out")
+    assert (code, err) == (0, "")
+    (test,) = json.loads(Path("test/result.json").read_text())["results"]
+    (best,) = json.loads(Path("run/result.json").read_text())["results"]
+    with Path("out/report.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert row["test %"] == f"{100 * test['accuracy']:.2f} ± {100 * test['ci95']:.2f}"
+    assert row["validation %"] == f"{100 * best['accuracy']:.2f} ± {100 * best['ci95']:.2f}"
+    assert row["at step"] == str(best["step"])
+    assert row["test %"] in out
+    page = Path("out/report.html").read_text()
+    assert page.count("<svg") == 2
+    assert page.count("data:image/png;base64,") == 1
+
+
+def test_results_of_a_comparison_count_as_tests(folder):
+    digests = {name: sha256(make_run(folder / name) / "best.pt") for name in "ab"}
+    results = [dataclasses.replace(TEST, checkpoint_sha256=digest) for digest in digests.values()]
+    (folder / "compared").mkdir()
+    ResultFile(results, differences=[{"mean": 0.0}]).write(folder / "compared/result.json")
+    assert {row["run"]: row["test %"] for row in rows(folder)} == {"a": "80.00 ± 1.00", "b": "80.00 ± 1.00"}
+
+
+def test_numbers_of_papers_are_beside_results_under_their_protocol(folder):
+    table = rows(REFERENCE)
+    papers = {(row["run"], row["tested on"].split(" episodes")[0]): row["paper %"] for row in table}
+    assert papers["maml_5w1s", "600"] == "98.7 ± 0.4"
+    assert papers["maml_5w1s", "2000"] == ""
+    assert papers["protonet_20w5s", "1000"] == "98.9"
+    assert papers["protonet_20w1s", "1000"] == "96.0"
+    reptile = {
+        row["tested on"].split(", ")[2]: row["paper %"]
+        for row in table
+        if row["run"] == "reptile_5w1s" and ", 1 query" in row["tested on"]
+    }
+    assert reptile == {"transductive": "97.68 ± 0.04", "inductive": "95.39 ± 0.09"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "changes", "paper"),
+    [
+        (["experiment=own"], {}, "98.80 ± 0.04"),
+        (["experiment=own", "steps=5", "algo.temperature=2"], {}, "98.80 ± 0.04"),
+        (["experiment=own"], {"batch_norm": "transductive"}, "99.1"),
+        ([], {}, ""),
+        (["experiment=own", "shot=5"], {}, ""),
+        (["experiment=own", "algo=maml"], {}, ""),
+        (["experiment=own", "batch_norm=inductive"], {}, ""),
+        (["experiment=own", "backbone.channels=32"], {}, ""),
+        (["experiment=own", "dataset.split=lake"], {}, ""),
+        (["experiment=own", "paper=[{accuracy:1}]"], {}, ""),
+        (["experiment=own"], {"split": "train"}, ""),
+        (["experiment=own"], {"rotation": "none"}, ""),
+        (["experiment=own"], {"dataset": "Glyphs"}, ""),
+        (["experiment=own"], {"way": 20}, ""),
+        (["experiment=own"], {"shot": 5}, ""),
+        (["experiment=own"], {"query": 5}, ""),
+        (["experiment=own"], {"changes": {"temperature": 2}}, ""),
+    ],
+)
+def test_a_papers_number_appears_only_under_its_own_protocol(folder, overrides, changes, paper):
+    numbers = [
+        {"accuracy": 98.8, "ci95": 0.04, "source": "a paper"},  # in the mode of validation
+        {"accuracy": 99.1, "ci95": None, "batch_norm": "transductive", "source": "a paper"},
+        {"accuracy": "<script>", "batch_norm": "inductive"},
+    ]
+    make_test(make_run(folder / "run", overrides=tuple(overrides), paper=numbers), folder / "test", changes)
+    assert [row.get("paper %", "") for row in rows(folder)] == [paper]
+
+
+def test_a_checkpoint_without_numbers_of_a_paper_has_those_of_its_experiment(folder):
+    known = make_run(folder / "known", overrides=("experiment=omniglot/protonet_5w1s",))
+    outside = make_run(folder / "outside", overrides=("experiment=../../outside",), seed=1)
+    for run in (known, outside):
+        make_test(run, run / "test", {})
+    assert {row["run"]: row["paper %"] for row in rows(folder)} == {"known": "98.8", "outside": ""}
+
+
+def test_runs_that_were_validated_on_other_images_are_not_ranked_together(runs):
+    make_run(Path("other/run"), 0.99, dataset=CONFIG["dataset"] | {"split": "lake"})
+    table = rows(runs, "other")
+    page = Path("out/report.html").read_text()
+    untested = [row for row in table if not row["test %"]]
+    assert len(untested) == 3
+    best = {row["tested on"].rpartition(" ")[2] for row in table if row["selection"] == "best in validation"}
+    assert best == {"", "as_classes"}
+    assert [row["selection"] for row in untested if row["run"].endswith("other/run")] == [""]
+    assert page.count('<tr class="row best">') == 2
+
+
+def test_runs_of_several_folders_have_different_names(runs):
+    shutil.copytree(runs, "a/sweep")
+    shutil.copytree(runs, "b/sweep")
+    Path("b/sweep/multirun.yaml").write_text("")
+    names = {row["run"] for row in rows("a", "b", "b/sweep/multirun.yaml")}
+    assert len(names) == 8
+    assert {name.split("/")[0] for name in names} == {"a", "b"}
+
+
+def test_an_unfinished_run_has_its_settings_too(runs):
+    for run in sorted(runs.glob("[0-3]")):
+        words = json.loads((run / "result.json").read_text())["training"]["overrides"]
+        (run / "result.json").unlink()
+        (run / ".hydra").mkdir()
+        (run / ".hydra/overrides.yaml").write_text("".join(f"- {word}\n" for word in words))
+    table = rows(runs)
+    assert {(row["seed"], row["optimizer.lr"]) for row in table} == {(s, r) for s in "01" for r in ("0.001", "0.01")}
+    assert not {"steps", "algo", "query"} & table[0].keys()
+
+
+def test_names_cannot_break_the_page_or_the_tables(folder, capsys):
+    odd = "<script>alert(1)<script> & | co"
+    words = ("=cmd", "a|b=\x1b[31m\ud800", "way=9", "@SUM(1)=-1+cmd|' /C calc'!A0")
+    run = make_run(folder / odd, overrides=words)
+    make_run(folder / "=1+1", seed=1)
+    make_test(run, run / "test", {"dataset": "<script>Omniglot", "changes": {"<script>": "[a](http://b)<script>"}})
+    table = rows(folder)
+    assert "\x1b" not in capsys.readouterr().out
+    page, markdown = Path("out/report.html").read_text(), Path("out/report.md").read_text()
+    assert "<script" not in page + markdown
+    assert "&lt;script&gt;alert" in page
+    assert "\\| co" in markdown
+    assert "&lt;script&gt;alert" in markdown
+    assert "\\[a\\](http" in markdown
+    assert "'=1+1" in [row["run"] for row in table]
+    assert "'-1+cmd|' /C calc'!A0" in [row["'@SUM(1)"] for row in table]
+
+
+def test_an_empty_and_a_missing_folder_are_reported_in_one_line(metacv):
+    Path("empty").mkdir()
+    assert metacv("report", "empty")[::2] == (1, "metacv: empty: there is no run with a best.pt\n")
+    assert metacv("report", "nowhere")[::2] == (1, "metacv: nowhere: there is no such folder\n")
+    assert not Path("outputs").exists()
+
+
+def test_damaged_files_are_left_out(runs, capsys):
+    first, second = runs / "0/best.pt", runs / "1"
+    first.write_bytes(first.read_bytes()[:500])
+    (second / "metrics.jsonl").write_text(
+        '{"step": 1, "val/accuracy": 0.5}\n{"step": \n5\n{"val/accuracy": 1}\n'
+        '{"step": 3, "val/accuracy": 0.5, "val/ci95": NaN}\n{"step": 1' + "0" * 400 + "}"
+    )
+    for events in second.glob("events.*"):
+        events.write_bytes(b"no events")
+    (runs / "tests/0/1/result.json").write_text("{")
+    (runs / "tests/0/2/result.json").write_text(json.dumps({"schema": 2, "results": [{"checkpoint_sha256": []}]}))
+    (runs / "runs.json").write_text('{"runs": ["a", "b"]}')
+    (runs / "deep.json").write_text("[" * 200000)
+    (runs / "folder.json").mkdir()
+    assert len({row["run"] for row in rows(runs)}) == 3
+    err = capsys.readouterr().err
+    assert err == f"metacv: {first} is not a checkpoint of metacv, or is damaged: left out\n"
+
+
+def test_a_spreadsheet_computes_nothing_and_numbers_stay_numbers():
+    for text in ("=1+1", "@SUM(A1)", "+1+2", "-1+cmd|' /C calc'!A0", "+cmd", "- 1", " =1", "\t=1", "\n1", "\uff1d1"):
+        assert csv_safe(text) == f"'{text}"
+    for text in ("", "1", "-1", "+1", "-0.5", "-.5", "1e-3", "-1E+3", "98.70 ± 0.40", "a=b", "run/1", "5-way 1-shot"):
+        assert csv_safe(text) == text
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [[(0, 50, 0), (10, 100, 0)], [(5, 75, 40)]],
+        [[(5, 93.1, 0.1)]],
+        [[], [(1e14, 1e14, 1e14)], [(-3, -5, 0), (1234, 99.99, 0.1)]],
+        [[(x, 20 + x, 1) for x in range(60)]],
+    ],
+)
+def test_a_chart_shows_every_point_and_interval_within_0_to_100_percent(lines):
+    (axes,) = draw(lines, "step").axes
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    drawn = [line.get_xydata().tolist() for line in axes.lines]
+    assert drawn == [[[x, min(100, max(0, y))] for x, y, _ in line] for line in lines]
+    for line in lines:
+        assert all(left <= x <= right for x, *_ in line)
+    assert -6 < bottom < top < 106
+    intervals = [bar.get_segments()[0].tolist() for bar in axes.collections if bar.get_segments()]
+    for x, (low, high) in [(s[0][0], (s[0][1], s[1][1])) for s in intervals]:
+        y, half = next((min(100, max(0, y)), half) for line in lines for at, y, half in line if at == x)
+        assert (low, high) == pytest.approx((max(0, y - half), min(100, y + half)))
+        assert bottom <= low <= high <= top
+    assert len(intervals) == sum(0 < len(line) <= 30 for line in lines)
+
+
+def test_a_chart_marks_the_shots_that_were_tested():
+    (axes,) = draw([[(1, 50, 1), (5, 60, 1), (20, 70, 1)]], "shot").axes
+    assert axes.get_xticks().tolist() == [1, 5, 20]
+
+
+def test_a_chart_is_the_same_for_the_same_data():
+    first, second = (svg(draw([[(1, 50, 1), (5, 60, 1)]], "shot")) for _ in range(2))
+    assert first == second
+    assert "<metadata" not in first
+    assert len(first) < 10_000
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize(
+    ("width", "dark"),
+    [
+        (390, True),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((390, False), (1200, True), (1200, False))),
+    ],
+)
+def test_a_browser_shows_the_page_without_a_network_and_within_its_width(runs, tmp_path, width, dark):
+    shutil.copytree(runs / "0", runs / "a" / ("long_name_" * 12))
+    table = rows(runs)
+    text = Path("out/report.html").read_text()
+    assert not re.search(r"""(src|href)=["'](?!data:|#)|url\((?!#)|@import|<script""", text)
+    # The page reports what the browser made of it, from a frame: a window itself is never narrower than 500.
+    probe = """<script>
+      const light = colour => { const [r, g, b] = colour.map(v => v / 255).map(
+        v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4); return 0.2126 * r + 0.7152 * g + 0.0722 * b }
+      const colour = text => text.match(/[\\d.]+/g).map(Number)
+      const ground = node => { for (; node; node = node.parentElement) {
+        const own = colour(getComputedStyle(node).backgroundColor); if (own[3] !== 0) return own } }
+      const contrast = node => { const style = getComputedStyle(node)
+        const ink = colour(node.closest("svg") ? style.fill : style.color)
+        const [a, b] = [ink, ground(node)].map(c => light(c.slice(0, 3)))
+        return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05) }
+      addEventListener("load", () => { const all = [...document.body.querySelectorAll("*")]
+        const texts = all.filter(n => !["SCRIPT", "STYLE"].includes(n.tagName) && !n.closest("defs")
+          && [...n.childNodes].some(c => c.data?.trim()))
+        parent.document.getElementById("probe").textContent = JSON.stringify({
+        width: innerWidth, dark: matchMedia("(prefers-color-scheme: dark)").matches,
+        page: document.documentElement.scrollWidth, texts: texts.length,
+        widest: Math.max(...all.filter(n => !n.closest(".wide > *")).map(n => n.getBoundingClientRect().right)),
+        headings: Math.max(...[...document.querySelectorAll(".task span")].map(n => n.getBoundingClientRect().right)),
+        names: Math.max(...[...document.querySelectorAll(".row td:first-child")].map(
+          n => n.getBoundingClientRect().right)),
+        contrast: Math.min(...texts.map(contrast)),
+        pictures: [...document.images].map(image => image.naturalWidth),
+        text: Math.min(...[...document.querySelectorAll("svg text")].map(t => t.getBoundingClientRect().height)),
+        charts: document.querySelectorAll("svg").length,
+        rows: document.querySelectorAll("tr.row").length})})</script>"""
+    framed = escape(text.replace("</body>", f"{probe}</body>"))
+    frame = f'<iframe style="border:0;height:900px;width:{width}px" srcdoc="{framed}"></iframe>'
+    Path("probed.html").write_text(f'<!DOCTYPE html><meta charset="utf-8"><pre id="probe"></pre>{frame}')
+    done = subprocess.run(
+        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+         "--disable-quic", "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}",
+         f"--blink-settings=preferredColorScheme={0 if dark else 1}", "--window-size=1300,900",
+         "--virtual-time-budget=3000", "--dump-dom", str(Path("probed.html").resolve())],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    seen = json.loads(re.search(r'<pre id="probe">(.*?)</pre>', done.stdout)[1])
+    assert (seen["width"], seen["dark"]) == (width, dark)
+    assert seen["page"] <= width
+    assert seen["widest"] <= width
+    assert max(seen["headings"], seen["names"]) <= width
+    assert seen["texts"] > 50
+    assert seen["contrast"] >= 4.5
+    assert seen["pictures"] == [200] * 5
+    assert seen["charts"] == 3
+    assert seen["text"] > 11
+    assert seen["rows"] == len(table)
+
+
+def copies(folder: Path, accuracies: dict[str, float]) -> None:
+    """Runs that differ in the seed, each tested on two shots; validation accuracy falls as test accuracy rises."""
+    for seed, (name, accuracy) in enumerate(accuracies.items()):
+        run = make_run(folder / name, 1 - accuracy, seed=seed)
+        for shot in (1, 5):
+            tested = {"accuracy": accuracy, "ci95": 0.001, "shot": shot, "episodes_sha256": str(shot)}
+            make_test(run, run / str(shot), tested)
+
+
+def test_validation_selects_and_runs_with_overlapping_intervals_are_marked(folder, capsys):
+    copies(folder, {"a": 0.80, "b": 0.801, "c": 0.99})
+    selection = {(row["run"], row["task"]): row["selection"] for row in rows(folder)}
+    for task in ("5-way 1-shot", "5-way 5-shot"):
+        assert [selection[run, task] for run in "abc"] == ["best in validation", "not significantly different", ""]
+    assert "metacv compare" in capsys.readouterr().out
+
+
+def test_runs_that_were_validated_in_another_way_have_no_selection(folder):
+    for name, changes in (("a", {}), ("b", {"eval_episodes": 50})):
+        make_test(make_run(folder / name, **changes), folder / name / "test", {})
+    assert "selection" not in rows(folder)[0]
+
+
+def test_an_evaluation_with_other_settings_is_never_the_best(folder):
+    """Validation did not try these settings."""
+    make_test(make_run(folder / "a", 0.9), folder / "a/test", {}, {"accuracy": 0.805, "changes": {"temperature": 2}})
+    make_test(make_run(folder / "b", 0.8, seed=1), folder / "b/test", {})
+    selection = {(row["run"], row["algo.temperature"]): row["selection"] for row in rows(folder)}
+    similar = "not significantly different"
+    assert selection == {("a", "1.0"): "best in validation", ("a", "2"): similar, ("b", "1.0"): similar}
+
+
+def test_a_line_of_accuracy_by_shot_is_the_mean_over_seeds(folder):
+    copies(folder, {"a": 0.80, "b": 0.801, "c": 0.99})
+    rows(folder)
+    assert re.search(r"ProtoNet, trained 60-way 1-shot: 3 runs<", Path("out/report.html").read_text())
+    tests = [dataclasses.replace(TEST, accuracy=accuracy, ci95=0.0) for accuracy in (0.1, 0.2, 0.3)]
+    assert point(1, tests) == pytest.approx((1, 20, 24.84), abs=0.01)  # Student's t of two degrees of freedom
+    assert point(1, [dataclasses.replace(TEST, accuracy=0.1, ci95=0.02)]) == (1, 10, 2)
+
+
+def test_an_evaluation_with_other_settings_is_a_row_beside_the_default_one(folder):
+    run = make_run(folder / "a")
+    make_test(run, run / "tests", {}, {"accuracy": 0.9, "changes": {"temperature": 2}})
+    table = {row["algo.temperature"]: row for row in rows(folder)}
+    assert set(table) == {"1.0", "2"}
+    assert table["2"]["test %"].startswith("90.00")
+    assert "selection" not in table["2"]  # of one run
+
+
+def test_groups_of_the_same_task_on_other_episodes_have_different_headings(folder):
+    run = make_run(folder / "a")
+    make_test(run, run / "tests", {"episodes_sha256": "abcdefghi"}, {"episodes_sha256": "123456789"})
+    rows(folder)
+    headings = re.findall(r"<span>(.*?)</span></th>", Path("out/report.html").read_text())
+    assert [heading.rpartition(", ")[2] for heading in headings] == ["episode list 12345678", "episode list abcdefgh"]
+
+
+def test_files_that_expand_stay_small(folder):
+    run = make_run(folder / "a")
+    (run / "result.json").unlink()
+    (run / ".hydra").mkdir()
+    bombs = "".join(f"- &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 9))
+    (run / ".hydra/overrides.yaml").write_text(f"- &a0 [x]\n{bombs}- &m way=5\n- *m\n")
+    lines = [f'{{"step": {step}, "val/accuracy": 0.{step % 7}}}\n' for step in range(100_000)]
+    (run / "metrics.jsonl").write_text("".join(lines))
+    assert len(rows(folder)) == 1
+    assert Path("out/report.html").stat().st_size < 20_000
+
+
+def test_runs_and_evaluations_that_are_left_out_are_counted_and_named(folder, capsys):
+    run = make_run(folder / "b")
+    make_test(run, run / "test", {})
+    content = (run / "test/result.json").read_text()
+    (run / "test/result.json").write_text(content.replace(sha256(run / "best.pt"), "of another"))
+    (folder / "failed").mkdir()
+    (folder / "failed/metrics.jsonl").write_text("")
+    rows(folder)
+    out = capsys.readouterr().out
+    assert "left out: 1 run without a best.pt (failed, or not validated yet): own/failed\n" in out
+    assert "left out: 1 evaluation of a checkpoint that is missing or has changed since: own/b/" in out
+    assert "own/failed" in Path("out/report.html").read_text()
+
+
+def test_a_report_that_cannot_be_written_is_reported_in_one_line(metacv):
+    make_run(Path("own/a"))
+    Path("out/report.html").mkdir(parents=True)
+    assert metacv("report", "own", "hydra.run.dir=out")[::2] == (1, "metacv: out/report.html: Is a directory\n")
