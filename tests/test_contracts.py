@@ -268,7 +268,7 @@ def test_splits_share_no_class_and_missing_data_are_reported_in_one_line(name, t
     monkeypatch.setattr(socket, "socket", without_network)
     raw = OmegaConf.to_container(composed(f"dataset={name}").dataset, resolve=False)
     node = {key: str(tmp_path / "missing") if value == "???" else value for key, value in raw.items()}
-    if "classes" in node:
+    if isinstance(node.get("classes"), dict):  # fewer, to be drawn in less time
         node["classes"] = {split: 4 for split in SPLITS}
     dataset = build_dataset(node, str(tmp_path / "data"))
     banks, error = attempt(lambda: {split: dataset.load(split) for split in SPLITS})

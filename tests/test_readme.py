@@ -72,12 +72,13 @@ def test_every_module_in_the_table_of_files_exists():
 
 
 @pytest.mark.parametrize("group", ["algo", "backbone", "dataset", "optimizer", "schedule", "experiment"])
-def test_the_table_of_choices_lists_the_files_of_configs(group):
+def test_the_table_of_choices_names_files_of_configs(group):
     row = re.search(rf"^\| `{group}/` \| (.*?) \|", README, re.MULTILINE)
-    files = sorted(p.relative_to(CONFIG_DIR / group).with_suffix("").as_posix()
-                   for p in (CONFIG_DIR / group).rglob("*.yaml"))  # fmt: skip
     assert row is not None
-    assert sorted(name for word in re.findall(r"`([\w/{},]+)`", row[1]) for name in expanded(word)) == files
+    names = [name for word in re.findall(r"`([\w/{},]+)`", row[1]) for name in expanded(word)]
+    assert names
+    for name in names:
+        assert (CONFIG_DIR / group / f"{name}.yaml").is_file(), name
 
 
 def test_every_file_and_folder_that_the_readme_links_exists():
