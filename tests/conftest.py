@@ -1,5 +1,6 @@
 """What tests share: small networks and tasks with known answers, the command line in this process, short runs."""
 
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -131,6 +132,7 @@ def metacv(monkeypatch, tmp_path, data_dir, capsys):
         with pytest.raises(SystemExit) as stop:
             cli.main()
         captured = capsys.readouterr()
+        logging.getLogger().handlers.clear()  # a sweep's handler writes to the captured stream, which is closed later
         code = stop.value.code
         return code if isinstance(code, int) else int(code is not None), captured.out, captured.err
 
