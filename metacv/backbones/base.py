@@ -1,17 +1,16 @@
 """Networks from images to features."""
 
 import math
-from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
 
 
-class Backbone(nn.Module, ABC):
+class Backbone(nn.Module):
     """A network that embeds images.
 
-    A subclass sets `out_shape` and writes `forward`. Methods call `features` or `maps`, which first normalize the
-    images.
+    A subclass sets `out_shape` and writes `forward`: normalized images [B, C, H, W] -> [B, *out_shape]. Methods call
+    `features` or `maps`, which normalize the images first.
     """
 
     out_shape: tuple[int, ...]  # (C, H, W) of maps, or (D,) of vectors
@@ -19,10 +18,6 @@ class Backbone(nn.Module, ABC):
     def __init__(self) -> None:
         super().__init__()
         self.normalize: nn.Module = nn.Identity()
-
-    @abstractmethod
-    def forward(self, images: Tensor) -> Tensor:
-        """Normalized images [B, C, H, W] -> [B, *out_shape]."""
 
     @property
     def features_dim(self) -> int:
