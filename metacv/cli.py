@@ -10,7 +10,7 @@ from typing import Any
 
 from metacv import CONFIG_DIR, __version__
 from metacv.completion import complete
-from metacv.help import COMMANDS, USAGE, help_text
+from metacv.help import COMMANDS, help_text
 from metacv.terminal import errors_in_one_line, report_error, silent_unless_rank_zero, world_size
 from metacv.words import Words, quoted
 
@@ -19,8 +19,10 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # for terminals without the sign ±
+    code = 1
     try:
-        code = _dispatch(sys.argv[1:])
+        with errors_in_one_line() as reported:
+            code = _dispatch(sys.argv[1:], reported)
         sys.stdout.flush()
     except KeyboardInterrupt:
         code = 130
@@ -30,11 +32,11 @@ def main() -> None:
     sys.exit(code)
 
 
-def _dispatch(arguments: list[str]) -> int:
+def _dispatch(arguments: list[str], reported: list[Exception]) -> int:
     """Run a command and return the exit code."""
     command, words = (arguments[0], arguments[1:]) if arguments else ("", [])
     if command in ("-h", "--help", "help"):
-        print(USAGE, end="")
+        print((CONFIG_DIR / "usage.txt").read_text(), end="")
     elif command == "--version":
         print(f"metacv {__version__}")
     elif command in ("-sc", "--shell-completion"):
@@ -49,10 +51,9 @@ def _dispatch(arguments: list[str]) -> int:
         print(f"metacv: {command} runs in one process: call it without torchrun", file=sys.stderr)
         return 1
     else:
-        with errors_in_one_line() as reported, silent_unless_rank_zero() as folder:
+        with silent_unless_rank_zero() as folder:
             elsewhere = [f"hydra.{kind}.dir={quoted(folder)}" for kind in ("run", "sweep")] if folder else []
             return _train([*words, *elsewhere], reported) if command == "train" else _run(command, words)
-        return 1
     return 0
 
 

@@ -1,5 +1,6 @@
 """Tab completion: Hydra's own, with the choices that YAML comments and folders of experiments name."""
 
+import contextlib
 import os
 import re
 import sys
@@ -29,7 +30,8 @@ def complete(arguments: list[str]) -> int:
         if action == "install":
             plugin.install()
             return 0
-        print((" " if shell != "fish" else "\n").join(candidates(os.environ.get("COMP_LINE", ""), plugin)))
+        with contextlib.suppress(Exception):  # a line that cannot be composed has no candidates
+            print((" " if shell != "fish" else "\n").join(candidates(os.environ.get("COMP_LINE", ""), plugin)))
     return 0
 
 

@@ -18,16 +18,10 @@ CHOICES = {
     "precision": ("fp32", "tf32", "bf16"),
     "split": ("train", "val", "test"),
 }
-
-
-def local(default: Any = MISSING) -> Any:
-    """A setting of where and how a run is executed on this machine: it does not change what the run computes."""
-    return field(default=default, metadata={"local": True})
-
-
-def resumable(default: Any = MISSING) -> Any:
-    """A setting that may change when a run is resumed: it does not change what a training step computes."""
-    return field(default=default, metadata={"resumable": True})
+# Settings of where and how a run is executed on this machine: they do not change what it computes.
+LOCAL = {"device", "data_dir", "resume", "log_every", "projector"}
+# Settings that may change when a run is resumed: they do not change what a training step computes.
+RESUMABLE = LOCAL | {"steps", "compile", "eval_every", "patience", "paper"}
 
 
 @dataclass
@@ -61,25 +55,25 @@ class TrainConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     normalize: NormalizeConfig = field(default_factory=NormalizeConfig)
 
-    steps: int = resumable()
+    steps: int = MISSING
     meta_batch: int = MISSING
     clip_norm: float | None = None
     clip_value: float | None = None
     precision: str = MISSING
-    compile: bool = resumable()
+    compile: bool = MISSING
 
-    eval_every: int = resumable()
+    eval_every: int = MISSING
     eval_episodes: int = MISSING
     batch_norm: str = MISSING
-    patience: int | None = resumable(None)
+    patience: int | None = None
 
     seed: int = MISSING
-    device: str = local("auto")
-    data_dir: str = local("")
-    resume: bool | str = local(False)
-    log_every: int = local(10)
-    projector: bool = local(False)
-    paper: list[dict[str, Any]] = field(default_factory=list, metadata={"resumable": True})
+    device: str = "auto"
+    data_dir: str = ""
+    resume: bool | str = False
+    log_every: int = 10
+    projector: bool = False
+    paper: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass
@@ -130,9 +124,7 @@ class PredictConfig:
 def typed(cfg: DictConfig, schema: type[T]) -> T:
     """The composed settings as an object of `schema`, with absolute paths in `dataset`.
 
-    Raises:
-        UserError: a setting is unknown, deleted, or not one of its choices.
-        omegaconf.errors.OmegaConfBaseException: a value is missing or of the wrong type.
+    Raises UserError, or an error of OmegaConf, if a setting is unknown, deleted, missing or has an invalid value.
     """
     known = {own.name for own in dataclasses.fields(schema)}  # type: ignore[arg-type]
     if unknown := cfg.keys() - known:
@@ -140,7 +132,10 @@ def typed(cfg: DictConfig, schema: type[T]) -> T:
     if deleted := known - cfg.keys():
         raise UserError(f"~{min(deleted)}: this setting cannot be deleted")
     content: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
-    config = from_dict(schema, content)
+    try:
+        config = from_dict(schema, content)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     check_choices(config)
     if dataset := getattr(config, "dataset", None):
         dataset.update({name: absolute(value) for name, value in dataset.items() if is_path(name)})
@@ -162,7 +157,9 @@ def from_dict(schema: type[T], content: Mapping[str, Any]) -> T:
     hints = typing.get_type_hints(schema)
     values: dict[str, Any] = {}
     for name, value in content.items():
-        hint = hints.get(name)
+        if name not in hints:
+            raise ValueError(f"{name}: there is no such setting")
+        hint = hints[name]
         if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             value = from_dict(hint, value)
         elif not fits(value, hint) and not (hint is int and type(value) is int):  # of any size, such as a seed
@@ -198,24 +195,20 @@ def check_choices(config: Any) -> None:
 
 
 def is_local(name: str) -> bool:
-    return bool(_metadata(name).get("local"))
+    return name in LOCAL
 
 
 def is_resumable(name: str) -> bool:
-    return is_local(name) or bool(_metadata(name).get("resumable"))
+    return name in RESUMABLE
 
 
 def is_path(name: str) -> bool:
-    """Whether a setting of a data set or backbone is a path: `root`, or a name that ends in _dir or _file."""
-    return name.rpartition(".")[2] == "root" or name.endswith(("_dir", "_file"))
-
-
-def _metadata(name: str) -> Mapping[str, Any]:
-    return next((own.metadata for own in dataclasses.fields(TrainConfig) if own.name == name), {})
+    """Whether a setting of a data set is a path on this machine: `root`, or a name that ends in _file."""
+    return name == "root" or name.endswith("_file")
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Settings by their full names, those of a class under the name of its group, without local ones."""
+    """Settings by their full names, without local ones; `_target_` becomes group: class name."""
     for name, value in config.items():
         if isinstance(value, dict):
             yield from flat(value, f"{prefix}{name}.")
@@ -272,5 +265,5 @@ def describe_type(hint: Any) -> str:
         return f"a list of {describe_type(args[0])}"
     if typing.get_origin(hint) is dict:
         return f"all {describe_type(args[1])}"
-    names = {float: "a finite number", int: "a whole number", bool: "true or false", str: "text"}
+    names = {float: "a finite number", int: "a whole number", bool: "true or false", str: "text", type(None): "null"}
     return names.get(hint, str(getattr(hint, "__name__", hint)))

@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of its run, in the words of torch.distributed. A single process communicates nothing."""
+    """This process among those of its run. A single process communicates nothing."""
 
     rank: int = 0
     size: int = 1

@@ -178,9 +178,11 @@ def with_changes(checkpoint: Checkpoint, given: Any, names: tuple[str, ...] = CH
     changes = {name: value for name in names if (value := getattr(given, name, None)) is not None}
     for group in ("algo", "dataset"):
         trained, changed = getattr(checkpoint.config, group), getattr(given, group)
-        if "_target_" in changed:  # another data set
+        if "_target_" in changed and group == "dataset":  # another data set
             changes[group] = changed
             continue
+        if "_target_" in changed:
+            raise UserError("algo._target_: the method of a checkpoint cannot be changed")
         if unknown := changed.keys() - trained.keys():
             raise UserError(f"{group}.{min(unknown)}: {checkpoint.path} has no such setting")
         changes[group] = merged(trained, changed)

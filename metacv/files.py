@@ -1,4 +1,4 @@
-"""Files that are whole at every instant, whenever the program is killed, and safe to read, here and elsewhere."""
+"""Write files atomically, and read them safely."""
 
 import hashlib
 import os
@@ -11,7 +11,7 @@ import torch
 
 
 def read_checked(path: Path, mmap: bool = False) -> Any:
-    """torch.load of tensors and plain values, after the checksums of the file, which torch does not look at.
+    """torch.load of tensors and plain values, after verifying the checksums of the zip, which torch.load skips.
 
     With `mmap` the tensors stay in the file, in memory that all programs which read it share.
     """
@@ -22,7 +22,7 @@ def read_checked(path: Path, mmap: bool = False) -> Any:
 
 
 def rename_unless_there(folder: Path, target: Path) -> None:
-    """Puts a whole folder into its place; what another program has put there meanwhile stays."""
+    """Move a complete folder to `target`, unless another program has put one there meanwhile."""
     try:
         os.rename(folder, target)
     except OSError:

@@ -1,4 +1,4 @@
-"""`metacv --help`, and `metacv COMMAND --help` with choices, settings and their comments from the YAML files."""
+"""`metacv COMMAND --help`: choices, settings and their comments from the YAML files."""
 
 import re
 from pathlib import Path
@@ -8,24 +8,6 @@ import yaml
 
 from metacv import CONFIG_DIR
 
-USAGE = """\
-metacv: meta-learning for few-shot image classification
-
-  metacv train [algo=maml way=5 shot=1 ...]       train, with validation
-  metacv train -m algo=maml,protonet shot=1,5     train every combination
-  torchrun --nproc-per-node=4 -m metacv train ... train with several processes
-  metacv evaluate checkpoint=RUN [shot=5 ...]     accuracy of a checkpoint over episodes, with its interval
-  metacv compare RUN RUN ...                      differences between runs on the same episodes, with their interval
-  metacv report DIR ...                           a table and a page about all runs in these folders
-  metacv predict checkpoint=RUN support=EXAMPLES query=PHOTOS
-                                                  label images after a few examples of each class
-
-  metacv COMMAND --help                           choices and settings of a command
-  metacv COMMAND ... --cfg job                    the settings that a command would run with
-  eval "$(metacv -sc install=bash)"               tab completion
-
-HYDRA_FULL_ERROR=1 shows the traceback of an error.
-"""
 COMMANDS = ("train", "evaluate", "predict", "compare", "report")
 
 
@@ -35,7 +17,7 @@ def help_text(command: str, words: list[str]) -> str:
     content = yaml.safe_load(text)
     settings = [_readable(text.partition("\n\n")[2].partition("\nhydra:")[0])]
     choices = []
-    for group, chosen in _chosen(command, content["defaults"], words).items():
+    for group, chosen in _chosen(content["defaults"], words).items():
         folder = CONFIG_DIR / group
         files = {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
         width = len(group) + 2 + max(map(len, files))
@@ -48,27 +30,29 @@ def help_text(command: str, words: list[str]) -> str:
     return template.replace("$CHOICES", "\n".join(choices).rstrip()).replace("$CONFIG", "\n\n".join(settings).rstrip())
 
 
-def _chosen(command: str, defaults: list[Any], words: list[str]) -> dict[str, str | None]:
-    """The choice in each group. Hydra makes it, unless the command line chooses nothing: importing Hydra takes time."""
-    chosen: dict[str, str | None] = {
-        group: name for default in defaults if isinstance(default, dict) for group, name in default.items()
-    }
-    chosen = {group: name for group, name in chosen.items() if "/" not in group and " " not in group}
-    given = [word for word in words if word.partition("=")[0] in chosen]
-    if given:
-        from hydra import compose, initialize_config_dir
+def _chosen(defaults: list[Any], words: list[str]) -> dict[str, str | None]:
+    """The choice in each group: that of the command line, of the algorithm or experiment, or the default."""
+    chosen: dict[str, str | None] = {}
+    for default in defaults:
+        if isinstance(default, dict):
+            chosen |= {group: name for group, name in default.items() if " " not in group}
+    given = {name: value for name, _, value in (word.partition("=") for word in words) if name in chosen}
+    for group in ("algo", "experiment"):
+        chosen |= _overridden(CONFIG_DIR / group / f"{(chosen | given)[group]}.yaml") if group in chosen else {}
+    return chosen | given
 
-        from metacv import config
 
-        config.register()
-        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-            cfg = compose(command, given, return_hydra_config=True)
-        return {group: cfg.hydra.runtime.choices.get(group) for group in chosen}
-    if algo := chosen.get("algo"):
-        content = yaml.safe_load((CONFIG_DIR / "algo" / f"{algo}.yaml").read_text())
-        for default in content.get("defaults", []):
-            chosen |= {group.removeprefix("override /"): name for group, name in default.items()}
-    return chosen
+def _overridden(path: Path) -> dict[str, str]:
+    """The choices that a YAML file, or one that it extends, makes in other groups."""
+    choices: dict[str, str] = {}
+    content = yaml.safe_load(path.read_text()) if path.is_file() else {}
+    for default in content.get("defaults", []):
+        if isinstance(default, str) and not default.startswith("_"):
+            folder = CONFIG_DIR if default.startswith("/") else path.parent
+            choices |= _overridden(folder / f"{default.lstrip('/')}.yaml")
+        elif isinstance(default, dict):
+            choices |= {group.removeprefix("override /"): name for group, name in default.items()}
+    return choices
 
 
 def _title(path: Path) -> str:

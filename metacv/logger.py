@@ -23,7 +23,8 @@ class Logger:
         for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
             try:
                 content = json.loads(line)
-                if content["step"] <= (step if "train/loss" in content else validated):
+                of_training = any(name.startswith("train/") for name in content)
+                if content["step"] <= (step if of_training else validated):
                     kept.append(line + "\n")
             except (ValueError, KeyError, TypeError):
                 continue  # a line that a kill cut short

@@ -24,6 +24,7 @@ from metacv.config import NormalizeConfig, TrainConfig, check_choices, describe_
 from metacv.data.bank import Dataset
 from metacv.errors import UserError
 from metacv.files import read_checked, sha256, user_path, write_atomically
+from metacv.text import plural
 from metacv.upgrade import upgrade_checkpoint
 
 T = TypeVar("T")
@@ -88,7 +89,7 @@ def load_checkpoint(place: str | Path, name: str = "best.pt") -> Checkpoint:
         raise UserError(f"{path} is not a checkpoint of metacv, or is damaged") from error
     if not isinstance(content, dict) or WEIGHTS - content.keys() or "format" not in content:
         raise UserError(f"{path} is not a checkpoint of metacv")
-    if content["format"] not in (1, FORMAT):
+    if type(content["format"]) is not int or content["format"] not in (1, FORMAT):
         raise UserError(f"{path} has format {content['format']}; this version reads 1 to {FORMAT}")
     try:
         if content["format"] == 1:
@@ -133,7 +134,7 @@ def build(config: TrainConfig, image_shape: tuple[int, int, int]) -> Algorithm:
     if config.normalize != NormalizeConfig():
         for name, values in asdict(config.normalize).items():
             if len(values) not in (1, image_shape[0]):
-                raise UserError(f"normalize.{name}={values}: the images have {image_shape[0]} channels")
+                raise UserError(f"normalize.{name}={values}: the images have {plural(image_shape[0], 'channel')}")
         try:
             backbone.set_normalization(config.normalize.mean, config.normalize.std)
         except ValueError as error:
@@ -176,7 +177,7 @@ def target_class(name: str, node: dict[str, Any], base: type[T]) -> type[T]:
     except (ImportError, AttributeError) as error:
         raise UserError(f"{name}._target_={target}: there is no such class ({error})") from error
     if not (isinstance(cls, type) and issubclass(cls, base)):
-        raise UserError(f"{name}._target_={target}: not a {base.__name__} of metacv or torch.optim")
+        raise UserError(f"{name}._target_={target}: not a subclass of {base.__name__} of metacv or torch.optim")
     return cls
 
 

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,6 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from metacv.data.task import TaskBatch
 from metacv.errors import UserError
-
-Precision = Literal["fp32", "tf32", "bf16"]
 
 
 def check_precision(name: str, device: torch.device) -> None:
@@ -85,7 +83,7 @@ class Compiled:
             graph = make_fx(self.function)(*tensors)
         with torch.no_grad():
             for tensor, value in zip(tensors, before, strict=True):
-                if not torch.equal(tensor, value):  # those that are expanded are never written to
+                if not torch.equal(tensor, value):  # an expanded tensor is never written to, and copy_ would refuse it
                     tensor.copy_(value)
         graph.graph.eliminate_dead_code()
         graph.recompile()
@@ -93,7 +91,7 @@ class Compiled:
 
 
 class CompiledGradient:
-    """An algorithm's `add_gradient`, compiled."""
+    """An algorithm's `add_gradient`, compiled. It must not draw at random by the seeds of the tasks."""
 
     def __init__(self, algorithm: nn.Module, add_gradient: Callable[[TaskBatch, float], dict[str, Tensor]]) -> None:
         self.learned = [p for p in algorithm.parameters() if p.requires_grad]
@@ -115,7 +113,7 @@ class CompiledGradient:
         for p in self.learned:
             p.grad = None
         names = ("support_x", "support_y", "query_x", "query_y", "classes")
-        tasks = replace(self.tasks, **dict[str, Any](zip(names, tensors[len(self.state) :], strict=True)))
+        tasks = replace(self.tasks, seeds=None, **dict[str, Any](zip(names, tensors[len(self.state) :], strict=True)))
         scalars = self.add_gradient(tasks, 1.0)
         self.names = list(scalars)
         return [*(torch.zeros_like(p) if p.grad is None else p.grad for p in self.learned), *scalars.values()]

@@ -1,6 +1,7 @@
 """A training run: its state, its folder, how it stops and how it resumes."""
 
 import contextlib
+import errno
 import random
 import shutil
 import signal
@@ -110,7 +111,7 @@ class Run:
         state, path = source.content, source.path
         if state.get("splits") != self.splits:
             split_file = setting("dataset.split_file", path.with_name("split.json"))
-            raise UserError(f"{path}: the classes are split otherwise now; {split_file} keeps the split of the run")
+            raise UserError(f"{path}: the data set is now split differently from this run; add {split_file}")
         try:
             if self.optimizer and self.schedule:
                 self.optimizer.load_state_dict(state["optimizer"])
@@ -191,8 +192,9 @@ def lock_folder(folder: Path) -> Iterator[None]:
         lock.acquire(blocking=False)
     except Timeout:
         raise UserError(f"hydra.run.dir={folder}: another run is writing there") from None
-    except NotImplementedError:
-        pass  # a file system without locks
+    except (NotImplementedError, OSError) as error:  # a file system without locks
+        if isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EROFS:
+            raise
     try:
         for temporary in folder.glob(".*.tmp"):
             temporary.unlink()
@@ -206,7 +208,7 @@ class Start:
     """What a run starts with."""
 
     config: TrainConfig
-    overrides: list[str]  # of the command line, which the config comes from
+    overrides: list[str]  # name=value words of the command line
     source: Checkpoint | None  # the last.pt that it continues from
 
 
@@ -265,6 +267,10 @@ def load_state(path: Path) -> Checkpoint:
     source = load_checkpoint(path)
     if missing := [name for name in STATE if name not in source.content]:
         raise UserError(f"{path} holds weights only, without {', '.join(missing)}: use last.pt")
+    overrides, best = source.content["overrides"], source.content["best"]
+    words_are_text = isinstance(overrides, list) and all(isinstance(word, str) and word for word in overrides)
+    if not words_are_text or not isinstance(best, dict) or not isinstance(best.get("accuracy"), float):
+        raise UserError(f"{path} is damaged")
     return source
 
 

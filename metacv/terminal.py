@@ -12,7 +12,8 @@ from metacv.text import printable
 
 def world_size() -> int:
     """The number of processes that torchrun started for this run."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    size = os.environ.get("WORLD_SIZE", "1")
+    return int(size) if size.isdigit() else 1
 
 
 def rank() -> int:
@@ -21,7 +22,7 @@ def rank() -> int:
 
 @contextlib.contextmanager
 def errors_in_one_line() -> Iterator[list[Exception]]:
-    """Print an error in one line, unless a traceback is asked for or it is in the list of those reported before."""
+    """Print an error in one line, unless a traceback is asked for or the error is in the yielded list."""
     traceback_wanted = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises its errors instead of printing them
     reported: list[Exception] = []

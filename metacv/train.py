@@ -215,6 +215,8 @@ def prepare(begun: Start, ranks: Ranks) -> tuple[Run, EpisodeList]:
 
 
 def check_counts(config: TrainConfig, ranks: Ranks) -> None:
+    if not 0 <= config.seed < 2**63:
+        raise UserError(f"seed={config.seed}: must be from 0 to 2**63 - 1")
     for name in ("steps", "meta_batch", "eval_every", "log_every", "patience", "clip_norm", "clip_value"):
         value = getattr(config, name)
         if value is not None and not 0 < value < 2**31:

@@ -30,6 +30,10 @@ class Words:
             words = self._with_runs(words)
         if command != "train":
             words = self._without_flags(words)
+        values = {i + 1 for i, word in enumerate(words) if word in FLAGS_WITH_VALUE}
+        for i, word in enumerate(words):
+            if "=" not in word and not word.startswith(("-", "~")) and i not in values:
+                raise UserError(f"{word}: settings are given as name=value")
         resumes = any(word.startswith("resume=") and word != "resume=false" for word in words)
         overrides = [self._quoted(word) for word in words]
         if command != "train" or resumes:  # algo and dataset of a trained model: Hydra does not know their keys
@@ -49,9 +53,11 @@ class Words:
     def _without_flags(self, words: list[str]) -> list[str]:
         flags = [word for word in words if word.startswith("-")]
         if self.sweeps:
-            raise UserError(f"-m: {self.command} takes one setting each; sweeps are for train")
-        if flags and (flags[0] not in ("-c", "--cfg") or words[words.index(flags[0]) + 1 :][:1] != ["job"]):
-            raise UserError(f"{flags[0]}: not an option of {self.command}; --help and --cfg job are")
+            raise UserError("-m: sweeps work with train only")
+        if flags and (
+            len(flags) > 1 or flags[0] not in ("-c", "--cfg") or words[words.index(flags[0]) + 1 :][:1] != ["job"]
+        ):
+            raise UserError(f"{flags[-1]}: not an option of {self.command}; --help and --cfg job are")
         self.shows_config = bool(flags)
         return [word for word in words if not (self.shows_config and word in (*flags, "job"))]
 

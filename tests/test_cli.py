@@ -166,7 +166,7 @@ def test_invalid_settings_of_training_exit_with_one_line(metacv, monkeypatch, ar
         (("checkpoint=nowhere",), "nowhere: there is no such file"),
         (("checkpoint=.",), "has no best.pt"),
         (("wya=5",), "Key 'wya' not in 'EvaluateConfig'"),
-        (("--multirun",), "-m: evaluate takes one setting each; sweeps are for train"),
+        (("--multirun",), "-m: sweeps work with train only"),
         (("--resolve",), "--resolve: not an option of evaluate; --help and --cfg job are"),
     ],
 )
@@ -445,3 +445,39 @@ echo "${COMPREPLY[@]}"
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True, env=environment)
     assert done.stdout == "algo=protonet\n"
+
+
+@pytest.mark.parametrize("words", [("train", "algo=nope"), ("train", "algo=["), ("evaluate", "dataset=nope")])
+def test_help_is_shown_whatever_else_is_on_the_line(metacv, words):
+    code, out, err = metacv(*words, "--help")
+    assert (code, err) == (0, "")
+    assert out.startswith(f"metacv {words[0]}: ")
+
+
+def test_a_line_that_cannot_be_composed_has_no_candidates(metacv, monkeypatch):
+    monkeypatch.setenv("COMP_LINE", "metacv train algo=[ st")
+    assert metacv("-sc", "query=bash") == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("evaluate", "RUN"), "RUN: settings are given as name=value"),
+        (("train", "protonet"), "protonet: settings are given as name=value"),
+        (("train", "+augment.foo=1"), "foo: there is no such setting"),
+        (("train", "clip_norm=inf"), "clip_norm=inf: not a finite number or null"),
+        (("train", "seed=99999999999999999999999"), "must be from 0 to 2**63 - 1"),
+        (("evaluate", "checkpoint=a", "--cfg", "job", "--resolve"), "--resolve: not an option of evaluate"),
+    ],
+)
+def test_words_that_are_no_settings_exit_with_one_line(metacv, words, message):
+    code, out, err = metacv(*words)
+    assert (code, out) == (1, "")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_the_method_of_a_checkpoint_cannot_be_changed(metacv, trained):
+    target = "algo._target_=metacv.algorithms.metric.protonet.ProtoNet"
+    code, _, err = metacv("evaluate", f"checkpoint={trained('protonet')}", target)
+    assert (code, err) == (1, "metacv: algo._target_: the method of a checkpoint cannot be changed\n")

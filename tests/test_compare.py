@@ -119,7 +119,7 @@ def test_runs_are_named_without_the_folders_that_they_share():
         (["proto", "other", "way=100"], "way=100 but glyphs test has only 8 classes"),
         (["proto", "other", "episodes=1"], "episodes=1: "),
         (["proto", "damaged"], "damaged/best.pt is not a checkpoint of metacv, or is damaged"),
-        (["proto", "other", "-m"], "-m: compare takes one setting each"),
+        (["proto", "other", "-m"], "-m: sweeps work with train only"),
     ],
 )
 def test_invalid_comparisons_exit_with_one_line_and_leave_no_folder(compare, words, message):

@@ -20,7 +20,7 @@ def test_queries_have_a_green_frame_if_the_prediction_is_correct_and_a_red_one_o
         """How many pixels of each row have this colour."""
         return (picture == torch.tensor(colour).view(3, 1, 1)).all(dim=0).sum(dim=1)
 
-    upper, lower = (slice(0, picture.shape[1] // 2), slice(picture.shape[1] // 2, None))
+    upper, lower = slice(0, -78), slice(-78, None)  # a row for each class
     assert coloured(WRONG)[upper].sum() > 400  # one frame of 56 pixels a side, two wide
     assert coloured(WRONG)[lower].sum() == 0
     assert coloured(RIGHT)[lower].sum() > 1.9 * coloured(RIGHT)[upper].sum()
@@ -48,7 +48,7 @@ def test_classes_may_have_different_numbers_of_images():
         tasks, support_x=tasks.support_x[:, support], support_y=tasks.support_y[:, support], query_y=torch.zeros(1, 4)
     )
     picture = episode_picture(unequal, torch.zeros(1, 4, 2))
-    assert picture.shape[2] == 22 + 3 * 62 + 2 * 6 + 4 * 62
+    assert picture.shape[2] == (1 + 4) * 62 + 6
 
 
 def test_colour_images_and_large_tasks_fit():

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import SmoothNet, bank_of, random_tasks
+from conftest import Identity, SmoothNet, bank_of, random_tasks
 
 from metacv import evaluate
 from metacv.algorithms.base import accuracies
@@ -14,7 +14,7 @@ from metacv.algorithms.gradient.maml import MAML
 from metacv.algorithms.gradient.reptile import Reptile
 from metacv.algorithms.metric.protonet import ProtoNet
 from metacv.algorithms.metric.relationnet import RelationNet
-from metacv.backbones.batch_norm import batch_norms, batch_statistics
+from metacv.backbones.batch_norm import batch_norms, batch_statistics, uses_batch_statistics
 from metacv.backbones.conv4 import Conv4
 from metacv.data.sampler import EpisodeList, EpisodeSampler
 from metacv.data.task import TaskBatch
@@ -285,3 +285,22 @@ def test_accuracy_on_noise_is_chance(running_stats):
     mode = "inductive" if running_stats else "transductive"
     measured = summary(evaluate_episodes(ProtoNet(SmoothNet(running_stats=running_stats)), episodes, mode))
     assert abs(measured["accuracy"] - 1 / 3) < 3 * measured["ci95"]
+
+
+class Negated(ProtoNet):
+    """A metric method whose logits are not those of `head` alone."""
+
+    def forward(self, tasks: TaskBatch) -> torch.Tensor:
+        return -super().forward(tasks)
+
+
+def test_features_are_not_cached_for_a_method_with_a_forward_of_its_own():
+    assert ProtoNet(Identity()).embeds_each_image_alone("inductive")
+    assert not Negated(Identity()).embeds_each_image_alone("inductive")
+
+
+def test_batch_norm_of_any_dimension_is_seen():
+    backbone = Identity()
+    backbone.norm = torch.nn.BatchNorm1d(2, track_running_stats=False)
+    assert not ProtoNet(backbone).embeds_each_image_alone("inductive")
+    assert uses_batch_statistics(backbone)

@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import ALGORITHMS, bank_of, quick
 from PIL import Image
 
+from metacv import CONFIG_DIR
 from metacv.algorithms.base import Algorithm
 from metacv.algorithms.metric.protonet import ProtoNet
 from metacv.algorithms.metric.relationnet import RelationNet
@@ -203,6 +205,16 @@ def test_weights_that_are_not_finite_label_nothing(metacv, trained):
     code, out, err = metacv("predict", "checkpoint=nan.pt", "support=own/support", "query=own/query")
     assert (code, out) == (1, "")
     assert err == "metacv: nan.pt: the probabilities are not finite; the weights are not, or adaptation diverged\n"
+
+
+def test_a_kept_model_of_a_run_on_listed_splits_can_be_used(metacv, trained):
+    content = torch.load(trained("protonet") / "best.pt", weights_only=True)
+    dataset = yaml.safe_load((CONFIG_DIR / "dataset/omniglot.yaml").read_text()) | {"split": "file"}
+    torch.save(content | {"config": content["config"] | {"dataset": dataset}}, "omniglot.pt")
+    lay_out(Path("own"), [2, 2, 2], query=1)
+    words = ("checkpoint=omniglot.pt", "support=own/support", "query=own/query", "save=kept.pt")
+    assert metacv("predict", *words)[::2] == (0, "")
+    assert metacv("predict", "adapted=kept.pt", "query=own/query")[::2] == (0, "")
 
 
 def test_a_kept_model_holds_no_paths_of_this_machine(metacv, trained):

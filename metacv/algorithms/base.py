@@ -19,7 +19,6 @@ from metacv.precision import CompiledGradient, precision
 class Algorithm(nn.Module, ABC):
     """A way to classify queries from a support set, and to learn from how well that went."""
 
-    batches: ClassVar[Literal["episodes", "images"]] = "episodes"  # what training_step takes
     execution_settings: ClassVar[frozenset[str]] = frozenset()  # change speed and memory, not the result
     sequential_because: str | None = None  # why the tasks of a step cannot be shared between processes
 
@@ -120,7 +119,8 @@ class MetricMethod(Algorithm):
     def embeds_each_image_alone(self, batch_norm: str) -> bool:
         """Whether features of an image do not depend on other images, so that evaluation may compute them once."""
         keeps_statistics = all(norm.running_mean is not None for norm in batch_norms(self.backbone))
-        return batch_norm == "inductive" and keeps_statistics
+        own_forward = type(self).forward is not MetricMethod.forward  # computes something else than `head` of features
+        return batch_norm == "inductive" and keeps_statistics and not own_forward
 
     def _embed_tasks(self, images: Tensor) -> Tensor:
         return per_task(self.backbone, self.embed, images)

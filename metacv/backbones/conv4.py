@@ -77,7 +77,7 @@ class Conv4(Backbone):
 def _channels_last(images: Tensor) -> Tensor:
     """The same in the layout that CPUs convolve, normalize and pool fastest.
 
-    `.to(memory_format=...)` takes images of one channel for what they should be, and their maps come out otherwise.
+    `.to(memory_format=...)` leaves images of one channel unchanged, and their maps would have the other layout.
     """
     last = images.movedim(1, -1)
     return last.flatten(1).unflatten(1, last.shape[1:]).movedim(-1, 1)

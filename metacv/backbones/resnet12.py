@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from metacv.backbones.base import Backbone, GlobalMean
 
 CHANNELS = (64, 160, 320, 640)
-BLOCK = 5  # side of what DropBlock drops
+BLOCK = 5  # side of a dropped square
 
 
 class ResNet12(Backbone):

@@ -293,8 +293,9 @@ def test_an_empty_and_a_missing_folder_are_reported_in_one_line(metacv):
 
 
 def test_damaged_files_are_left_out(runs, capsys):
-    first, second = runs / "0/best.pt", runs / "1"
+    first, second, third = runs / "0/best.pt", runs / "1", runs / "2/best.pt"
     first.write_bytes(first.read_bytes()[:500])
+    torch.save(torch.load(third) | {"format": torch.zeros(2, 2)}, third)
     (second / "metrics.jsonl").write_text(
         '{"step": 1, "val/accuracy": 0.5}\n{"step": \n5\n{"val/accuracy": 1}\n'
         '{"step": 3, "val/accuracy": 0.5, "val/ci95": NaN}\n{"step": 1' + "0" * 400 + "}"
@@ -306,9 +307,10 @@ def test_damaged_files_are_left_out(runs, capsys):
     (runs / "runs.json").write_text('{"runs": ["a", "b"]}')
     (runs / "deep.json").write_text("[" * 200000)
     (runs / "folder.json").mkdir()
-    assert len({row["run"] for row in rows(runs)}) == 3
-    err = capsys.readouterr().err
-    assert err == f"metacv: {first} is not a checkpoint of metacv, or is damaged: left out\n"
+    assert {row["run"] for row in rows(runs)} == {"1", "3"}
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == f"metacv: {first} is not a checkpoint of metacv, or is damaged: left out"
+    assert [line.startswith(f"metacv: {third} ") for line in lines] == [False, True]
 
 
 def test_a_spreadsheet_computes_nothing_and_numbers_stay_numbers():
@@ -494,8 +496,12 @@ def test_runs_and_evaluations_that_are_left_out_are_counted_and_named(folder, ca
     (run / "test/result.json").write_text(content.replace(sha256(run / "best.pt"), "of another"))
     (folder / "failed").mkdir()
     (folder / "failed/metrics.jsonl").write_text("")
+    one = {"norm": "inductive", "accuracy": 0.5, "checkpoint_sha256": sha256(run / "best.pt")}
+    for name, old in {"old": one, "both": {"inductive": one}, "train": {"norm": "inductive", "overrides": []}}.items():
+        (folder / f"{name}.json").write_text(json.dumps(old, indent=2))
     rows(folder)
     out = capsys.readouterr().out
+    assert "left out: 2 evaluations of version 1: evaluate again: own/both.json, own/old.json\n" in out
     assert "left out: 1 run without a best.pt (failed, or not validated yet): own/failed\n" in out
     assert "left out: 1 evaluation of a checkpoint that is missing or has changed since: own/b/" in out
     assert "own/failed" in Path("out/report.html").read_text()
