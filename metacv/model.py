@@ -102,7 +102,7 @@ def load_checkpoint(place: str | Path, name: str = "best.pt") -> Checkpoint:
             raise ValueError
         if type(content["step"]) is not int:
             raise ValueError
-    except (UserError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (UserError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"{path} is not a checkpoint of metacv, or is damaged") from error
     return Checkpoint(path, config, content)
 

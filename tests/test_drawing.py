@@ -4,9 +4,15 @@ import dataclasses
 
 import torch
 from conftest import random_tasks
+from torch import Tensor
 
 from metacv.data.image_files import as_tensor
 from metacv.drawing import LINE, RIGHT, WRONG, captioned_picture, episode_picture, legible
+
+
+def coloured(picture: Tensor, colour: tuple[int, int, int]) -> Tensor:
+    """How many pixels of each row have this colour."""
+    return (picture == torch.tensor(colour).view(3, 1, 1)).all(dim=0).sum(dim=1)
 
 
 def test_queries_have_a_green_frame_if_the_prediction_is_correct_and_a_red_one_otherwise():
@@ -15,15 +21,11 @@ def test_queries_have_a_green_frame_if_the_prediction_is_correct_and_a_red_one_o
     picture = episode_picture(tasks, torch.nn.functional.one_hot(predicted, 2).float())
     assert picture.dtype == torch.uint8
     assert picture.shape[0] == 3
-
-    def coloured(colour) -> torch.Tensor:
-        """How many pixels of each row have this colour."""
-        return (picture == torch.tensor(colour).view(3, 1, 1)).all(dim=0).sum(dim=1)
-
+    wrong, right = coloured(picture, WRONG), coloured(picture, RIGHT)
     upper, lower = slice(0, -78), slice(-78, None)  # a row for each class
-    assert coloured(WRONG)[upper].sum() > 400  # one frame of 56 pixels a side, two wide
-    assert coloured(WRONG)[lower].sum() == 0
-    assert coloured(RIGHT)[lower].sum() > 1.9 * coloured(RIGHT)[upper].sum()
+    assert wrong[upper].sum() > 400  # one frame of 56 pixels a side, two wide
+    assert wrong[lower].sum() == 0
+    assert right[lower].sum() > 1.9 * right[upper].sum()
 
 
 def test_labels_tell_the_class_of_an_image_not_its_position():
@@ -62,20 +64,14 @@ def test_a_picture_of_predictions_has_a_cell_for_each_image_in_rows_of_eight():
     image = torch.zeros(1, 28, 28, dtype=torch.uint8)
     cells = [(image, "alpha 98%", RIGHT)] * 9 + [(image, "a name much too long for its place", WRONG)]
     picture = captioned_picture([("support", [(image, "alpha", LINE)] * 3), ("query", cells)])
-    pixels = as_tensor(picture)
-
-    def coloured(colour, top: int) -> int:
-        """Pixels of this colour in the row of cells that begins at `top`."""
-        match = (pixels == torch.tensor(colour).view(3, 1, 1)).all(dim=0)
-        return int(match[top : top + 76].sum())
-
     assert picture.width == 8 * 102 + 6  # columns of 96 pixels and a gap
     assert picture.height == 3 * (56 + 6 + 14) + 2 * (14 + 6) + 6
     frame = 2 * 4 * 58  # 56 pixels a side and the corners, two wide
-    support, query = 24, 24 + 76 + 20  # frames begin two pixels above their image
-    assert coloured(RIGHT, support) == coloured(WRONG, support) == coloured(WRONG, query) == 0
-    assert coloured(RIGHT, query) >= 8 * frame
-    assert min(coloured(RIGHT, query + 76), coloured(WRONG, query + 76)) >= frame
+    starts = [24, 24 + 76 + 20, 24 + 2 * 76 + 20]  # of the rows of cells; frames begin two pixels above their image
+    right, wrong = ([coloured(as_tensor(picture), c)[y : y + 76].sum() for y in starts] for c in (RIGHT, WRONG))
+    assert right[0] == wrong[0] == wrong[1] == 0
+    assert right[1] >= 8 * frame
+    assert min(right[2], wrong[2]) >= frame
 
 
 def test_names_that_the_font_cannot_show_become_numbers():

@@ -66,3 +66,11 @@ def test_a_format_that_is_no_number_is_refused(trained, tmp_path):
     torch.save(content | {"format": torch.tensor([1, 2])}, tmp_path / "best.pt")
     with pytest.raises(UserError, match="has format"):
         load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"algorithm": torch.zeros(2, 2)}, {"image_shape": torch.zeros(3)}, {"step": None}])
+def test_fields_of_another_type_are_refused(trained, tmp_path, change):
+    content = torch.load(trained("protonet") / "best.pt", weights_only=True)
+    torch.save(content | change, tmp_path / "best.pt")
+    with pytest.raises(UserError, match="is not a checkpoint of metacv, or is damaged"):
+        load_checkpoint(tmp_path)

@@ -19,9 +19,7 @@ __all__ = ["report"]
 def report(config: ReportConfig, folder: Path) -> list[dict[str, str]]:
     """Write report.html, report.md and report.csv into `folder`, and return the cells of the table by column.
 
-    Raises:
-        UserError: one of the folders does not exist, or there is no run below them.
-        OSError: a file cannot be written.
+    Raises UserError if one of the folders does not exist, or if there is no run below them.
     """
     places = [place for name in config.runs if not (place := Path(name).expanduser()).is_file()]
     for place in places:

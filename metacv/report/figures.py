@@ -9,17 +9,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
-import matplotlib
 import torch
 from markupsafe import Markup
 from matplotlib.figure import Figure
+from matplotlib.style import context
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from metacv.compare import t_interval
 from metacv.config import flat, to_dict
-from metacv.report.gather import Run
+from metacv.report.gather import RunRecord
 from metacv.report.table import Row
 from metacv.results import Result
 from metacv.text import plural
@@ -28,21 +27,7 @@ CURVES, EPISODES, POINTS = 10, 6, 150  # at most: runs with curves, runs with a 
 TASK = {"way", "shot", "train_way", "train_shot"}
 # Ten hues with a contrast of 3 or more on a light and on a dark ground; after Tableau's.
 HUES = ("#4e79a7", "#d9730d", "#e15759", "#2a9d8f", "#59a14f", "#a8860f", "#b07aa1", "#d4738a", "#9c755f", "#8a8f98")
-STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",  # text stays text; the page gives it its colour
-    "svg.hashsalt": "metacv",  # the same data gives the same file
-    "font.size": 9.5,
-    "axes.edgecolor": "#8a8f98",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#8a8f98",
-    "grid.alpha": 0.3,
-    "xtick.color": "#8a8f98",
-    "ytick.color": "#8a8f98",
-    "lines.linewidth": 1.5,
-    "lines.markersize": 3.5,
-}
+STYLE = "metacv.report.figures"  # the file figures.mplstyle
 Point = tuple[float, float, float]  # x, accuracy and half its interval in %
 Line = Sequence[Point]
 
@@ -56,7 +41,7 @@ class Chart:
     svg: Markup
 
 
-def curves(runs: list[Run]) -> list[Chart]:
+def curves(runs: list[RunRecord]) -> list[Chart]:
     """Validation and training accuracy by step, with a line for each run."""
     charts = []
     for kind, tag in (("Validation", "val/accuracy"), ("Training", "train/accuracy")):
@@ -129,43 +114,43 @@ def counted(runs: list[int]) -> str:
     return plural(few, "run") if few == many else f"{few} to {many} runs"
 
 
+@context(STYLE)
 def draw(lines: Sequence[Line], x_label: str) -> Figure:
     """Lines with their intervals, on axes that fit them."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(4.2, 2.5))
-        axes = figure.add_axes((0.13, 0.2, 0.84, 0.75))
-        for line, hue in zip(lines, HUES, strict=False):
-            x, half = [point[0] for point in line], [point[2] for point in line]
-            y = [min(100, max(0, point[1])) for point in line]
-            axes.plot(x, y, color=hue, marker="o" if len(line) <= 30 else None)
-            if len(line) <= 30:
-                low = [value - max(0, value - e) for value, e in zip(y, half, strict=True)]
-                high = [min(100, value + e) - value for value, e in zip(y, half, strict=True)]
-                axes.errorbar(x, y, (low, high), fmt="none", ecolor=hue, elinewidth=1)
-        axes.set_xlabel(x_label)
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g} %"))
-        axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
-        ticks = sorted({point[0] for line in lines for point in line})
-        if 1 < len(ticks) < 6:
-            axes.set_xticks(ticks)
-        else:
-            axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
-        return figure
+    figure = Figure(figsize=(4.2, 2.5))
+    axes = figure.add_axes((0.13, 0.2, 0.84, 0.75))
+    for line, hue in zip(lines, HUES, strict=False):
+        x, half = [point[0] for point in line], [point[2] for point in line]
+        y = [min(100, max(0, point[1])) for point in line]
+        axes.plot(x, y, color=hue, marker="o" if len(line) <= 30 else None)
+        if len(line) <= 30:
+            low = [value - max(0, value - e) for value, e in zip(y, half, strict=True)]
+            high = [min(100, value + e) - value for value, e in zip(y, half, strict=True)]
+            axes.errorbar(x, y, (low, high), fmt="none", ecolor=hue, elinewidth=1)
+    axes.set_xlabel(x_label)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g} %"))
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    ticks = sorted({point[0] for line in lines for point in line})
+    if 1 < len(ticks) < 6:
+        axes.set_xticks(ticks)
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    return figure
 
 
+@context(STYLE)
 def svg(figure: Figure) -> Markup:
     """The figure as an element of a page: transparent, the same for the same data, and without names of its own."""
     content = io.StringIO()
-    with matplotlib.rc_context(STYLE):
-        metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(content, format="svg", transparent=True, metadata=metadata)
+    metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(content, format="svg", transparent=True, metadata=metadata)
     text = content.getvalue()
     text = re.sub(r"<!--.*?-->\s*| id=\"\w+_\d+\"", "", text[text.index("<svg") :], flags=re.DOTALL)
     return Markup(text)
 
 
-def sample_episodes(runs: list[Run]) -> list[tuple[str, str]]:
+def sample_episodes(runs: list[RunRecord]) -> list[tuple[str, str]]:
     """Name of the run and the picture, PNG in base64, of the first few runs that have one."""
     pictures = ((run.name, picture) for run in runs if (picture := sample_episode(run.folder)))
     return [(name, b64encode(picture).decode()) for name, picture in islice(pictures, EPISODES)]

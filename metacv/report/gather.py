@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,18 +16,17 @@ from metacv.compare import shortened
 from metacv.config import TrainConfig, flat, is_local, to_dict
 from metacv.errors import UserError
 from metacv.model import load_checkpoint
-from metacv.results import Result, ResultFile, read_results
+from metacv.results import LARGEST, Result, ResultFile, read_results
 from metacv.text import plural, printable
 from metacv.upgrade import upgrade_override
 
 RUNNERS = {"hydra", "launcher", "sweeper"}  # settings of where runs are executed
 # Settings that are part of a paper's protocol: its experiment sets them.
 PROTOCOL = {"way", "shot", "query", "batch_norm", "algo", "backbone", "dataset", "paper"}
-LARGEST = 10**7  # bytes of a text file
 
 
 @dataclass
-class Run:
+class RunRecord:
     """A folder with a best.pt, and the evaluations of this checkpoint. All texts are printable."""
 
     folder: Path
@@ -54,7 +54,7 @@ class Run:
         """Equal for runs that were validated on the same episodes."""
         names = ("way", "shot", "query", "batch_norm", "eval_episodes")
         images = {name: value for name, value in self.config.dataset.items() if name != "train_rotation"}
-        return json.dumps([images, *(getattr(self.config, name) for name in names)], default=str)
+        return str([images, *(getattr(self.config, name) for name in names)])
 
     def paper(self, test: Result) -> str:
         """The accuracy that the paper reports, in %, if `test` follows the protocol of the run's experiment."""
@@ -85,11 +85,11 @@ def paper_of_experiment(name: str) -> list[dict[str, Any]]:
     return yaml.safe_load(known[name].read_text()).get("paper", []) if name in known else []
 
 
-def gather(places: Iterable[Path]) -> tuple[list[Run], list[str]]:
+def gather(places: Iterable[Path]) -> tuple[list[RunRecord], list[str]]:
     """Runs below `places`, with all evaluations of their checkpoints that lie anywhere below `places`.
 
-    Also returns a note on the runs, and one on the evaluations, that are left out. A damaged checkpoint is reported on
-    stderr; other damaged files count as missing.
+    Also returns notes on the runs and the evaluations that are left out. A damaged checkpoint is reported on stderr;
+    other damaged files count as missing.
     """
     places = list(places)
     files = dict(item for place in places for item in result_files(place))
@@ -99,7 +99,7 @@ def gather(places: Iterable[Path]) -> tuple[list[Run], list[str]]:
         for test in map(printable_result, file.results)
         if test.checkpoint_sha256
     }
-    runs: dict[Path, Run] = {}
+    runs: dict[Path, RunRecord] = {}
     for path in (path for place in places for path in sorted(place.rglob("best.pt"))):
         try:
             runs[path.parent.resolve()] = read_run(path, files)
@@ -111,14 +111,16 @@ def gather(places: Iterable[Path]) -> tuple[list[Run], list[str]]:
     failed = {folder for place in places for folder in training_folders(place) if not (folder / "best.pt").exists()}
     known = {run.sha256 for run in runs.values()}
     strange = {path for test, path in tests.values() if test.checkpoint_sha256 not in known}
+    old = {path for place in places for path in place.rglob("*.json") if is_of_version_1(path)}
     notes = [
         left_out("run", "without a best.pt (failed, or not validated yet)", failed),
         left_out("evaluation", "of a checkpoint that is missing or has changed since", strange),
+        left_out("evaluation", "of version 1: evaluate again", old),
     ]
     return list(runs.values()), [note for note in notes if note]
 
 
-def read_run(path: Path, files: dict[Path, ResultFile]) -> Run:
+def read_run(path: Path, files: dict[Path, ResultFile]) -> RunRecord:
     """The run of a best.pt, without its weights."""
     checkpoint, folder = load_checkpoint(path), path.parent
     validation = checkpoint.content.get("validation")
@@ -126,7 +128,7 @@ def read_run(path: Path, files: dict[Path, ResultFile]) -> Run:
         validation = {}
     changed = overrides(folder, [file for place, file in files.items() if place.parent == folder])
     lines = metrics(folder / "metrics.jsonl")
-    return Run(folder, checkpoint.config, checkpoint.step, validation, checkpoint.sha256, changed, lines)
+    return RunRecord(folder, checkpoint.config, checkpoint.step, validation, checkpoint.sha256, changed, lines)
 
 
 def result_files(place: Path) -> Iterator[tuple[Path, ResultFile]]:
@@ -136,6 +138,12 @@ def result_files(place: Path) -> Iterator[tuple[Path, ResultFile]]:
                 yield path, read_results(path)
         except UserError:  # another program's file, or one that is damaged
             continue
+
+
+def is_of_version_1(path: Path) -> bool:
+    """Whether a file has the result of an evaluation, or of a comparison, in the form of version 1."""
+    text = read(path)
+    return '"norm": "' in text and '"checkpoint_sha256": "' in text
 
 
 def printable_result(test: Result) -> Result:
@@ -162,12 +170,10 @@ def metrics(path: Path) -> list[dict[str, float]]:
     """The lines of metrics.jsonl that have a step, with the values that are numbers."""
     lines = []
     for line in read(path).splitlines():
-        try:
+        with suppress(ValueError, RecursionError):
             content = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(content, dict) and is_number(content.get("step")):
-            lines.append({name: float(value) for name, value in content.items() if is_number(value)})
+            if isinstance(content, dict) and is_number(content.get("step")):
+                lines.append({name: float(value) for name, value in content.items() if is_number(value)})
     return lines
 
 
@@ -186,11 +192,9 @@ def left_out(noun: str, reason: str, paths: set[Path]) -> str:
 
 def read(path: Path) -> str:
     """The text of a file; empty if it cannot be read or is too large."""
-    try:
+    with suppress(OSError):
         if path.is_file() and path.stat().st_size < LARGEST:
             return path.read_text(errors="replace")
-    except OSError:
-        pass
     return ""
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from html import escape
 from itertools import groupby
 
-from metacv.report.gather import Run
+from metacv.report.gather import RunRecord
 from metacv.results import Result
 from metacv.text import csv_safe, percent, plural
 
@@ -26,7 +26,7 @@ Cells = list[dict[str, str]]
 class Row:
     """A row of the table."""
 
-    run: Run
+    run: RunRecord
     test: Result | None
     selection: str = ""
 
@@ -72,7 +72,7 @@ class Row:
         }
 
 
-def rows_of(runs: list[Run]) -> list[Row]:
+def rows_of(runs: list[RunRecord]) -> list[Row]:
     """All rows, those of a task together, the best first."""
     rows = [Row(run, test) for run in runs for test in run.tests]
     rows += [Row(run, None) for run in runs if not run.tests]
