@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from metacv import CONFIG_DIR
 from metacv.errors import UserError
 
 T = TypeVar("T")
@@ -231,8 +232,9 @@ def register() -> None:
     """Make the dataclasses known to Hydra, under the names that configs/*.yaml use."""
     from hydra.core.config_store import ConfigStore
 
-    for schema in (TrainConfig, EvaluateConfig, PredictConfig, CompareConfig, ReportConfig):
-        ConfigStore.instance().store(name=f"{schema.__name__.removesuffix('Config').lower()}_schema", node=schema)
+    for path in CONFIG_DIR.glob("*.yaml"):
+        schema = globals()[f"{path.stem.capitalize()}Config"]
+        ConfigStore.instance().store(name=f"{path.stem}_schema", node=schema)
 
 
 def fits(value: Any, hint: Any) -> bool:

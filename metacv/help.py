@@ -8,7 +8,7 @@ import yaml
 
 from metacv import CONFIG_DIR
 
-COMMANDS = ("train", "evaluate", "predict", "compare", "report")
+COMMANDS = sorted(path.stem for path in CONFIG_DIR.glob("*.yaml"))  # each has a function of its name in metacv/
 
 
 def help_text(command: str, words: list[str]) -> str:
