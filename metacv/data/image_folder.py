@@ -15,6 +15,7 @@ from torch import Tensor
 from metacv.data import image_files
 from metacv.data.bank import SPLITS, Dataset, ImageBank, cached_bank, check_split
 from metacv.errors import UserError
+from metacv.files import user_path
 from metacv.text import printable
 
 ALIASES = {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
@@ -48,7 +49,7 @@ class ImageFolder(Dataset):
     def folder(self) -> Path:
         if self.root is None:
             raise UserError("dataset.root=null: must be a folder of images")
-        return Path(self.root).expanduser()
+        return user_path(self.root)
 
     def load(self, split: str) -> ImageBank:
         check_split(split)
@@ -72,7 +73,7 @@ class ImageFolder(Dataset):
     def splits(self) -> dict[str, list[str]]:
         folders = self._class_folders()
         if self.split_file:
-            return self._read_split(Path(self.split_file).expanduser(), folders.keys())
+            return self._read_split(user_path(self.split_file), folders.keys())
         if self._has_split_folders():
             return {split: [name for name in folders if folders[name].parent.name == split] for split in SPLITS}
         names = sorted(folders, key=lambda name: hashlib.sha256(os.fsencode(f"{self.split_seed} {name}")).digest())

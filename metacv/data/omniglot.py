@@ -13,7 +13,7 @@ from metacv.data.bank import SPLITS, Dataset, ImageBank, cached_bank, check_spli
 from metacv.data.image_files import as_tensor, open_exactly, open_image, read_classes
 from metacv.data.sources import extract
 from metacv.errors import UserError
-from metacv.files import rename_unless_there
+from metacv.files import rename_unless_there, user_path
 
 CHARACTERS = {"images_background": 964, "images_evaluation": 659}
 DRAWERS = 20
@@ -88,7 +88,7 @@ class Omniglot(Dataset):
         return classes
 
     def _listed_classes(self, index: dict[str, int]) -> dict[str, list[int]]:
-        classes, folder = {}, self.data_dir / "omniglot" / Path(self.split_dir).expanduser()
+        classes, folder = {}, self.data_dir / "omniglot" / user_path(self.split_dir)
         for split, name in self.split_files.items():
             path = folder / name
             try:

@@ -141,7 +141,7 @@ class EpisodeList:
     def __init__(self, sampler: EpisodeSampler, episodes: int, setting: str = "episodes") -> None:
         """`setting` is the name of `episodes` in errors."""
         if not 2 <= episodes < 2**31:
-            raise UserError(f"{setting}={episodes}: from 2, which an interval needs, to 2**31 - 1")
+            raise UserError(f"{setting}={episodes}: must be {'at least 2' if episodes < 2 else 'less than 2**31'}")
         self.sampler = sampler
         chunks = torch.arange(episodes).split(1000)  # to limit memory: a draw has a value for each image of a class
         self.rows = torch.cat([sampler.draw(len(chunk)) for chunk in chunks])  # [E, N, K+Q]

@@ -5,6 +5,7 @@ The module of a data set has a `SplitSpec`, a function that reads one image file
 """
 
 import csv
+import json
 import operator
 import pickle
 import re
@@ -23,12 +24,18 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from metacv.data.bank import SPLITS, ImageBank
+from metacv.data.bank import SPLITS, ImageBank, check_split
 from metacv.data.image_files import folders_in, read_classes
 from metacv.errors import UserError
 from metacv.files import rename_unless_there
 
 ARCHIVE = re.compile(r"\.(zip|tar|tgz|tbz2?|txz|tar\.(gz|bz2|xz))$", re.IGNORECASE)
+
+
+def split_classes(name: str) -> dict[str, list[str]]:
+    """The class names of train, val and test, as the file splits/`name`.json lists them."""
+    content: dict[str, list[str]] = json.loads((Path(__file__).parent / "splits" / f"{name}.json").read_text())
+    return content
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,7 @@ class Source:
 
     def load(self, data_dir: Path, split: str) -> ImageBank:
         """The images of a split, classes sorted by name. A UserError says what is damaged, or what to put where."""
+        check_split(split)
         hints: list[str] = []
         problems: list[UserError] = []
         for folder in self._folders(data_dir, problems):

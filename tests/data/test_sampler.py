@@ -203,8 +203,10 @@ def test_rotation_needs_square_images():
 
 
 def test_an_interval_needs_two_episodes(sampler):
-    with pytest.raises(UserError, match="eval_episodes=1: from 2"):
+    with pytest.raises(UserError, match=r"^eval_episodes=1: must be at least 2$"):
         EpisodeList(sampler, 1, "eval_episodes")
+    with pytest.raises(UserError, match=r"^episodes=2147483648: must be less than 2\*\*31$"):
+        EpisodeList(sampler, 2**31)
 
 
 def test_the_fingerprint_depends_on_images_seed_number_and_support_size():
