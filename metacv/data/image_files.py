@@ -138,9 +138,8 @@ def map_on_threads(label: str, function: Callable[[Path], T], files: list[Path])
 def report_skipped(label: str, readable: int, files: int) -> None:
     """Print how many of the files were skipped, if any."""
     if skipped := files - readable:
-        print(
-            printable(f"metacv: {label}: {skipped} of {files} files skipped: not readable as images"), file=sys.stderr
-        )
+        message = f"metacv: {label}: {skipped} of {files} files skipped: not readable as images"
+        print(printable(message), file=sys.stderr)
 
 
 def folders_in(folder: Path) -> list[Path]:

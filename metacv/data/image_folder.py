@@ -56,10 +56,8 @@ class ImageFolder(Dataset):
         files = {folder: image_files.files_below(folder) for folder in self._folders(split)}
         stats = [(os.path.abspath(path), path.stat()) for path in chain(*files.values())]
         settings = {name: getattr(self, name) for name in ("size", "color", "fit", "invert")}
-        settings |= {
-            "files": [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats],
-            "decoding": image_files.DECODING,
-        }
+        settings["files"] = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+        settings["decoding"] = image_files.DECODING
         name = f"{self.folder.resolve().name} {split}"
         bank = cached_bank(self.data_dir, f"image_folder-{split}", settings, lambda: self._decode(name, files))
         image_files.report_skipped(name, len(bank.images), len(stats))

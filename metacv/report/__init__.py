@@ -8,7 +8,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from metacv import __version__
 from metacv.config import ReportConfig
 from metacv.errors import UserError
-from metacv.files import write_bytes_atomically
+from metacv.files import user_path, write_bytes_atomically
 from metacv.report.figures import CURVES, HUES, by_task, curves, sample_episodes
 from metacv.report.gather import gather
 from metacv.report.table import BEST, NOTE, Cells, Row, as_csv, as_markdown, as_text, cells_of, rows_of, varied_settings
@@ -21,7 +21,7 @@ def report(config: ReportConfig, folder: Path) -> list[dict[str, str]]:
 
     Raises UserError if one of the folders does not exist, or if there is no run below them.
     """
-    places = [place for name in config.runs if not (place := Path(name).expanduser()).is_file()]
+    places = [place for name in config.runs if not (place := user_path(name)).is_file()]
     for place in places:
         if not place.is_dir():
             raise UserError(f"{place}: there is no such folder")

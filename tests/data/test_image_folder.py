@@ -134,6 +134,8 @@ def test_folders_of_the_same_name_do_not_share_a_cache(tmp_path, monkeypatch):
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(UserError, match=r"dataset.root=.*nowhere: there is no such folder"):
         dataset(tmp_path / "nowhere", tmp_path).load("train")
+    with pytest.raises(UserError, match=r"^dataset.root=~no such user/own: there is no such folder$"):
+        dataset(Path("~no such user/own"), tmp_path).load("train")
 
 
 def test_a_split_with_too_few_classes_is_named_with_the_setting_to_change(tmp_path):
@@ -222,9 +224,10 @@ def test_a_split_file_that_does_not_fit_is_refused(split_folders, content, messa
         with_split_file(split_folders, content).load("train")
 
 
-def test_a_missing_split_file_is_named(split_folders):
-    images = dataset(split_folders, split_folders.parent, split_file="gone.json")
-    with pytest.raises(UserError, match=r"dataset.split_file=gone.json is not a split file \(.*FileNotFoundError"):
+@pytest.mark.parametrize("place", ["gone.json", "~no such user/gone.json"])
+def test_a_missing_split_file_is_named(split_folders, place):
+    images = dataset(split_folders, split_folders.parent, split_file=place)
+    with pytest.raises(UserError, match=f"dataset.split_file={place} is not a split file .*FileNotFoundError"):
         images.load("train")
 
 

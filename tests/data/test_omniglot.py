@@ -113,6 +113,8 @@ def test_a_relative_folder_of_lists_lies_beside_the_images_only(small, lists, mo
     monkeypatch.chdir(small)
     with pytest.raises(UserError, match=r"omniglot/mine/train.txt cannot be read"):
         build(small, split="file", split_dir="mine").load("test")
+    with pytest.raises(UserError, match=r"dataset.split=file: .*~no such user/mine/train.txt cannot be read"):
+        build(small, split="file", split_dir="~no such user/mine").load("test")
     absolute = build(small, split="file", split_dir=str(small / "mine"))
     assert names(absolute.load("test")) == ["Korean/character02"]
 

@@ -511,3 +511,11 @@ def test_a_report_that_cannot_be_written_is_reported_in_one_line(metacv):
     make_run(Path("own/a"))
     Path("out/report.html").mkdir(parents=True)
     assert metacv("report", "own", "hydra.run.dir=out")[::2] == (1, "metacv: out/report.html: Is a directory\n")
+
+
+def test_a_home_folder_of_an_unknown_user_gets_one_line(metacv):
+    assert metacv("report", "~nobody-of-this-name/runs") == (
+        1,
+        "",
+        "metacv: ~nobody-of-this-name/runs: there is no such folder\n",
+    )
