@@ -51,7 +51,7 @@ def candidates(line: str, plugin: object) -> list[str]:
     from hydra.plugins.completion_plugin import CompletionPlugin
 
     assert isinstance(plugin, CompletionPlugin)
-    own = {path.stem for path in CONFIG_DIR.glob("*.yaml")} | {"hydra"}  # other commands are not settings
+    own = {*COMMANDS, "hydra"}  # other commands are not settings
     found = plugin._query(command, " ".join(words[1:]))
     found = [word for word in found if not word.endswith("._target_=")]
     return [word for word in found if word.rstrip(".=/") not in own or (last and word.startswith(last))]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from metacv.errors import UserError
 from metacv.terminal import error_line, world_size
+from metacv.text import first_line
 
 T = TypeVar("T")
 
@@ -93,8 +94,7 @@ class Ranks:
         try:
             exchange()
         except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            text = f"rank {self.rank} of {self.size}: another process exited; stopping ({reason})"
+            text = f"rank {self.rank} of {self.size}: another process exited; stopping ({first_line(error)})"
             raise ConnectionResetError(errno.ECONNRESET, text) from error
 
 

@@ -19,7 +19,7 @@ from metacv.config import CHOICES, EvaluateConfig, TestConfig, TrainConfig, merg
 from metacv.data.bank import Dataset, ImageBank
 from metacv.data.sampler import EpisodeList, EpisodeSampler
 from metacv.errors import UserError
-from metacv.files import write_bytes_atomically
+from metacv.files import write_bytes_atomically, written_or_refused
 from metacv.model import Checkpoint, build_dataset, describe_device, load_checkpoint, pick_device
 from metacv.precision import keep_freed_memory
 from metacv.results import Result, ResultFile, summary
@@ -210,10 +210,8 @@ def write_evaluation(folder: Path, file: ResultFile, accuracy: list[Tensor]) -> 
     folder.mkdir(parents=True, exist_ok=True)
     content = io.BytesIO()
     numpy.save(content, torch.stack(accuracy).numpy())
-    try:
+    with written_or_refused(folder / "accuracies.npy"):
         write_bytes_atomically(folder / "accuracies.npy", content.getvalue())
-    except OSError as error:
-        raise UserError(f"{folder / 'accuracies.npy'} cannot be written: {error.strerror}") from error
     file.write(folder / "result.json")
 
 

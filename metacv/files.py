@@ -3,11 +3,14 @@
 import hashlib
 import os
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+
+from metacv.errors import UserError
 
 
 def read_checked(path: Path, mmap: bool = False) -> Any:
@@ -42,6 +45,15 @@ def write_bytes_atomically(path: Path, content: bytes) -> None:
 def user_path(place: str | Path) -> Path:
     """`place` with the home folder for a leading ~; unchanged if there is no such user."""
     return Path(os.path.expanduser(place))
+
+
+@contextmanager
+def written_or_refused(path: Path) -> Iterator[None]:
+    """Turn an error of the file system into a UserError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def sha256(path: Path) -> str:

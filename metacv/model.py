@@ -23,8 +23,8 @@ from metacv.backbones.base import Backbone
 from metacv.config import NormalizeConfig, TrainConfig, check_choices, describe_type, fits, from_dict
 from metacv.data.bank import Dataset
 from metacv.errors import UserError
-from metacv.files import read_checked, sha256, user_path, write_atomically
-from metacv.text import plural
+from metacv.files import read_checked, sha256, user_path, write_atomically, written_or_refused
+from metacv.text import first_line, plural
 from metacv.upgrade import upgrade_checkpoint
 
 T = TypeVar("T")
@@ -109,10 +109,8 @@ def load_checkpoint(place: str | Path, name: str = "best.pt") -> Checkpoint:
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """Replaces `path` in one step; on an error the old file stays. Raises UserError if the file cannot be written."""
-    try:
+    with written_or_refused(path):
         write_atomically(path, content | {"format": FORMAT})
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def checkpoint_path(place: str | Path, name: str = "best.pt") -> Path:
@@ -181,6 +179,11 @@ def target_class(name: str, node: dict[str, Any], base: type[T]) -> type[T]:
     return cls
 
 
+def execution_settings(algo: dict[str, Any]) -> set[str]:
+    """Full names of the settings of an algorithm that change its speed and memory, not its result."""
+    return {f"algo.{name}" for name in target_class("algo", algo, Algorithm).execution_settings}
+
+
 def build_node(name: str, node: dict[str, Any], base: type[T], **given: Any) -> T:
     """The object that a config node describes: its `_target_`, called with its other entries and `given`."""
     cls = target_class(name, node, base)
@@ -197,7 +200,7 @@ def build_node(name: str, node: dict[str, Any], base: type[T], **given: Any) -> 
     try:
         return cls(**given, **settings)
     except (TypeError, ValueError, ArithmeticError, AssertionError, RuntimeError) as error:
-        raise UserError(f"{name}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
+        raise UserError(f"{name}: {first_line(error)}") from error
 
 
 def describe_device(device: torch.device) -> str:
@@ -209,7 +212,7 @@ def describe_device(device: torch.device) -> str:
     except OSError:
         found = None
     threads = torch.get_num_threads()
-    return f"{found[1] if found else platform.processor() or 'CPU'}, {threads} thread{'s' * (threads > 1)}"
+    return f"{found[1] if found else platform.processor() or 'CPU'}, {plural(threads, 'thread')}"
 
 
 def pick_device(name: str) -> torch.device:

@@ -13,6 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from metacv.data.task import TaskBatch
 from metacv.errors import UserError
+from metacv.text import first_line
 
 
 def check_precision(name: str, device: torch.device) -> None:
@@ -73,7 +74,7 @@ class Compiled:
         try:
             return self(*tensors)
         except RuntimeError as error:  # no compiler, or one that fails
-            raise UserError(f"compile=true: {str(error).strip().splitlines()[0]}") from error
+            raise UserError(f"compile=true: {first_line(error)}") from error
 
     def _recorded(self, tensors: Sequence[Tensor]) -> torch.fx.GraphModule:
         """The operations of `function`. It is run once; its changes to tensors and to the random state are undone."""

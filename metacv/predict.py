@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from metacv.algorithms.base import Algorithm
-from metacv.config import PredictConfig, check_choices, is_path, to_dict
+from metacv.config import PredictConfig, is_path, to_dict
 from metacv.data.bank import SPLITS, Dataset
 from metacv.data.image_files import files_below, folders_in, has_only_folders, read_readable, report_skipped
 from metacv.data.task import TaskBatch
@@ -21,7 +21,7 @@ from metacv.errors import UserError
 from metacv.evaluate import with_changes
 from metacv.files import user_path, write_bytes_atomically
 from metacv.model import WEIGHTS, Checkpoint, build_dataset, load_checkpoint, pick_device, save_checkpoint
-from metacv.text import csv_safe, printable, setting
+from metacv.text import csv_safe, first_line, printable, setting
 
 LINES = 40  # of the table on the terminal
 PICTURED = 200  # support images at most, and queries
@@ -57,7 +57,6 @@ def predict(cfg: PredictConfig, folder: Path) -> list[dict[str, Any]]:
         check_place_to_save(save)
     checkpoint = load_model(cfg)
     config = with_changes(checkpoint, cfg, ("batch_norm",))  # query is a path here
-    check_choices(config)
     device = pick_device(cfg.device)
     dataset = build_dataset(config.dataset, ".")
     support = kept_support(checkpoint) if cfg.adapted else read_support(user_path(str(cfg.support)), dataset)
@@ -68,8 +67,7 @@ def predict(cfg: PredictConfig, folder: Path) -> list[dict[str, Any]]:
             shape, trained = tuple(own.shape[1:]), checkpoint.image_shape
             raise UserError(f"{kind}: its images become {shape}, and {checkpoint.path} was trained on {trained}")
     algorithm = checkpoint.build(config).to(device)
-    mode = config.batch_norm
-    logits = label(algorithm, support, images, mode, device)
+    logits = label(algorithm, support, images, config.batch_norm, device)
     probabilities = algorithm.probabilities(logits).cpu()
     if not probabilities.isfinite().all():
         raise UserError(
@@ -102,8 +100,7 @@ def label(algorithm: Algorithm, support: Support, images: Tensor, batch_norm: st
     except (RuntimeError, ValueError) as error:  # too many for the memory, or a single one has no statistics
         if batch_norm == "inductive":
             raise
-        reason = str(error).splitlines()[0]
-        text = f"batch_norm=transductive with {len(images)} query images: {reason}; try batch_norm=inductive"
+        text = f"batch_norm=transductive with {len(images)} query images: {first_line(error)}; try batch_norm=inductive"
         raise UserError(text) from error
 
 

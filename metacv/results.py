@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from metacv.errors import UserError
-from metacv.files import write_bytes_atomically
-from metacv.text import percent
+from metacv.files import write_bytes_atomically, written_or_refused
+from metacv.text import percent, plural
 
 SCHEMA = 2
 LARGEST = 10**7  # bytes of a result file
@@ -51,7 +51,7 @@ class Result:
         """One line for the terminal."""
         return (
             f"accuracy {percent(self.accuracy, self.ci95)} %: {self.method}, {self.way}-way {self.shot}-shot, "
-            f"{self.query} {'query' if self.query == 1 else 'queries'} per class, {self.episodes} episodes of "
+            f"{plural(self.query, 'query', 'queries')} per class, {self.episodes} episodes of "
             f"{self.dataset} {self.split}, {self.batch_norm} ({self.tasks_per_second:.3g} tasks/s)"
         )
 
@@ -67,10 +67,8 @@ class ResultFile:
     def write(self, path: Path) -> None:
         """Replaces `path` in one step. Raises UserError if the file cannot be written."""
         content = {"schema": SCHEMA} | {name: value for name, value in asdict(self).items() if value is not None}
-        try:
+        with written_or_refused(path):
             write_bytes_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
-        except OSError as error:
-            raise UserError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def read_results(path: Path) -> ResultFile:

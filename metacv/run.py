@@ -28,7 +28,7 @@ from metacv.data.sampler import EpisodeSampler
 from metacv.errors import UserError
 from metacv.files import write_bytes_atomically
 from metacv.logger import Logger
-from metacv.model import Checkpoint, checkpoint_path, load_checkpoint, save_checkpoint, target_class
+from metacv.model import Checkpoint, checkpoint_path, execution_settings, load_checkpoint, save_checkpoint
 from metacv.text import setting
 
 STATE = ("overrides", "optimizer", "schedule", "sampler", "random", "validated", "best", "since_best", "window")
@@ -254,7 +254,7 @@ def resumed(source: Checkpoint, overrides: list[str]) -> Start:
     for name, value in source.config.dataset.items():
         if is_path(name) and f"dataset.{name}" not in asked:
             config.dataset[name] = value
-    execution = {f"algo.{name}" for name in target_class("algo", config.algo, Algorithm).execution_settings}
+    execution = execution_settings(config.algo)
     for name, now, before in differences(to_dict(config), to_dict(source.config)):
         group, _, own_name = name.partition(".")
         may_change = is_resumable(group) or name in execution or (group == "dataset" and is_path(own_name))

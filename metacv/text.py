@@ -26,6 +26,11 @@ def percent(accuracy: float, ci95: float) -> str:
     return f"{100 * accuracy:.2f} ± {100 * ci95:.2f}"
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, or the name of its class if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def setting(name: str, value: Path) -> str:
     """`name=value` as it can be typed into a shell, for a setting that is a path."""
     return shlex.quote(f"{name}={value}")

@@ -30,10 +30,9 @@ class Words:
             words = self._with_runs(words)
         if command != "train":
             words = self._without_flags(words)
-        values = {i + 1 for i, word in enumerate(words) if word in FLAGS_WITH_VALUE}
-        for i, word in enumerate(words):
-            if "=" not in word and not word.startswith(("-", "~")) and i not in values:
-                raise UserError(f"{word}: settings are given as name=value")
+        for i in _plain(words):
+            if "=" not in words[i] and not words[i].startswith("~"):
+                raise UserError(f"{words[i]}: settings are given as name=value")
         resumes = any(word.startswith("resume=") and word != "resume=false" for word in words)
         overrides = [self._quoted(word) for word in words]
         if command != "train" or resumes:  # algo and dataset of a trained model: Hydra does not know their keys
@@ -44,9 +43,7 @@ class Words:
 
     def _with_runs(self, words: list[str]) -> list[str]:
         """The runs of `compare A B` as the setting `runs`."""
-        values = {i + 1 for i, word in enumerate(words) if word in FLAGS_WITH_VALUE}
-        plain = [i for i, word in enumerate(words) if not word.startswith("-") and i not in values]
-        runs = [i for i in plain if "=" not in words[i] or os.path.exists(words[i])]
+        runs = [i for i in _plain(words) if "=" not in words[i] or os.path.exists(words[i])]
         setting = f"runs=[{','.join(quoted(words[i]) for i in runs)}]"
         return [word for i, word in enumerate(words) if i not in runs] + [setting] * bool(runs)
 
@@ -74,6 +71,12 @@ class Words:
         if any(mark in value for mark in special) and not os.path.exists(os.path.expanduser(value)):
             return word  # an interpolation, or several values of a sweep
         return f"{name}={quoted(os.path.expanduser(value))}"
+
+
+def _plain(words: list[str]) -> list[int]:
+    """Places of the words that are neither flags nor values of flags."""
+    values = {i + 1 for i, word in enumerate(words) if word in FLAGS_WITH_VALUE}
+    return [i for i, word in enumerate(words) if not word.startswith("-") and i not in values]
 
 
 def quoted(value: str) -> str:

@@ -23,11 +23,10 @@ from pathlib import Path
 import yaml
 from results_table import COMMON_EPISODES, EXPERIMENTS, NOT_SHOWN, REFERENCE, ROOT, Kept, compose_all
 
-from metacv.algorithms.base import Algorithm
 from metacv.config import TrainConfig, differences, is_resumable, to_dict
 from metacv.errors import UserError
 from metacv.files import sha256, write_bytes_atomically
-from metacv.model import build_dataset, load_checkpoint, save_checkpoint, target_class
+from metacv.model import build_dataset, execution_settings, load_checkpoint, save_checkpoint
 from metacv.results import ResultFile, read_results
 from metacv.run import load_state, lock_folder
 
@@ -102,7 +101,7 @@ def adopt(other: Path, name: str, run: Path, config: TrainConfig, asked: list[st
         UserError: the run was trained otherwise than `config` says, or is not finished.
     """
     last = load_checkpoint(other, "last.pt")
-    execution = {f"algo.{name}" for name in target_class("algo", config.algo, Algorithm).execution_settings}
+    execution = execution_settings(config.algo)
     for setting, asked_value, trained in differences(to_dict(config), to_dict(last.config)):
         if setting not in TESTED | execution and not is_resumable(setting.split(".")[0]):
             raise UserError(f"--run-of {name}: {setting} is {asked_value} but was trained with {trained}")

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -137,6 +138,23 @@ def metacv(monkeypatch, tmp_path, data_dir, capsys):
         return code if isinstance(code, int) else int(code is not None), captured.out, captured.err
 
     return run
+
+
+def assert_same(one: Any, other: Any, place: str = "state") -> None:
+    """Equal to the bit, and of the same types, through nested dicts, lists and tuples."""
+    assert type(one) is type(other), place
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), place
+        for key in one:
+            assert_same(one[key], other[key], f"{place}.{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), place
+        for i, (own, others) in enumerate(zip(one, other, strict=True)):
+            assert_same(own, others, f"{place}[{i}]")
+    elif isinstance(one, Tensor):
+        assert torch.equal(one, other), place
+    else:
+        assert one == other, place
 
 
 # A glyph data set and a training run that are short enough for tests of everything around them.

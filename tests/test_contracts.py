@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 
 import pytest
 import torch
-from conftest import ALGORITHMS, BACKBONES, DATASETS
+from conftest import ALGORITHMS, BACKBONES, DATASETS, assert_same
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
@@ -116,22 +116,6 @@ def fingerprint(algorithm: Algorithm) -> str:
 
 def with_queries(tasks: TaskBatch, rows: Tensor) -> TaskBatch:
     return replace(tasks, query_x=tasks.query_x[:, rows], query_y=tasks.query_y[:, rows])
-
-
-def assert_same(one: Any, other: Any, place: str = "state") -> None:
-    """Equal to the bit."""
-    if isinstance(one, dict):
-        assert one.keys() == other.keys(), place
-        for key in one:
-            assert_same(one[key], other[key], f"{place}.{key}")
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other), place
-        for i, (own, others) in enumerate(zip(one, other, strict=True)):
-            assert_same(own, others, f"{place}[{i}]")
-    elif isinstance(one, Tensor):
-        assert torch.equal(one, other), place
-    else:
-        assert one == other, place
 
 
 @every_algorithm

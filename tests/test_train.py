@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ALGORITHMS, BACKBONES, SMALL, TRAIN, bank_of, quick, random_tasks
+from conftest import ALGORITHMS, BACKBONES, SMALL, TRAIN, assert_same, bank_of, quick, random_tasks
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -83,22 +83,7 @@ def assert_same_run(one: str | Path, other: str | Path) -> None:
     for content in (ours, theirs):
         del content["config"], content["overrides"], content["seconds"]
 
-    def compare(a, b, name):
-        assert type(a) is type(b), name
-        if isinstance(a, torch.Tensor):
-            assert torch.equal(a, b), name
-        elif isinstance(a, dict):
-            assert a.keys() == b.keys(), name
-            for key in a:
-                compare(a[key], b[key], f"{name}.{key}")
-        elif isinstance(a, list | tuple):
-            assert len(a) == len(b), name
-            for i, (x, y) in enumerate(zip(a, b, strict=True)):
-                compare(x, y, f"{name}.{i}")
-        else:
-            assert a == b, name
-
-    compare(ours, theirs, "last.pt")
+    assert_same(ours, theirs, "last.pt")
     assert metrics(one) == metrics(other)
 
 

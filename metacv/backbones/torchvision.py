@@ -8,6 +8,7 @@ from torchvision import models
 
 from metacv.backbones.base import Backbone
 from metacv.errors import UserError
+from metacv.text import first_line
 
 
 class Torchvision(Backbone):
@@ -44,7 +45,7 @@ class Torchvision(Backbone):
             with torch.no_grad():
                 self.out_shape = tuple(self.eval()(torch.zeros(2, *image_shape)).shape[1:])
         except (RuntimeError, AssertionError, ValueError, AttributeError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = first_line(error)
             size = f"{image_shape[1]}x{image_shape[2]}"
             raise ValueError(f"name={name} does not take images of {size} ({reason}); try dataset.size=224") from None
         self.train()
@@ -77,5 +78,5 @@ class Torchvision(Backbone):
             found = {re.sub(r"\b(norm|conv)\.([12])\.", r"\1\2.", name): value for name, value in found.items()}
             self.network.load_state_dict({name: value for name, value in found.items() if name in own})
         except Exception as error:  # no network, an incomplete file, ...
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = first_line(error)
             raise UserError(f"backbone.weights: {self.weights.url} could not be downloaded ({reason})") from None

@@ -28,6 +28,7 @@ from metacv.data.bank import SPLITS, ImageBank, check_split
 from metacv.data.image_files import folders_in, read_classes
 from metacv.errors import UserError
 from metacv.files import rename_unless_there
+from metacv.text import first_line
 
 ARCHIVE = re.compile(r"\.(zip|tar|tgz|tbz2?|txz|tar\.(gz|bz2|xz))$", re.IGNORECASE)
 
@@ -108,7 +109,7 @@ class Source:
             except UserError:
                 raise
             except Exception as error:  # a damaged or malicious pickle may raise anything
-                raise UserError(f"{path} is not a pickle of {self.title} ({_one_line(error)})") from None
+                raise UserError(f"{path} is not a pickle of {self.title} ({first_line(error)})") from None
         files = self.files(folder, split)
         if files is None:
             return None
@@ -175,10 +176,6 @@ def _two_levels(folder: Path) -> Iterator[Path]:
         yield from folders_in(child) if child.name != "images" else ()
 
 
-def _one_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
-
-
 def unpack(archive: Path) -> Path:
     """Unpack an archive into ARCHIVE.unpacked beside it, unless that exists; UserError if it cannot be unpacked."""
     target = archive.with_name(f"{archive.name}.unpacked")
@@ -191,7 +188,7 @@ def unpack(archive: Path) -> Path:
                 extract(archive, content)
                 rename_unless_there(content, target)
         except Exception as error:  # a damaged archive may raise anything
-            raise UserError(f"{archive} cannot be unpacked ({_one_line(error)})") from None
+            raise UserError(f"{archive} cannot be unpacked ({first_line(error)})") from None
     return target
 
 
