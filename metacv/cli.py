@@ -6,23 +6,20 @@ import math
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 from metacv import CONFIG_DIR, __version__
 from metacv.completion import complete
 from metacv.help import COMMANDS, help_text
-from metacv.terminal import errors_in_one_line, report_error, silent_unless_rank_zero, world_size
-from metacv.words import Words, quoted
+from metacv.terminal import report_error, silent_unless_rank_zero, world_size
+from metacv.words import hydra_overrides, quoted
 
 
 def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # for terminals without the sign ±
-    code = 1
     try:
-        with errors_in_one_line() as reported:
-            code = _dispatch(sys.argv[1:], reported)
+        code = _with_errors_in_one_line(sys.argv[1:])
         sys.stdout.flush()
     except KeyboardInterrupt:
         code = 130
@@ -30,6 +27,21 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
     sys.exit(code)
+
+
+def _with_errors_in_one_line(arguments: list[str]) -> int:
+    """Run a command, print an error in one line unless a traceback is asked for, and return the exit code."""
+    traceback_wanted = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises its errors instead of printing them
+    reported: list[Exception] = []
+    try:
+        return _dispatch(arguments, reported)
+    except Exception as error:
+        if traceback_wanted or isinstance(error, BrokenPipeError):
+            raise
+        if error not in reported:
+            report_error(error)
+        return 1
 
 
 def _dispatch(arguments: list[str], reported: list[Exception]) -> int:
@@ -59,26 +71,21 @@ def _dispatch(arguments: list[str], reported: list[Exception]) -> int:
 
 def _run(command: str, words: list[str]) -> int:
     """evaluate, predict, compare and report: compose the settings and call the function of the same name."""
-    from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf, open_dict
 
     from metacv import config
     from metacv.errors import UserError
 
-    schema: type = getattr(config, f"{command.capitalize()}Config")
-    config.register()
-    given = Words(command, words)
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        cfg = compose(command, given.overrides, return_hydra_config=True)
+    cfg = config.composed(command, hydra_overrides(command, words))
     folder = Path(cfg.hydra.run.dir)
     with open_dict(cfg):
         del cfg["hydra"]
-    if given.shows_config:
+    if {"-c", "--cfg"} & {*words}:
         print(OmegaConf.to_yaml(cfg), end="")
         return 0
     if any(folder.glob("*.pt")):
         raise UserError(f"hydra.run.dir={folder} holds a training run: {command} needs another folder")
-    settings: Any = config.typed(cfg, schema)
+    settings = config.typed(cfg, getattr(config, f"{command.capitalize()}Config"))
     getattr(importlib.import_module(f"metacv.{command}"), command)(settings, folder)
     return 0
 
@@ -93,8 +100,7 @@ def _train(words: list[str], reported: list[Exception]) -> int:
     from metacv import config
 
     config.register()
-    sys.argv = ["metacv train", *Words("train", words).overrides]
-
+    sys.argv = ["metacv train", *hydra_overrides("train", words)]
     failed: list[Exception] = []
 
     def job(cfg: DictConfig) -> float:

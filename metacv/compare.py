@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -14,39 +14,35 @@ from metacv.errors import UserError
 from metacv.evaluate import prepare, with_changes, write_evaluation
 from metacv.files import user_path
 from metacv.model import Checkpoint, load_checkpoint
-from metacv.results import Result, ResultFile
+from metacv.results import Result
 from metacv.text import plural
 
 SAME = ("way", "shot", "query", "episodes", "batch_norm")
 
 
-def compare(cfg: CompareConfig, folder: Path) -> ResultFile:
+def compare(cfg: CompareConfig, folder: Path) -> None:
     """Evaluate every run on one list of episodes, and write accuracies and paired differences into `folder`."""
     places = without_plain_files(cfg.runs)
-    checkpoints = [load_checkpoint(place) for place in places]
-    if len({checkpoint.path.resolve() for checkpoint in checkpoints}) < max(2, len(checkpoints)):
+    checkpoints = {place: load_checkpoint(place) for place in places}
+    if len({checkpoint.path.resolve() for checkpoint in checkpoints.values()}) < max(2, len(places)):
         raise UserError(f"compare {' '.join(places)}: name two runs or more, each once")
-    check_same_tasks(places, checkpoints, cfg)
-    accuracies: list[Tensor] = []
-    results: list[Result] = []
-    for place, checkpoint in zip(places, checkpoints, strict=True):
+    check_same_tasks(checkpoints, cfg)
+    measured: list[tuple[Tensor, Result]] = []
+    for place, checkpoint in checkpoints.items():
         evaluation = prepare(checkpoint, cfg)
-        if results and evaluation.episodes.fingerprint != results[0].episodes_sha256:
+        if measured and evaluation.episodes.fingerprint != measured[0][1].episodes_sha256:
             raise UserError(f"{place} is tested on other images than {places[0]}: set dataset=...")
-        accuracy, result = evaluation.run(evaluation.config.batch_norm)
-        accuracies.append(accuracy)
-        results.append(result)
-        print(result.describe())
-    names = shortened(places)
-    pairs = list(combinations(range(len(names)), 2))
+        measured.append(evaluation.run(evaluation.config.batch_norm))
+        print(measured[-1][1].describe())
+    accuracies = [accuracy for accuracy, _ in measured]
+    pairs = list(combinations(zip(shortened(places), accuracies, strict=True), 2))
     differences: list[dict[str, Any]] = [
-        difference(accuracies[a], accuracies[b], len(pairs)) | {"of": names[a], "less": names[b]} for a, b in pairs
+        difference(one, other, len(pairs)) | {"of": name, "less": other_name}
+        for (name, one), (other_name, other) in pairs
     ]
     show(differences, len(accuracies[0]))
-    file = ResultFile(results, differences=differences)
-    write_evaluation(folder, file, accuracies)
+    write_evaluation(folder, measured, differences)
     print(f"result: {folder / 'result.json'}")
-    return file
 
 
 def show(differences: list[dict[str, Any]], episodes: int) -> None:
@@ -64,10 +60,9 @@ def show(differences: list[dict[str, Any]], episodes: int) -> None:
 
 
 def difference(one: Tensor, other: Tensor, pairs: int = 1) -> dict[str, float]:
-    """Mean and 95 % interval of the differences of accuracies [E] on the same episodes.
+    """Mean and 95 % interval, simultaneous for `pairs` (Bonferroni), of the differences of accuracies [E] by episode.
 
-    What is hard for both models cancels out, so smaller differences become significant than between two separate
-    intervals. With several `pairs`, all intervals hold simultaneously in 95 % of cases (Bonferroni).
+    What is hard for both models cancels out, so it is narrower than that of two separate intervals.
     """
     return {"mean": float((one - other).mean()), "ci95": t_interval(one - other, 0.05 / pairs)}
 
@@ -84,14 +79,14 @@ def without_plain_files(places: list[str]) -> list[str]:
     return [place for place in places if not (folders and Path(place).suffix != ".pt" and Path(place).is_file())]
 
 
-def check_same_tasks(places: list[str], checkpoints: list[Checkpoint], cfg: CompareConfig) -> None:
+def check_same_tasks(checkpoints: dict[str, Checkpoint], cfg: CompareConfig) -> None:
     """Refuse runs that were trained to be tested on different tasks, unless the command says which task to use."""
-    configs = [with_changes(checkpoint, cfg) for checkpoint in checkpoints]
-    for place, config in zip(places, configs, strict=True):
-        for name in SAME:
-            first, own = getattr(configs[0], name), getattr(config, name)
-            if own != first:
-                raise UserError(f"{place} is tested with {name}={own}, {places[0]} with {name}={first}: set {name}=...")
+    configs = {place: with_changes(checkpoint, cfg) for place, checkpoint in checkpoints.items()}
+    first, *others = configs
+    for place, name in product(others, SAME):
+        own, expected = getattr(configs[place], name), getattr(configs[first], name)
+        if own != expected:
+            raise UserError(f"{place} is tested with {name}={own}, {first} with {name}={expected}: set {name}=...")
 
 
 def shortened(places: Sequence[str | Path]) -> list[str]:

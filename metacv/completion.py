@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import sys
+from typing import Any
 
 from metacv import CONFIG_DIR
 from metacv.help import COMMANDS
@@ -24,8 +25,7 @@ def complete(arguments: list[str]) -> int:
 
     config.register()
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        hydra = GlobalHydra.instance().hydra
-        assert hydra is not None
+        hydra: Any = GlobalHydra.instance().hydra
         plugin = hydra.get_shell_to_plugin_map(hydra.config_loader)[shell][0]
         if action == "install":
             plugin.install()
@@ -35,8 +35,8 @@ def complete(arguments: list[str]) -> int:
     return 0
 
 
-def candidates(line: str, plugin: object) -> list[str]:
-    """Words that the last word of the line can become."""
+def candidates(line: str, plugin: Any) -> list[str]:
+    """Words that the last word of the line can become; `plugin` is Hydra's CompletionPlugin for the shell."""
     words = line.split()[1:] + ([""] if line.endswith(" ") else [])
     if len(words) <= 1:
         return [command for command in COMMANDS if command.startswith(words[0] if words else "")]
@@ -48,12 +48,8 @@ def candidates(line: str, plugin: object) -> list[str]:
     if choices or (equals and (CONFIG_DIR / name).is_dir()):  # Hydra knows the groups of other commands too
         earlier = value[: value.rfind(",") + 1]  # values of a sweep, such as a,b,
         return [word for choice in choices if (word := f"{name}={earlier}{choice}").startswith(last)]
-    from hydra.plugins.completion_plugin import CompletionPlugin
-
-    assert isinstance(plugin, CompletionPlugin)
     own = {*COMMANDS, "hydra"}  # other commands are not settings
-    found = plugin._query(command, " ".join(words[1:]))
-    found = [word for word in found if not word.endswith("._target_=")]
+    found = [word for word in plugin._query(command, " ".join(words[1:])) if not word.endswith("._target_=")]
     return [word for word in found if word.rstrip(".=/") not in own or (last and word.startswith(last))]
 
 
@@ -64,8 +60,7 @@ def values(command: str, name: str) -> list[str]:
         return sorted(path.relative_to(group).with_suffix("").as_posix() for path in group.rglob("*.yaml"))
     group_name, _, setting = name.rpartition(".")
     files = (CONFIG_DIR / group_name).glob("*.yaml") if group_name else [CONFIG_DIR / f"{command}.yaml"]
-    lines = (line.split("#")[0].strip() + " #" + line.partition("#")[2] for path in files for line in path.open())
-    found = [
-        match[1].split(" | ") for line in lines if line.startswith(f"{setting}:") and (match := CHOICES.search(line))
-    ]
+    lines = (line.strip() for path in files for line in path.open())
+    comments = [line.partition("#")[2] for line in lines if line.startswith(f"{setting}:")]
+    found = [match[1].split(" | ") for comment in comments if (match := CHOICES.search(f"#{comment}"))]
     return found[0] if found else []

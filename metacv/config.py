@@ -4,7 +4,7 @@ import dataclasses
 import os
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -19,10 +19,8 @@ CHOICES = {
     "precision": ("fp32", "tf32", "bf16"),
     "split": ("train", "val", "test"),
 }
-# Settings of where and how a run is executed on this machine: they do not change what it computes.
-LOCAL = {"device", "data_dir", "resume", "log_every", "projector"}
-# Settings that may change when a run is resumed: they do not change what a training step computes.
-RESUMABLE = LOCAL | {"steps", "compile", "eval_every", "patience", "paper"}
+LOCAL = {"device", "data_dir", "resume", "log_every", "projector"}  # do not change what a run computes
+RESUMABLE = LOCAL | {"steps", "compile", "eval_every", "patience", "paper"}  # do not change what a step computes
 
 
 @dataclass
@@ -123,53 +121,44 @@ class PredictConfig:
 
 
 def typed(cfg: DictConfig, schema: type[T]) -> T:
-    """The composed settings as an object of `schema`, with absolute paths in `dataset`.
-
-    Raises UserError, or an error of OmegaConf, if a setting is unknown, deleted, missing or has an invalid value.
-    """
-    known = {own.name for own in dataclasses.fields(schema)}  # type: ignore[arg-type]
-    if unknown := cfg.keys() - known:
-        raise UserError(f"{min(map(str, unknown))}: there is no such setting")
-    if deleted := known - cfg.keys():
+    """The composed settings as an object of `schema`; UserError or OmegaConf's error if one is invalid or missing."""
+    if deleted := typing.get_type_hints(schema).keys() - cfg.keys():
         raise UserError(f"~{min(deleted)}: this setting cannot be deleted")
     content: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
     try:
         config = from_dict(schema, content)
     except ValueError as error:
         raise UserError(str(error)) from None
-    check_choices(config)
-    if dataset := getattr(config, "dataset", None):
-        dataset.update({name: absolute(value) for name, value in dataset.items() if is_path(name)})
+    dataset = getattr(config, "dataset", {})
+    for name, value in dataset.items():
+        if is_path(name) and isinstance(value, str) and os.path.exists(place := os.path.expanduser(value)):
+            dataset[name] = os.path.abspath(place)  # found from any folder later
     return config
 
 
-def absolute(path: Any) -> Any:
-    """`path` made absolute if it exists, so that it is found from any folder later; otherwise unchanged."""
-    if not isinstance(path, str) or not os.path.exists(os.path.expanduser(path)):
-        return path
-    return os.path.abspath(os.path.expanduser(path))
-
-
 def from_dict(schema: type[T], content: Mapping[str, Any]) -> T:
-    """Settings from plain values, such as a checkpoint holds. Interpolations (`${...}`) in them stay text.
-
-    Raises ValueError if a setting is unknown, missing or of the wrong type.
-    """
+    """Settings from plain values, where `${...}` stays text; ValueError if one is unknown, missing or invalid."""
     hints = typing.get_type_hints(schema)
     values: dict[str, Any] = {}
     for name, value in content.items():
         if name not in hints:
             raise ValueError(f"{name}: there is no such setting")
         hint = hints[name]
+        words, fits = allowed(hint)
         if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             value = from_dict(hint, value)
-        elif not fits(value, hint) and not (hint is int and type(value) is int):  # of any size, such as a seed
-            raise ValueError(f"{name}={value}: not {describe_type(hint)}")
+        elif not fits(value) and not (hint is int and type(value) is int):  # of any size, such as a seed
+            raise ValueError(f"{name}={value}: not {words}")
         values[name] = value
     config = schema(**values)
-    missing = [own.name for own in dataclasses.fields(schema) if getattr(config, own.name) == MISSING]  # type: ignore[arg-type]
-    if missing:
-        raise ValueError(f"{missing[0]} is missing")
+    for name in hints:
+        value, choices = getattr(config, name), CHOICES.get(name, ())
+        if value == MISSING:
+            raise ValueError(f"{name} is missing")
+        if name == "batch_norm" and schema is EvaluateConfig:
+            choices = (*choices, "both")
+        if choices and value not in (None, *choices):
+            raise ValueError(f"{name}={value}: one of {', '.join(choices)}")
     return config
 
 
@@ -183,20 +172,7 @@ def merged(one: Any, other: Any) -> Any:
 def to_dict(config: TrainConfig, *, with_local: bool = False) -> dict[str, Any]:
     """Plain values, as a checkpoint holds them; without what concerns only this machine unless `with_local`."""
     content = dataclasses.asdict(config)
-    return content if with_local else {name: value for name, value in content.items() if not is_local(name)}
-
-
-def check_choices(config: Any) -> None:
-    for name, choices in CHOICES.items():
-        value = getattr(config, name, None)
-        if name == "batch_norm" and isinstance(config, EvaluateConfig):
-            choices = (*choices, "both")
-        if value is not None and value not in choices:
-            raise UserError(f"{name}={value}: one of {', '.join(choices)}")
-
-
-def is_local(name: str) -> bool:
-    return name in LOCAL
+    return content if with_local else {name: value for name, value in content.items() if name not in LOCAL}
 
 
 def is_resumable(name: str) -> bool:
@@ -215,7 +191,7 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield from flat(value, f"{prefix}{name}.")
         elif name == "_target_":
             yield prefix.rstrip("."), str(value).rpartition(".")[2]
-        elif prefix or not (is_local(name) or name == "paper"):
+        elif prefix or name not in LOCAL | {"paper"}:
             yield f"{prefix}{name}", value
 
 
@@ -233,39 +209,37 @@ def register() -> None:
     from hydra.core.config_store import ConfigStore
 
     for path in CONFIG_DIR.glob("*.yaml"):
-        schema = globals()[f"{path.stem.capitalize()}Config"]
-        ConfigStore.instance().store(name=f"{path.stem}_schema", node=schema)
+        ConfigStore.instance().store(f"{path.stem}_schema", globals()[f"{path.stem.capitalize()}Config"])
 
 
-def fits(value: Any, hint: Any) -> bool:
-    """Whether a value of a YAML file can be passed for a parameter with this annotation."""
-    if hint is Any:
-        return True
+def composed(command: str, overrides: list[str]) -> DictConfig:
+    """The settings of a command, with those of Hydra itself."""
+    from hydra import compose, initialize_config_dir
+
+    register()
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        return compose(command, overrides, return_hydra_config=True)
+
+
+def allowed(hint: Any) -> tuple[str, Callable[[Any], bool]]:
+    """The values of a YAML file that a parameter with this annotation takes: in words, and as a check."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Literal:
-        return value in args
+        return f"one of {', '.join(map(str, args))}", lambda value: value in args
     if origin in (typing.Union, types.UnionType):
-        return any(fits(value, arg) for arg in args)
+        kinds = [allowed(arg) for arg in args]
+        return " or ".join(words for words, _ in kinds), lambda value: any(fits(value) for _, fits in kinds)
     if origin is list:
-        return isinstance(value, list) and all(fits(item, args[0]) for item in value)
+        words, fits = allowed(args[0])
+        return f"a list of {words}", lambda value: isinstance(value, list) and all(map(fits, value))
     if origin is dict:
-        return isinstance(value, dict) and all(fits(item, args[1]) for item in value.values())
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+        words, fits = allowed(args[1])
+        return f"all {words}", lambda value: isinstance(value, dict) and all(map(fits, value.values()))
     if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**31
-    return origin is not None or not isinstance(hint, type) or isinstance(value, hint)
-
-
-def describe_type(hint: Any) -> str:
-    args = typing.get_args(hint)
-    if typing.get_origin(hint) is typing.Literal:
-        return "one of " + ", ".join(args)
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return " or ".join(describe_type(arg) for arg in args)
-    if typing.get_origin(hint) is list:
-        return f"a list of {describe_type(args[0])}"
-    if typing.get_origin(hint) is dict:
-        return f"all {describe_type(args[1])}"
-    names = {float: "a finite number", int: "a whole number", bool: "true or false", str: "text", type(None): "null"}
-    return names.get(hint, str(getattr(hint, "__name__", hint)))
+        return "a whole number", lambda value: type(value) is int and abs(value) < 2**31
+    if hint is float:
+        return "a finite number", lambda value: type(value) in (int, float) and abs(value) < 1e300
+    if hint is Any or origin or not isinstance(hint, type):
+        return str(hint), lambda value: True
+    names = {bool: "true or false", str: "text", type(None): "null"}
+    return names.get(hint, hint.__name__), lambda value: isinstance(value, hint)

@@ -41,8 +41,7 @@ class Ranks:
 
     def sum(self, values: Tensor) -> Tensor:
         """Add the values of the other processes to `values`."""
-        if self.size > 1:
-            self._communicate(lambda: dist.all_reduce(values))
+        self._communicate(lambda: dist.all_reduce(values))
         return values
 
     def average(self, tensors: Sequence[Tensor], weight: float) -> None:
@@ -54,55 +53,42 @@ class Ranks:
 
     def maximum(self, number: int) -> int:
         """The largest of the processes' numbers. It passes through the CPU only, so that no GPU is waited for."""
-        if self.size == 1:
-            return number
         value = torch.tensor(number)
         self._communicate(lambda: dist.all_reduce(value, dist.ReduceOp.MAX))
         return int(value)
 
     def run_on_rank_zero(self, make: Callable[[], T]) -> T:
         """What `make` returns on rank 0, on every rank. An error there is raised on every rank."""
-        if self.size == 1:
-            return make()
-        result, error = _attempt(make) if self.rank == 0 else (None, None)
-        message: list[Any] = [(result, error and error_line(error))]
+        message: list[Any] = [self.on_every_rank(make if self.rank == 0 else lambda: None)]
         self._communicate(lambda: dist.broadcast_object_list(message))
-        if error is not None:
-            raise error
-        result, text = message[0]
-        if text is not None:
-            raise UserError(text)
-        return result
+        return message[0]
 
     def on_every_rank(self, make: Callable[[], T]) -> T:
         """What `make` returns on this rank, after local rank 0 is done. One rank's error is raised on all."""
         if self.size == 1:
             return make()
-        result, error = _attempt(make) if self.local_rank == 0 else (None, None)
-        self.maximum(0)  # waits for all
-        if self.local_rank > 0:
-            result, error = _attempt(make)
+        result: Any = None
+        error: Exception | None = None
+        for first in (True, False):  # local rank 0, then the others
+            if first == (self.local_rank == 0):
+                try:
+                    result = make()
+                except Exception as raised:
+                    error = raised
+            self.maximum(0)  # waits for all
         texts: list[Any] = [None] * self.size
         self._communicate(lambda: dist.all_gather_object(texts, error and error_line(error)))
-        if error is not None:
-            raise error
-        if text := next((text for text in texts if text is not None), None):
-            raise UserError(text)
-        return result  # type: ignore[return-value]
+        if error or any(texts):
+            raise error or UserError(next(filter(None, texts)))
+        return result
 
     def _communicate(self, exchange: Callable[[], object]) -> None:
         try:
-            exchange()
+            if self.size > 1:
+                exchange()
         except RuntimeError as error:
             text = f"rank {self.rank} of {self.size}: another process exited; stopping ({first_line(error)})"
             raise ConnectionResetError(errno.ECONNRESET, text) from error
-
-
-def _attempt(make: Callable[[], T]) -> tuple[T | None, Exception | None]:
-    try:
-        return make(), None
-    except Exception as error:
-        return None, error
 
 
 def connect() -> Ranks:

@@ -2,9 +2,9 @@
 
 import unicodedata
 
-import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
 
 from metacv.data.image_files import as_tensor
 from metacv.data.task import TaskBatch
@@ -21,10 +21,10 @@ GAP, CAPTION, HEADING = 6, 14, 208  # pixels: between images, height of a captio
 def episode_picture(tasks: TaskBatch, logits: Tensor, columns: int = 8, rows: int = 20) -> Tensor:
     """The first of T tasks as a picture, uint8 [3, H, W]; logits: [T, Q, N].
 
-    A row for each class, up to `rows`, with up to `columns` support images and then as many query images. Queries have
-    a green frame if the prediction is correct, otherwise a red one, and the predicted class below.
+    A row for each class, up to `rows`, with up to `columns` support images and then as many query images, which have a
+    green frame if the prediction is correct, otherwise a red one, and the predicted class below.
     """
-    support_x, query_x = ((x[0] * 255).byte() for x in (tasks.support_x, tasks.query_x))
+    support_x, query_x = ((x[0] * 255).byte().cpu() for x in (tasks.support_x, tasks.query_x))
     predicted = logits[0].argmax(dim=-1).tolist()
     sections = []
     for c in range(min(tasks.way, rows)):
@@ -38,25 +38,21 @@ def episode_picture(tasks: TaskBatch, logits: Tensor, columns: int = 8, rows: in
 def captioned_picture(sections: list[Section], columns: int = 8, least_width: int = 96) -> Image.Image:
     """Sections, one below the other, in columns of `least_width` pixels or of the images' width."""
     columns = min(columns, max(len(cells) for _, cells in sections))
-    shown = [(heading, _thumbnails(torch.stack([c[0] for c in cells])), cells) for heading, cells in sections]
-    width, height = shown[0][1][0].size
+    width, height = _thumbnail(sections[0][1][0][0]).size
     pitch_x, pitch_y = max(width, least_width) + GAP, height + GAP + CAPTION
-    lines = [-(-len(cells) // columns) for _, cells in sections]
-    heights = [CAPTION + GAP if heading else 0 for heading, _ in sections]
-    size = (max(columns * pitch_x, HEADING) + GAP, sum(lines) * pitch_y + sum(heights) + GAP)
-    picture = Image.new("RGB", size, PAPER)
+    above = [CAPTION + GAP if heading else 0 for heading, _ in sections]
+    heights = [-(-len(cells) // columns) * pitch_y for _, cells in sections]
+    picture = Image.new("RGB", (max(columns * pitch_x, HEADING) + GAP, sum(above) + sum(heights) + GAP), PAPER)
     draw = ImageDraw.Draw(picture)
     top = GAP
-    for (heading, images, cells), own_lines, own_height in zip(shown, lines, heights, strict=True):
+    for (heading, cells), space, height_of_cells in zip(sections, above, heights, strict=True):
         draw.text((GAP, top), heading, INK)
-        top += own_height
-        for i, (image, (_, caption, colour)) in enumerate(zip(images, cells, strict=True)):
+        top += space
+        for i, (image, caption, colour) in enumerate(cells):
             x, y = GAP + i % columns * pitch_x, top + i // columns * pitch_y
-            picture.paste(image, (x, y))
-            draw.rectangle([(x - 2, y - 2), (x + width + 1, y + height + 1)], outline=colour, width=2)
-            text = _fitted(draw, caption, pitch_x - GAP)
-            draw.text((x, y + height + 2), text, INK if colour == LINE else colour)
-        top += own_lines * pitch_y
+            picture.paste(ImageOps.expand(_thumbnail(image), border=2, fill=colour), (x - 2, y - 2))
+            draw.text((x, y + height + 2), _fitted(draw, caption, pitch_x - GAP), INK if colour == LINE else colour)
+        top += height_of_cells
     return picture
 
 
@@ -75,9 +71,7 @@ def _fitted(draw: ImageDraw.ImageDraw, caption: str, width: int) -> str:
     return text
 
 
-def _thumbnails(images: Tensor) -> list[Image.Image]:
-    """Images [B, C, H, W] (uint8) in RGB; small ones at twice their size."""
-    if images.shape[-1] <= 42:
-        images = images.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
-    pixels = images[:, :3].cpu().expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous()
-    return [Image.fromarray(image.numpy()) for image in pixels]
+def _thumbnail(image: Tensor) -> Image.Image:
+    """An image [C, H, W] (uint8) in RGB; a small one at twice its size."""
+    thumbnail: Image.Image = to_pil_image(image[:3].cpu()).convert("RGB")
+    return ImageOps.scale(thumbnail, 2, Image.Resampling.NEAREST) if thumbnail.width <= 42 else thumbnail

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from metacv import __version__
 from metacv.algorithms.base import Algorithm, MetricMethod, accuracies, evaluating
 from metacv.config import CHOICES, EvaluateConfig, TestConfig, TrainConfig, merged
-from metacv.data.bank import Dataset, ImageBank
+from metacv.data.bank import ImageBank
 from metacv.data.sampler import EpisodeList, EpisodeSampler
 from metacv.errors import UserError
 from metacv.files import write_bytes_atomically, written_or_refused
@@ -37,83 +37,69 @@ class Evaluation:
 
     checkpoint: Checkpoint
     config: TrainConfig  # of the checkpoint, with what the command line changed
-    dataset: Dataset
     episodes: EpisodeList
     split: str
     algorithm: Algorithm
-
-    @property
-    def changes(self) -> dict[str, Any]:
-        """Settings of the algorithm that differ from those of training, without those that change its speed only."""
-        trained, execution = self.checkpoint.config.algo, type(self.algorithm).execution_settings
-        return {k: v for k, v in self.config.algo.items() if v != trained.get(k) and k not in execution}
 
     def run(self, batch_norm: str) -> tuple[Tensor, Result]:
         """The accuracy of each episode, [E], and the record of the evaluation."""
         start = time.perf_counter()
         accuracy = evaluate_episodes(self.algorithm, self.episodes, batch_norm)
         seconds = time.perf_counter() - start
-        mean, sampler = summary(accuracy), self.episodes.sampler
-        task: dict[str, Any] = {name: getattr(self.config, name) for name in ("way", "shot", "query", "seed")}
-        result = Result(
-            **task,
-            accuracy=mean["accuracy"],
-            ci95=mean["ci95"],
-            dataset=type(self.dataset).__name__,
-            split=self.split,
-            rotation=self.dataset.rotation(self.split),
-            episodes=len(self.episodes),
+        trained, execution = self.checkpoint.config.algo, self.algorithm.execution_settings
+        return accuracy, record(
+            self.config,
+            self.algorithm,
+            self.episodes,
             batch_norm=batch_norm,
+            split=self.split,
+            seed=self.config.seed,
             episodes_sha256=self.episodes.fingerprint,
-            method=type(self.algorithm).__name__,
-            changes=self.changes,
+            changes={k: v for k, v in self.config.algo.items() if v != trained.get(k) and k not in execution},
             checkpoint=str(self.checkpoint.path),
             checkpoint_sha256=self.checkpoint.sha256,
             step=self.checkpoint.step,
-            device=describe_device(sampler.device),
-            torch=str(torch.__version__),
-            metacv=__version__,
+            device=describe_device(self.episodes.sampler.device),
             tasks_per_second=len(accuracy) / seconds,
+            **summary(accuracy),
         )
-        return accuracy, result
 
 
-def evaluate(cfg: EvaluateConfig, folder: Path) -> list[Result]:
+def record(config: TrainConfig, algorithm: Algorithm, episodes: EpisodeList, **measured: Any) -> Result:
+    """The record of an accuracy on `episodes`: `measured`, with what the other arguments and this program say of it."""
+    known = {name: getattr(episodes.sampler, name) for name in ("way", "shot", "query", "rotation")}
+    known |= {"dataset": config.dataset["_target_"].rpartition(".")[2], "method": type(algorithm).__name__}
+    return Result(**known, **measured, episodes=len(episodes), torch=str(torch.__version__), metacv=__version__)
+
+
+def evaluate(cfg: EvaluateConfig, folder: Path) -> None:
     """Evaluate a checkpoint, and write result.json and accuracies.npy into `folder`."""
     modes = CHOICES["batch_norm"] if cfg.batch_norm == "both" else (cfg.batch_norm,)
     evaluation = prepare(load_checkpoint(cfg.checkpoint), dataclasses.replace(cfg, batch_norm=modes[0]))
     measured = [evaluation.run(mode or evaluation.config.batch_norm) for mode in modes]
-    results = [result for _, result in measured]
-    write_evaluation(folder, ResultFile(results), [accuracy for accuracy, _ in measured])
-    for result in results:
+    write_evaluation(folder, measured)
+    for _, result in measured:
         print(result.describe())
     print(f"result: {folder / 'result.json'}")
-    return results
 
 
 def prepare(checkpoint: Checkpoint, given: TestConfig) -> Evaluation:
-    """Load data and model. Settings that `given` leaves null are those that the model was trained with.
-
-    Raises UserError if the data set does not fit the model or the task, or has test classes that were used in training.
-    """
+    """Load data and model; UserError if the data set does not fit, or has test classes that were used in training."""
     config = with_changes(checkpoint, given)
     device = pick_device(given.device)
     dataset = build_dataset(config.dataset, given.data_dir)
     bank = dataset.load(given.split)
     if bank.image_shape != checkpoint.image_shape:
-        raise UserError(
-            f"{bank.name} has images of {_by(bank.image_shape)} but {checkpoint.path} was trained on "
-            f"{_by(checkpoint.image_shape)}"
-        )
+        own, trained = ("x".join(map(str, shape)) for shape in (bank.image_shape, checkpoint.image_shape))
+        raise UserError(f"{bank.name} has images of {own} but {checkpoint.path} was trained on {trained}")
     if given.split == "test":
         check_unseen(bank, config, checkpoint)
-    rotation = dataset.rotation(given.split)
-    sampler = EpisodeSampler(bank, config.way, config.shot, config.query, rotation, config.seed, device)
-    episodes = EpisodeList(sampler, config.episodes)
+    task = config.way, config.shot, config.query, dataset.rotation(given.split)
+    episodes = EpisodeList(EpisodeSampler(bank, *task, config.seed, device), config.episodes)
     algorithm = checkpoint.build(config).to(device)
     if device.type == "cpu":
         keep_freed_memory()
-    return Evaluation(checkpoint, config, dataset, episodes, given.split, algorithm)
+    return Evaluation(checkpoint, config, episodes, given.split, algorithm)
 
 
 def evaluate_episodes(
@@ -125,17 +111,15 @@ def evaluate_episodes(
 ) -> Tensor:
     """The accuracy of each episode, float64 [E], with a progress bar on a terminal.
 
-    `check` is called now and then; what it raises ends the evaluation. Where features of an image do not depend on
-    other images, each image that the episodes use passes through the network once.
+    `check` is called now and then, and may raise. Each image passes once if its features depend on no other image.
     """
     if isinstance(algorithm, MetricMethod) and algorithm.embeds_each_image_alone(batch_norm):
         cached = _from_features(algorithm, episodes, batch_norm, label, check)
         if cached is not None:
             return cached
-    batch = max(1, IMAGES_AT_ONCE // episodes.rows[0].numel())
     results = []
     with tqdm(total=len(episodes), desc=label, unit="task", leave=False, disable=None) as bar:
-        for tasks in episodes.batches(batch):
+        for tasks in episodes.batches(max(1, IMAGES_AT_ONCE // episodes.rows[0].numel())):
             check()
             results.append(accuracies(algorithm.predict(tasks, batch_norm), tasks.query_y))
             bar.update(len(tasks))
@@ -148,16 +132,15 @@ def _from_features(
     """`evaluate_episodes` with each image embedded once; None if the features would take too much memory."""
     sampler = episodes.sampler
     rows, index = episodes.rows.unique(return_inverse=True)
-    device = sampler.device
     results = []
     with (
-        evaluating(algorithm, batch_norm, device),
+        evaluating(algorithm, batch_norm, sampler.device),
         tqdm(total=len(rows), desc=label, unit="image", leave=False, disable=None) as bar,
     ):
         features = torch.empty(0)
         for start in range(0, len(rows), IMAGES_AT_ONCE // 4):
             check()
-            some = rows[start : start + IMAGES_AT_ONCE // 4].to(device)
+            some = rows[start : start + IMAGES_AT_ONCE // 4].to(sampler.device)
             embedded = algorithm.embed(sampler.images[some].float().div_(255))
             if start == 0:
                 if len(rows) * embedded[0].numel() > FEATURES_KEPT:
@@ -166,7 +149,7 @@ def _from_features(
             features[start : start + len(some)] = embedded
             bar.update(len(some))
         batch = max(1, FEATURES_AT_ONCE // (index[0].numel() * features[0].numel()))
-        for some, places in zip(episodes.rows.split(batch), index.to(device).split(batch), strict=True):
+        for some, places in zip(episodes.rows.split(batch), index.to(sampler.device).split(batch), strict=True):
             check()
             tasks = sampler.tasks(features, some, places)
             results.append(accuracies(algorithm.head(tasks), tasks.query_y))
@@ -176,13 +159,11 @@ def _from_features(
 def with_changes(checkpoint: Checkpoint, given: Any, names: tuple[str, ...] = CHANGEABLE) -> TrainConfig:
     """The settings of a checkpoint, with those of `names`, algo and dataset that `given` does not leave null."""
     changes = {name: value for name in names if (value := getattr(given, name, None)) is not None}
+    if "_target_" in given.algo:
+        raise UserError("algo._target_: the method of a checkpoint cannot be changed")
     for group in ("algo", "dataset"):
-        trained, changed = getattr(checkpoint.config, group), getattr(given, group)
-        if "_target_" in changed and group == "dataset":  # another data set
-            changes[group] = changed
-            continue
-        if "_target_" in changed:
-            raise UserError("algo._target_: the method of a checkpoint cannot be changed")
+        changed = getattr(given, group)
+        trained = changed if "_target_" in changed else getattr(checkpoint.config, group)  # another data set
         if unknown := changed.keys() - trained.keys():
             raise UserError(f"{group}.{min(unknown)}: {checkpoint.path} has no such setting")
         changes[group] = merged(trained, changed)
@@ -190,14 +171,10 @@ def with_changes(checkpoint: Checkpoint, given: Any, names: tuple[str, ...] = CH
 
 
 def check_unseen(bank: ImageBank, config: TrainConfig, checkpoint: Checkpoint) -> None:
-    """Refuse test classes from folders of images whose names were among those of training.
-
-    The folder may have changed, or may be split in another way, since the training.
-    """
-    trained = checkpoint.content.get("splits")
-    if not trained or config.dataset["_target_"] != checkpoint.config.dataset["_target_"]:
-        return
-    if seen := sorted({*trained["train"], *trained["val"]} & {*bank.class_names}):
+    """Refuse test classes with names of training: a folder of images may have changed since, or be split otherwise."""
+    trained = checkpoint.content.get("splits") or {"train": [], "val": []}
+    same_kind = config.dataset["_target_"] == checkpoint.config.dataset["_target_"]
+    if same_kind and (seen := sorted({*trained["train"], *trained["val"]} & {*bank.class_names})):
         split_file = setting("dataset.split_file", checkpoint.path.with_name("split.json"))
         raise UserError(
             f"{bank.name}: {len(seen)} of its classes ({seen[0]}, ...) were used in training or validation; "
@@ -205,15 +182,13 @@ def check_unseen(bank: ImageBank, config: TrainConfig, checkpoint: Checkpoint) -
         )
 
 
-def write_evaluation(folder: Path, file: ResultFile, accuracy: list[Tensor]) -> None:
+def write_evaluation(
+    folder: Path, measured: list[tuple[Tensor, Result]], differences: list[dict[str, Any]] | None = None
+) -> None:
     """result.json, and accuracies.npy [results, E]: the accuracy of every episode, in the order of the results."""
     folder.mkdir(parents=True, exist_ok=True)
     content = io.BytesIO()
-    numpy.save(content, torch.stack(accuracy).numpy())
+    numpy.save(content, torch.stack([accuracy for accuracy, _ in measured]).numpy())
     with written_or_refused(folder / "accuracies.npy"):
         write_bytes_atomically(folder / "accuracies.npy", content.getvalue())
-    file.write(folder / "result.json")
-
-
-def _by(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape))
+    ResultFile([result for _, result in measured], differences=differences).write(folder / "result.json")

@@ -14,11 +14,8 @@ from metacv.errors import UserError
 
 
 def read_checked(path: Path, mmap: bool = False) -> Any:
-    """torch.load of tensors and plain values, after verifying the checksums of the zip, which torch.load skips.
-
-    With `mmap` the tensors stay in the file, in memory that all programs which read it share.
-    """
-    with path.open("rb") as file:
+    """torch.load of tensors and plain values. With `mmap` they stay in the file, in memory that its readers share."""
+    with path.open("rb") as file:  # torch.load verifies no checksums
         if zipfile.is_zipfile(file) and (damaged := zipfile.ZipFile(file).testzip()):
             raise ValueError(f"{damaged} is damaged")
     return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)

@@ -1,9 +1,9 @@
 """The log of a run: metrics.jsonl and TensorBoard, under the same names (train/loss, val/accuracy, ...)."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from torch import Tensor
@@ -21,13 +21,11 @@ class Logger:
         path = folder / "metrics.jsonl"
         kept = []
         for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-            try:
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that a kill cut short
                 content = json.loads(line)
                 of_training = any(name.startswith("train/") for name in content)
                 if content["step"] <= (step if of_training else validated):
                     kept.append(line + "\n")
-            except (ValueError, KeyError, TypeError):
-                continue  # a line that a kill cut short
         write_bytes_atomically(path, "".join(kept).encode())
         self.file = path.open("a")
         self.tensorboard = SummaryWriter(str(folder), purge_step=step + 1)
@@ -35,9 +33,7 @@ class Logger:
     def __enter__(self) -> "Logger":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.file.close()
         self.tensorboard.close()
 
@@ -53,19 +49,14 @@ class Logger:
         self.tensorboard.add_image(name, image, step)
         self.tensorboard.flush()
 
-    def hparams(self, config: dict[str, Any], step: int, **metrics: float) -> None:
-        """A row in TensorBoard's table of runs: every setting, and the final metrics."""
+    def hparams(self, config: dict[str, Any], step: int, name: str, metric: float) -> None:
+        """A row in TensorBoard's table of runs: every setting, and the final value of a metric."""
         from torch.utils.tensorboard.summary import hparams
 
-        values = {name: value if isinstance(value, bool | int | float) else str(value) for name, value in flat(config)}
-        for summary in hparams(values, metrics):
+        values = {own: value if isinstance(value, bool | int | float) else str(value) for own, value in flat(config)}
+        for summary in hparams(values, {name: metric}):
             self.tensorboard._get_file_writer().add_summary(summary)
-        for name, metric in metrics.items():
-            self.tensorboard.add_scalar(name, metric, step)
-
-    def embedding(self, step: int, features: Tensor, names: list[str], images: Tensor) -> None:
-        """Features [B, D] of images [B, C, H, W] from 0 to 1, with the names of their classes, for the projector."""
-        self.tensorboard.add_embedding(features, names, images, step, tag="val/features")
+        self.tensorboard.add_scalar(name, metric, step)
 
     def sync(self) -> None:
         """Write to disk everything that the next checkpoint relies on."""

@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from metacv.algorithms.base import Algorithm
 from metacv.backbones.base import Backbone
-from metacv.config import NormalizeConfig, TrainConfig, check_choices, describe_type, fits, from_dict
+from metacv.config import NormalizeConfig, TrainConfig, allowed, from_dict
 from metacv.data.bank import Dataset
 from metacv.errors import UserError
 from metacv.files import read_checked, sha256, user_path, write_atomically, written_or_refused
@@ -38,27 +38,16 @@ class Checkpoint:
 
     path: Path
     config: TrainConfig
-    content: dict[str, Any]
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        channels, height, width = self.content["image_shape"]
-        return channels, height, width
-
-    @property
-    def step(self) -> int:
-        step: int = self.content["step"]
-        return step
+    image_shape: tuple[int, int, int]  # C, H, W
+    step: int
+    content: dict[str, Any]  # all of the file
 
     @cached_property
     def sha256(self) -> str:
         return sha256(self.path)
 
     def build(self, config: TrainConfig | None = None) -> Algorithm:
-        """The trained model on the CPU, with settings that `config` may have changed since.
-
-        Raises UserError if the settings are invalid, or the weights do not fit them.
-        """
+        """The trained model on the CPU, with other settings if `config` is given; UserError if one does not fit."""
         algorithm = build(config or self.config, self.image_shape)
         self.load_weights(algorithm)
         return algorithm
@@ -72,10 +61,7 @@ class Checkpoint:
 
 
 def load_checkpoint(place: str | Path, name: str = "best.pt") -> Checkpoint:
-    """The checkpoint at `place`: a file, or the folder of a run, of which it takes the file `name`.
-
-    Raises UserError if the file is missing, damaged, or not a checkpoint of metacv.
-    """
+    """The checkpoint in the file `place`, or `name` in the folder of a run; UserError if it is missing or damaged."""
     path = checkpoint_path(place, name)
     try:
         with warnings.catch_warnings():
@@ -95,16 +81,14 @@ def load_checkpoint(place: str | Path, name: str = "best.pt") -> Checkpoint:
         if content["format"] == 1:
             content = upgrade_checkpoint(content)
         config = from_dict(TrainConfig, content["config"])
-        check_choices(config)
-        shape_is_valid = [type(side) for side in content["image_shape"]] == [int] * 3
-        tensors = [*content["algorithm"].values()]
-        if not shape_is_valid or any(not isinstance(value, Tensor) or value.is_complex() for value in tensors):
-            raise ValueError
-        if type(content["step"]) is not int:
+        channels, height, width = content["image_shape"]
+        step, tensors = content["step"], content["algorithm"].values()
+        whole = all(type(number) is int for number in (channels, height, width, step))
+        if not whole or any(not isinstance(value, Tensor) or value.is_complex() for value in tensors):
             raise ValueError
     except (UserError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"{path} is not a checkpoint of metacv, or is damaged") from error
-    return Checkpoint(path, config, content)
+    return Checkpoint(path, config, (channels, height, width), step, content)
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
@@ -124,10 +108,7 @@ def checkpoint_path(place: str | Path, name: str = "best.pt") -> Path:
 
 
 def build(config: TrainConfig, image_shape: tuple[int, int, int]) -> Algorithm:
-    """The algorithm that `config` describes, with initial weights, for images [C, H, W].
-
-    Raises UserError if a setting is unknown, of the wrong type, or refused by its class.
-    """
+    """The algorithm of `config`, with initial weights, for images [C, H, W]; UserError if a setting is invalid."""
     backbone = build_node("backbone", config.backbone, Backbone, image_shape=image_shape)
     if config.normalize != NormalizeConfig():
         for name, values in asdict(config.normalize).items():
@@ -195,8 +176,9 @@ def build_node(name: str, node: dict[str, Any], base: type[T], **given: Any) -> 
     for key, value in settings.items():
         if key in given:
             raise UserError(f"{name}.{key}: is not a setting")
-        if key in hints and not fits(value, hints[key]):
-            raise UserError(f"{name}.{key}={value}: not {describe_type(hints[key])}")
+        words, fits = allowed(hints.get(key, Any))
+        if not fits(value):
+            raise UserError(f"{name}.{key}={value}: not {words}")
     try:
         return cls(**given, **settings)
     except (TypeError, ValueError, ArithmeticError, AssertionError, RuntimeError) as error:
@@ -207,23 +189,16 @@ def describe_device(device: torch.device) -> str:
     """Name of the processor or GPU, and the number of threads on a CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    try:
-        found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    threads = torch.get_num_threads()
-    return f"{found[1] if found else platform.processor() or 'CPU'}, {plural(threads, 'thread')}"
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*: (.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
+    return f"{found[1] if found else platform.processor() or 'CPU'}, {plural(torch.get_num_threads(), 'thread')}"
 
 
 def pick_device(name: str) -> torch.device:
-    """The torch device for the setting `device`; `auto` is a GPU if there is one.
-
-    Raises UserError if the name is not that of a CPU or of a CUDA device of this machine.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The torch device for the setting `device`; `auto` is a GPU if there is one; UserError for none here."""
+    available = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
+        device = torch.device(available if name == "auto" else name)
     except RuntimeError:
         raise UserError(f"device={name}: not a device; use auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():

@@ -15,6 +15,8 @@ from metacv.data.task import TaskBatch
 from metacv.errors import UserError
 from metacv.text import first_line
 
+INPUTS = ("support_x", "support_y", "query_x", "query_y", "classes")  # of TaskBatch
+
 
 def check_precision(name: str, device: torch.device) -> None:
     if name == "tf32" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)):
@@ -23,10 +25,7 @@ def check_precision(name: str, device: torch.device) -> None:
 
 @contextmanager
 def precision(name: str, device: torch.device) -> Iterator[None]:
-    """Convolutions and matrix products multiply in fp32, tf32 or bf16; parameters, sums and losses stay in fp32.
-
-    tf32 (GPUs of the Ampere generation and later) keeps 10 bits of a factor's mantissa, bf16 7.
-    """
+    """Matrix products and convolutions in fp32, tf32 (factors with 10 bits of mantissa) or bf16 (7); sums in fp32."""
     products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
     before = products.allow_tf32, convolutions.allow_tf32
     products.allow_tf32 = convolutions.allow_tf32 = name == "tf32"
@@ -39,13 +38,9 @@ def precision(name: str, device: torch.device) -> Iterator[None]:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep freed memory for the tensors of the next step, instead of returning it to the system.
-
-    Otherwise every step gets new, cleared pages, which can take a quarter of its time on a CPU. Does nothing with
-    another C library.
-    """
+    """Let glibc, if it is there, keep freed memory: new, cleared pages can take a quarter of a step on a CPU."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
+    if mallopt:
         trim_threshold, mmap_max = -1, -4  # names of parameters, in malloc.h
         mallopt(trim_threshold, -1)
         mallopt(mmap_max, 0)
@@ -79,8 +74,7 @@ class Compiled:
     def _recorded(self, tensors: Sequence[Tensor]) -> torch.fx.GraphModule:
         """The operations of `function`. It is run once; its changes to tensors and to the random state are undone."""
         before = [t.detach().clone() for t in tensors]
-        devices = [tensors[0].device] if tensors[0].is_cuda else []
-        with torch.random.fork_rng(devices):
+        with torch.random.fork_rng([tensors[0].device] if tensors[0].is_cuda else []):
             graph = make_fx(self.function)(*tensors)
         with torch.no_grad():
             for tensor, value in zip(tensors, before, strict=True):
@@ -103,8 +97,7 @@ class CompiledGradient:
 
     def __call__(self, tasks: TaskBatch, share: float) -> dict[str, Tensor]:
         self.tasks, before = tasks, [p.grad for p in self.learned]
-        inputs = (tasks.support_x, tasks.support_y, tasks.query_x, tasks.query_y, tasks.classes)
-        outputs = self.compiled(*self.state, *(tensor.contiguous() for tensor in inputs))
+        outputs = self.compiled(*self.state, *(getattr(tasks, name).contiguous() for name in INPUTS))
         grads, scalars = outputs[: len(self.learned)], outputs[len(self.learned) :]
         for p, grad, earlier in zip(self.learned, grads, before, strict=True):
             p.grad = grad * share if earlier is None else earlier + grad * share
@@ -113,8 +106,7 @@ class CompiledGradient:
     def _step(self, *tensors: Tensor) -> list[Tensor]:
         for p in self.learned:
             p.grad = None
-        names = ("support_x", "support_y", "query_x", "query_y", "classes")
-        tasks = replace(self.tasks, seeds=None, **dict[str, Any](zip(names, tensors[len(self.state) :], strict=True)))
+        tasks = replace(self.tasks, seeds=None, **dict[str, Any](zip(INPUTS, tensors[len(self.state) :], strict=True)))
         scalars = self.add_gradient(tasks, 1.0)
         self.names = list(scalars)
         return [*(torch.zeros_like(p) if p.grad is None else p.grad for p in self.learned), *scalars.values()]

@@ -1,10 +1,11 @@
 """Label images, after a few examples of each class."""
 
-import csv
 import dataclasses
 import io
 import json
+from contextlib import suppress
 from dataclasses import dataclass
+from os.path import relpath
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,12 @@ from metacv.errors import UserError
 from metacv.evaluate import with_changes
 from metacv.files import user_path, write_bytes_atomically
 from metacv.model import WEIGHTS, Checkpoint, build_dataset, load_checkpoint, pick_device, save_checkpoint
-from metacv.text import csv_safe, first_line, printable, setting
+from metacv.text import aligned, csv_text, first_line, printable, setting
 
 LINES = 40  # of the table on the terminal
 PICTURED = 200  # support images at most, and queries
 QUERIES_AT_ONCE = 100
+Predictions = list[dict[str, Any]]  # file, label, probability, and probabilities by class
 
 
 @dataclass(frozen=True)
@@ -50,30 +52,35 @@ class Support:
         )
 
 
-def predict(cfg: PredictConfig, folder: Path) -> list[dict[str, Any]]:
+def predict(cfg: PredictConfig, folder: Path) -> Predictions:
     """Label the images at `cfg.query`, and write predictions.csv, .json and .png into `folder`."""
     save = user_path(cfg.save) if cfg.save else None
     if save:
         check_place_to_save(save)
-    checkpoint = load_model(cfg)
+    if (cfg.adapted is None) == (cfg.checkpoint is None and cfg.support is None):
+        raise UserError("give checkpoint=RUN and support=FOLDER, or adapted=FILE alone")
+    if cfg.adapted is None and (cfg.checkpoint is None or cfg.support is None):
+        raise UserError(f"{'checkpoint' if cfg.checkpoint is None else 'support'}=... is missing")
+    checkpoint = load_checkpoint(str(cfg.adapted or cfg.checkpoint))
     config = with_changes(checkpoint, cfg, ("batch_norm",))  # query is a path here
     device = pick_device(cfg.device)
     dataset = build_dataset(config.dataset, ".")
     support = kept_support(checkpoint) if cfg.adapted else read_support(user_path(str(cfg.support)), dataset)
     place = user_path(cfg.query)
-    queries, images = read_queries(place, dataset)
+    if not place.exists():
+        raise UserError(f"query={place}: there is no such file or folder")
+    files = files_below(place) if place.is_dir() else [place]
+    queries, images = read_images(files, dataset, str(place), f"query={place}: no readable image")
+    path, trained = checkpoint.path, checkpoint.image_shape
     for kind, own in (("support", support.images), ("query", images)):
-        if tuple(own.shape[1:]) != checkpoint.image_shape:
-            shape, trained = tuple(own.shape[1:]), checkpoint.image_shape
-            raise UserError(f"{kind}: its images become {shape}, and {checkpoint.path} was trained on {trained}")
+        if (shape := tuple(own.shape[1:])) != trained:
+            raise UserError(f"{kind}: its images become {shape}, and {path} was trained on {trained}")
     algorithm = checkpoint.build(config).to(device)
     logits = label(algorithm, support, images, config.batch_norm, device)
     probabilities = algorithm.probabilities(logits).cpu()
     if not probabilities.isfinite().all():
-        raise UserError(
-            f"{checkpoint.path}: the probabilities are not finite; the weights are not, or adaptation diverged"
-        )
-    predictions: list[dict[str, Any]] = [
+        raise UserError(f"{path}: the probabilities are not finite; the weights are not, or adaptation diverged")
+    predictions: Predictions = [
         {"file": str(query), "label": support.classes[int(row.argmax())], "probability": float(row.max())}
         | {"probabilities": dict(zip(support.classes, row.tolist(), strict=True))}
         for query, row in zip(queries, probabilities, strict=True)
@@ -104,37 +111,25 @@ def label(algorithm: Algorithm, support: Support, images: Tensor, batch_norm: st
         raise UserError(text) from error
 
 
-def load_model(cfg: PredictConfig) -> Checkpoint:
-    if (cfg.adapted is None) == (cfg.checkpoint is None and cfg.support is None):
-        raise UserError("give checkpoint=RUN and support=FOLDER, or adapted=FILE alone")
-    if cfg.adapted is None and (cfg.checkpoint is None or cfg.support is None):
-        raise UserError(f"{'checkpoint' if cfg.checkpoint is None else 'support'}=... is missing")
-    return load_checkpoint(str(cfg.adapted or cfg.checkpoint))
-
-
 def kept_support(checkpoint: Checkpoint) -> Support:
     """The support set in a file that `save` wrote."""
     try:
         kept = checkpoint.content["support"]
-        support = Support(kept["images"], tuple(map(int, kept["shots"])), tuple(map(str, kept["classes"])))
-        images, shots, classes = support.images, support.shots, support.classes
+        images, shots, classes = kept["images"], tuple(map(int, kept["shots"])), tuple(map(str, kept["classes"]))
         plain = images.dtype == torch.uint8 and images.layout == torch.strided and images.is_contiguous()
         named = len({*classes}) == len(classes) == len(shots) >= 2 and all(map(str.isprintable, classes))
         if not plain or not named or min(shots) < 1 or sum(shots) != len(images):
             raise ValueError
+        return Support(images, shots, classes)
     except KeyError:
         text = "has no support set; save=FILE together with support=FOLDER makes one"
         raise UserError(f"adapted={checkpoint.path}: {text}") from None
     except (TypeError, ValueError, AttributeError):
         raise UserError(f"adapted={checkpoint.path} is damaged") from None
-    return support
 
 
 def read_support(folder: Path, dataset: Dataset) -> Support:
-    """Examples from a folder with a folder for each class.
-
-    Raises UserError if there are fewer than two classes, or one without a readable image.
-    """
+    """Examples from a folder with a folder for each class; UserError for one class, or one without an image."""
     if not folder.is_dir():
         raise UserError(f"support={folder}: there is no such folder")
     folders = folders_in(folder)
@@ -145,112 +140,86 @@ def read_support(folder: Path, dataset: Dataset) -> Support:
         raise UserError(f"support={folder} holds {' and '.join(names)}: give one of them")
     if len({*names}) < len(names):
         raise UserError(f"support={folder}: two class names look the same without unprintable characters; rename one")
-    images, shots = [], []
+    images = []
     for name, path in zip(names, folders, strict=True):
-        _, own = _read(files_below(path), dataset, str(path))
-        if not own:
-            raise UserError(f"support={folder}: the class {name} has no readable image")
-        images += own
-        shots.append(len(own))
-    return Support(torch.stack(images), tuple(shots), tuple(names))
+        missing = f"support={folder}: the class {name} has no readable image"
+        images.append(read_images(files_below(path), dataset, str(path), missing)[1])
+    return Support(torch.cat(images), tuple(map(len, images)), tuple(names))
 
 
-def read_queries(place: Path, dataset: Dataset) -> tuple[list[Path], Tensor]:
-    if not place.exists():
-        raise UserError(f"query={place}: there is no such file or folder")
-    files, images = _read(files_below(place) if place.is_dir() else [place], dataset, str(place))
-    if not files:
-        raise UserError(f"query={place}: no readable image")
-    return files, torch.stack(images)
-
-
-def _read(files: list[Path], dataset: Dataset, label: str) -> tuple[list[Path], list[Tensor]]:
+def read_images(files: list[Path], dataset: Dataset, label: str, missing: str) -> tuple[list[Path], Tensor]:
+    """Those of the files that are readable, and their images [B, C, H, W] (uint8); UserError(`missing`) if none is."""
     readable, images = read_readable(label, files, dataset.read)
     report_skipped(label, len(readable), len(files))
-    return readable, images
+    if not images:
+        raise UserError(missing)
+    return readable, torch.stack(images)
 
 
-def labels_of_folders(queries: list[Path], place: Path, classes: tuple[str, ...]) -> list[str] | None:
-    """The class of each query, if all of them are in folders of `place` with names of classes."""
+def labels_of_folders(queries: list[Path], place: Path, classes: tuple[str, ...]) -> list[str]:
+    """The class of each query if all of them are in folders of `place` with names of classes; otherwise nothing."""
     if not place.is_dir():
-        return None
+        return []
     inside = [query.relative_to(place).parts for query in queries]
     names = [printable(parts[0]) if len(parts) > 1 else "" for parts in inside]
-    return names if {*names} <= {*classes} else None
+    return names if {*names} <= {*classes} else []
 
 
-def picture(images: Tensor, predictions: list[dict[str, Any]], support: Support, truth: list[str] | None) -> bytes:
+def picture(images: Tensor, predictions: Predictions, support: Support, truth: list[str]) -> bytes:
     """A PNG of examples of each class and of the queries, in green or red where their class is known."""
     captions = {name: legible(name, f"class {i}") for i, name in enumerate(support.classes, start=1)}
     each = max(1, min(8, PICTURED // len(support.classes)))
-    rows = [
-        (sum(support.shots[:c]) + i, name)
-        for c, name in enumerate(support.classes)
-        for i in range(min(each, support.shots[c]))
+    examples = [
+        (image, captions[name], LINE)
+        for name, images_of_class in zip(support.classes, support.images.split(support.shots), strict=True)
+        for image in images_of_class[:each]
     ][:PICTURED]
-    examples = [(support.images[row], captions[name], LINE) for row, name in rows]
-    colours = [LINE] * len(predictions)
-    if truth:
-        colours = [RIGHT if own == one["label"] else WRONG for own, one in zip(truth, predictions, strict=True)]
-    labelled = [
-        (image, f"{captions[one['label']]} {one['probability']:.0%}", colour)
-        for image, one, colour in zip(images[:PICTURED], predictions, colours, strict=False)
+    labelled = []
+    for i, (image, one) in enumerate(zip(images[:PICTURED], predictions, strict=False)):
+        colour = (RIGHT if truth[i] == one["label"] else WRONG) if truth else LINE
+        labelled.append((image, f"{captions[one['label']]} {one['probability']:.0%}", colour))
+    sections = [
+        (f"support: {len(examples)} of {len(support.images)} images", examples),
+        (f"query: {len(labelled)} of {len(predictions)} images", labelled),
     ]
     content = io.BytesIO()
-    captioned_picture(
-        [
-            (f"support: {len(examples)} of {len(support.images)} images", examples),
-            (f"query: {len(labelled)} of {len(predictions)} images", labelled),
-        ]
-    ).save(content, "png")
+    captioned_picture(sections).save(content, "png")
     return content.getvalue()
 
 
 def check_place_to_save(path: Path) -> None:
     """Refuse to overwrite anything but an earlier kept model."""
-    try:
+    with suppress(UserError):
         if not path.exists() or "support" in load_checkpoint(path).content:
             return
-    except UserError:
-        pass
     raise UserError(f"save={path}: exists already, and is not a model that `save` wrote")
 
 
-def write(folder: Path, predictions: list[dict[str, Any]], support: Support, checkpoint: Checkpoint) -> None:
-    table = io.StringIO(newline="")
-    writer = csv.writer(table)
-    writer.writerow(["file", "label", "probability", *(f"P({name})" for name in support.classes)])
+def write(folder: Path, predictions: Predictions, support: Support, checkpoint: Checkpoint) -> None:
+    table: list[list[object]] = [["file", "label", "probability", *(f"P({name})" for name in support.classes)]]
     for one in predictions:
-        names = map(csv_safe, (one["file"], one["label"]))
-        writer.writerow([*names, one["probability"], *one["probabilities"].values()])
+        table.append([one["file"], one["label"], one["probability"], *one["probabilities"].values()])
     content = {
         "checkpoint": str(checkpoint.path),
         "checkpoint_sha256": checkpoint.sha256,
         "support": dict(zip(support.classes, support.shots, strict=True)),
         "predictions": predictions,
     }
-    write_bytes_atomically(folder / "predictions.csv", table.getvalue().encode(errors="surrogateescape"))
+    write_bytes_atomically(folder / "predictions.csv", csv_text(table).encode(errors="surrogateescape"))
     write_bytes_atomically(folder / "predictions.json", (json.dumps(content, indent=1) + "\n").encode())
 
 
-def show(
-    folder: Path, predictions: list[dict[str, Any]], truth: list[str] | None, cfg: PredictConfig, batch_norm: str
-) -> None:
+def show(folder: Path, predictions: Predictions, truth: list[str], cfg: PredictConfig, batch_norm: str) -> None:
     """Print the labels, the accuracy where the classes are known, and what was written."""
     base = user_path(cfg.query)
-    names = [
-        printable(str(Path(one["file"]).relative_to(base)) if base.is_dir() else one["file"]) for one in predictions
-    ]
-    labels = [one["label"] for one in predictions]
-    name_width, label_width = (max(map(len, words)) for words in (names[:LINES], labels))
-    for name, one in zip(names[:LINES], predictions, strict=False):
-        print(f"{name:<{name_width}}  {one['label']:<{label_width}}  {100 * one['probability']:5.1f} %")
+    names = [printable(relpath(one["file"], base) if base.is_dir() else one["file"]) for one in predictions]
+    shown = zip(names[:LINES], predictions, strict=False)
+    print(aligned([[name, one["label"], f"{100 * one['probability']:5.1f} %"] for name, one in shown]))
     if len(predictions) > LINES:
         print(f"... and {len(predictions) - LINES} more")
     if truth:
-        correct = sum(one == own for one, own in zip(labels, truth, strict=True))
-        share = 100 * correct / len(predictions)
-        print(f"accuracy {share:.2f} %: {correct} of {len(predictions)}, by the names of their folders")
+        correct, count = sum(one["label"] == own for one, own in zip(predictions, truth, strict=True)), len(truth)
+        print(f"accuracy {100 * correct / count:.2f} %: {correct} of {count}, by the names of their folders")
     if batch_norm == "transductive":
         print("batch_norm=transductive: each label depends on all query images; batch_norm=inductive labels each alone")
     for kind in ("csv", "json", "png"):

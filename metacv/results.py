@@ -1,12 +1,13 @@
 """The record of a measured accuracy, which every command writes and reads in the same form."""
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from metacv.config import from_dict
 from metacv.errors import UserError
 from metacv.files import write_bytes_atomically, written_or_refused
 from metacv.text import percent, plural
@@ -72,10 +73,7 @@ class ResultFile:
 
 
 def read_results(path: Path) -> ResultFile:
-    """The content of a result file.
-
-    Raises UserError if the file is missing, damaged, or not a result file of this version.
-    """
+    """The content of a result file; UserError if it is missing, damaged, or not of this version."""
     try:
         if path.stat().st_size > LARGEST:
             raise ValueError("too large")
@@ -93,14 +91,9 @@ def read_results(path: Path) -> ResultFile:
 
 
 def _result(record: dict[str, Any]) -> Result:
-    result = Result(**record)
-    for own in fields(Result):
-        kinds: Any = (int, float) if own.type is float else dict if own.name == "changes" else own.type
-        value = getattr(result, own.name)
-        number = isinstance(value, int | float)
-        if not isinstance(value, kinds) or isinstance(value, bool) or (number and not -1e19 < value < 1e19):
-            raise TypeError(own.name)
-    return result
+    if any(isinstance(value, int | float) and abs(value) >= 1e19 for value in record.values()):
+        raise ValueError
+    return from_dict(Result, record)
 
 
 def summary(accuracies: Tensor) -> dict[str, float]:

@@ -39,7 +39,7 @@ class Run:
     """Everything that changes in training, and so everything that a checkpoint must hold."""
 
     config: TrainConfig
-    overrides: list[str]
+    overrides: list[str]  # name=value words of the command line
     algorithm: Algorithm
     optimizer: Optimizer | None  # None if nothing is trained
     schedule: LRScheduler | None
@@ -69,10 +69,8 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        patience = self.config.patience
-        if patience is not None and self.since_best >= patience:
-            return True
-        return self.step >= self.steps and not self.validation_due
+        out_of_patience = self.config.patience is not None and self.since_best >= self.config.patience
+        return out_of_patience or (self.step >= self.steps and not self.validation_due)
 
     def weights(self) -> dict[str, Any]:
         """What evaluation needs."""
@@ -86,27 +84,21 @@ class Run:
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs."""
+        plain = ("overrides", "validated", "best", "since_best", "seconds", "hardware")
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         names = self.window[0] if self.window else ()
-        return self.weights() | {
+        own = {
             "config": to_dict(self.config, with_local=True),
-            "overrides": self.overrides,
             "optimizer": self.optimizer.state_dict() if self.optimizer else {},
             "schedule": self.schedule.state_dict() if self.schedule else {},
             "sampler": self.sampler.state_dict(),
-            "random": random_states(),
-            "validated": self.validated,
-            "best": self.best,
-            "since_best": self.since_best,
-            "seconds": self.seconds,
-            "hardware": self.hardware,
+            "random": {"python": random.getstate(), "cpu": torch.get_rng_state(), "cuda": cuda},
             "window": {name: torch.stack([scalars[name] for scalars in self.window]).cpu() for name in names},
         }
+        return self.weights() | {name: getattr(self, name) for name in plain} | own
 
     def load(self, source: Checkpoint) -> None:
-        """Continue from a last.pt.
-
-        Raises UserError if it does not fit the settings, or the data set is split otherwise now.
-        """
+        """Continue from a last.pt; UserError if it does not fit the settings, or the data set is split otherwise."""
         source.load_weights(self.algorithm)
         state, path = source.content, source.path
         if state.get("splits") != self.splits:
@@ -117,7 +109,10 @@ class Run:
                 self.optimizer.load_state_dict(state["optimizer"])
                 self.schedule.load_state_dict(state["schedule"])
             self.sampler.load_state_dict(state["sampler"])
-            set_random_states(state["random"])
+            random.setstate(state["random"]["python"])
+            torch.set_rng_state(state["random"]["cpu"])
+            if (cuda := state["random"]["cuda"]) and len(cuda) == torch.cuda.device_count():
+                torch.cuda.set_rng_state_all(cuda)
             self.step, self.validated = int(state["step"]), int(state["validated"])
             self.best, self.since_best = dict(state["best"]), int(state["since_best"])
             self.began = time.perf_counter() - float(state.get("seconds", 0))
@@ -130,26 +125,12 @@ class Run:
         if self.step > self.config.steps:
             raise UserError(f"steps={self.config.steps}, but {path} is at step {self.step}")
 
-    def save(self, folder: Path, logger: Logger) -> None:
+    def save(self, folder: Path, logger: Logger, is_best: bool = False) -> None:
+        if is_best:
+            save_checkpoint(folder / "best.pt", self.weights() | {"validation": self.best})
         logger.sync()  # first: a resumed run relies on the metrics up to its checkpoint
         save_checkpoint(folder / "last.pt", self.state())
         show_config(folder, to_dict(self.config, with_local=True), self.overrides)
-
-    def stop_if_not_finite(self, folder: Path) -> None:
-        """Check the scalars of all steps that are not logged yet, and the weights that they led to.
-
-        Raises UserError if one is not finite.
-        """
-        finite = [all(scalars[name].isfinite() for name in scalars) for scalars in self.window]
-        if not all(finite):
-            what = f"the loss is not finite at step {self.step - len(finite) + 1 + finite.index(False)}"
-        elif not all(value.isfinite().all() for value in self.algorithm.state_dict().values()):
-            what = f"the weights are not finite after step {self.step}"
-        else:
-            return
-        last = folder / "last.pt"
-        good = f"the last good checkpoint is {last}" if last.exists() else "no checkpoint had been saved"
-        raise UserError(f"{what}; {good}")
 
 
 class Stopped(Exception):
@@ -162,10 +143,9 @@ class StopSignals:
     received = 0
 
     def __enter__(self) -> "StopSignals":
-        self.before = {}
-        if threading.current_thread() is threading.main_thread():
-            numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-            self.before = {number: signal.signal(number, self._record) for number in numbers}
+        names = ("SIGINT", "SIGTERM", "SIGHUP") if threading.current_thread() is threading.main_thread() else ()
+        numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+        self.before = {number: signal.signal(number, self._record) for number in numbers}
         return self
 
     def _record(self, number: int, frame: FrameType | None) -> None:
@@ -183,10 +163,7 @@ class StopSignals:
 
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Hold the lock of a run's folder, and remove temporary files that a killed run left there.
-
-    Raises UserError if another process holds it.
-    """
+    """Lock a run's folder, and remove temporary files of a killed run; UserError if another process holds the lock."""
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(blocking=False)
@@ -203,48 +180,33 @@ def lock_folder(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-@dataclass(frozen=True)
-class Start:
-    """What a run starts with."""
-
-    config: TrainConfig
-    overrides: list[str]  # name=value words of the command line
-    source: Checkpoint | None  # the last.pt that it continues from
-
-
-def start(cfg: DictConfig, folder: Path, overrides: list[str]) -> Start:
-    """Settings for a new run, or for one that resumes.
-
-    Raises UserError if the folder holds another run, there is nothing to resume, or a setting changed that must not.
-    """
+def start(cfg: DictConfig, folder: Path, overrides: list[str]) -> tuple[TrainConfig, list[str], Checkpoint | None]:
+    """Settings and overrides of a run, and the last.pt it continues from; UserError if these do not fit `folder`."""
     last = folder / "last.pt"
     own = load_state(last) if last.exists() else None
-    if own is not None:
+    if own:
         show_config(folder, own.content["config"], own.content["overrides"])
     if cfg.resume is False:
-        if own is not None:
+        if own:
             raise UserError(f"hydra.run.dir={folder} holds a run; resume=true continues it")
-        return Start(typed(cfg, TrainConfig), overrides, None)
-    if cfg.resume is True and own is None:
+        return typed(cfg, TrainConfig), overrides, None
+    if cfg.resume is True and not own:
         raise UserError(f"resume=true, but {folder} has no last.pt: use resume=RUN, or add hydra.run.dir=RUN")
     path = last if cfg.resume is True else checkpoint_path(str(cfg.resume), "last.pt")
-    if own is not None and not (path.exists() and path.samefile(last)):
+    if own and not (path.exists() and path.samefile(last)):
         load_state(path)  # refuses a file that is missing, or that holds weights only
         raise UserError(f"resume={cfg.resume}, but hydra.run.dir={folder} holds another run")
     source = own or load_state(path)
-    begun = resumed(source, overrides)
+    config, merged = resumed(source, overrides)
     if path.parent.resolve() != folder.resolve():
         for name in ("best.pt", "metrics.jsonl"):
             if (path.parent / name).exists():
                 shutil.copy(path.parent / name, folder / name)
-    return begun
+    return config, merged, source
 
 
-def resumed(source: Checkpoint, overrides: list[str]) -> Start:
-    """The settings of a run, composed of its own overrides and then of those given now.
-
-    Raises UserError if one has changed that training depends on.
-    """
+def resumed(source: Checkpoint, overrides: list[str]) -> tuple[TrainConfig, list[str]]:
+    """Settings and overrides of a run with those given now; UserError if one changed that training depends on."""
     own: list[str] = source.content["overrides"]
     once = {"resume", *(word for word in own if word[0] in "+~")}  # a key is added or deleted only once
     given = {word.split("=")[0]: word for word in overrides if {word, word.split("=")[0]}.isdisjoint(once)}
@@ -257,10 +219,9 @@ def resumed(source: Checkpoint, overrides: list[str]) -> Start:
     execution = execution_settings(config.algo)
     for name, now, before in differences(to_dict(config), to_dict(source.config)):
         group, _, own_name = name.partition(".")
-        may_change = is_resumable(group) or name in execution or (group == "dataset" and is_path(own_name))
-        if not may_change:
+        if not (is_resumable(group) or name in execution or (group == "dataset" and is_path(own_name))):
             raise UserError(f"resume: {name} is {now}, but {source.path} was trained with {before}")
-    return Start(config, merged, source)
+    return config, merged
 
 
 def load_state(path: Path) -> Checkpoint:
@@ -284,22 +245,7 @@ def show_config(folder: Path, config: dict[str, Any], overrides: list[str]) -> N
 
 def warn_of_few_test_classes(config: TrainConfig, splits: dict[str, list[str]] | None) -> None:
     """Print a line if evaluation will refuse the test split."""
-    if splits is None:
-        return
     rotations = 4 if config.dataset.get("test_rotation") == "as_classes" else 1
-    if (classes := rotations * len(splits["test"])) < config.way:
+    if splits and (classes := rotations * len(splits["test"])) < config.way:
         text = f"way={config.way}, but the test split has only {classes} classes; dataset.fractions can give it more"
         print(f"metacv: {text}", file=sys.stderr)
-
-
-def random_states() -> dict[str, Any]:
-    """States of the random generators of Python, of torch on the CPU, and of every GPU."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"python": random.getstate(), "cpu": torch.get_rng_state(), "cuda": cuda}
-
-
-def set_random_states(states: dict[str, Any]) -> None:
-    random.setstate(states["python"])
-    torch.set_rng_state(states["cpu"])
-    if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(states["cuda"])

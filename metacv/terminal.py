@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -18,23 +19,6 @@ def world_size() -> int:
 
 def rank() -> int:
     return int(os.environ.get("RANK", "0")) if world_size() > 1 else 0
-
-
-@contextlib.contextmanager
-def errors_in_one_line() -> Iterator[list[Exception]]:
-    """Print an error in one line, unless a traceback is asked for or the error is in the yielded list."""
-    traceback_wanted = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises its errors instead of printing them
-    reported: list[Exception] = []
-    try:
-        yield reported
-    except BrokenPipeError:
-        raise
-    except Exception as error:
-        if traceback_wanted:
-            raise
-        if error not in reported:
-            report_error(error)
 
 
 @contextlib.contextmanager
@@ -65,16 +49,13 @@ def error_line(error: Exception) -> str:
     if isinstance(error, OverrideParseException):
         return f"{error.override}: {text}"
     if isinstance(error, HydraException | OmegaConfBaseException):
-        lines = str(error).splitlines()
-        if isinstance(error.__cause__, OmegaConfBaseException):
-            lines += str(error.__cause__).splitlines()
+        cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else ""
+        lines = f"{error}\n{cause}".splitlines()
         noise = ("full_key:", "object_type=", "reference_type=", "To append to", "provider=", "Config search path")
         kept = dict.fromkeys(" ".join(line.split()) for line in lines if not line.strip().startswith(noise))
         text = " ".join(line for line in kept if line)
-        if "hydra/launcher" in text or "hydra/sweeper" in text:
-            for extra in ("joblib", "slurm", "ray", "optuna"):
-                if f"{extra}'" in text.partition("Available")[0]:
-                    return f"the extra {extra} is not installed; in a checkout: pip install '.[{extra}]'"
+        if found := re.search(r"not find 'hydra/(?:launcher|sweeper)/\w*?(joblib|slurm|ray|optuna)'", text):
+            return f"the extra {found[1]} is not installed; in a checkout: pip install '.[{found[1]}]'"
         return text
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror

@@ -1,7 +1,10 @@
 """Text for terminals, tables and spreadsheets."""
 
+import csv
+import io
 import re
 import shlex
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 
@@ -14,6 +17,19 @@ def csv_safe(text: str) -> str:
     """Text that a spreadsheet would compute gets a ' in front; numbers stay numbers."""
     computed = re.match(r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]|[\t\r\n]", text)
     return f"'{text}" if computed and not re.fullmatch(r"[+-]?[\d.]+(e[+-]?\d+)?", text, re.IGNORECASE) else text
+
+
+def csv_text(lines: Iterable[Sequence[object]]) -> str:
+    """A table as CSV, in which texts are safe."""
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([csv_safe(cell) if isinstance(cell, str) else cell for cell in line] for line in lines)
+    return text.getvalue()
+
+
+def aligned(lines: list[list[str]]) -> str:
+    """A table for the terminal."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
 def plural(count: int, noun: str, nouns: str = "") -> str:

@@ -5,7 +5,6 @@ import json
 import random
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +12,6 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from metacv import __version__
 from metacv.algorithms.base import Algorithm
 from metacv.backbones.base import Backbone
 from metacv.backbones.batch_norm import running_statistics
@@ -23,13 +21,13 @@ from metacv.data.transforms import Augment
 from metacv.distributed import Ranks, connect
 from metacv.drawing import episode_picture
 from metacv.errors import UserError
-from metacv.evaluate import evaluate_episodes
+from metacv.evaluate import evaluate_episodes, record
 from metacv.files import write_bytes_atomically
 from metacv.logger import Logger
-from metacv.model import build, build_dataset, build_optimizer, describe_device, pick_device, save_checkpoint
+from metacv.model import build, build_dataset, build_optimizer, describe_device, pick_device
 from metacv.precision import check_precision, keep_freed_memory, precision
-from metacv.results import Result, ResultFile, summary
-from metacv.run import Run, Start, Stopped, StopSignals, lock_folder, start, warn_of_few_test_classes
+from metacv.results import ResultFile, summary
+from metacv.run import Run, Stopped, StopSignals, lock_folder, start, warn_of_few_test_classes
 from metacv.text import percent, setting
 
 DIAGNOSED_TASKS = 20
@@ -37,23 +35,13 @@ PROJECTED_IMAGES = 1000
 
 
 def train(cfg: DictConfig, folder: Path, overrides: list[str]) -> float:
-    """Train, write checkpoints and logs into `folder`, and return the best accuracy in validation.
-
-    `overrides` are the settings that the command line changed; the checkpoint keeps them.
-    """
+    """Train, with checkpoints and logs in `folder`, and return the best accuracy in validation, from 0 to 1."""
     with contextlib.ExitStack() as stack:
-
-        def begin() -> Start:
-            stack.enter_context(lock_folder(folder))
-            return start(cfg, folder, overrides)
-
         ranks = connect()
-        begun = ranks.run_on_rank_zero(begin)
-        run, validation = ranks.on_every_rank(lambda: prepare(begun, ranks))
-        if begun.source is not None:
-            run.load(begun.source)
-        else:
-            ranks.on_every_rank(lambda: load_pretrained(run.algorithm))
+        ranks.on_every_rank(lambda: stack.enter_context(lock_folder(folder)))  # other ranks than 0 have a temporary one
+        config, words, source = ranks.run_on_rank_zero(lambda: start(cfg, folder, overrides))
+        run, validation = ranks.on_every_rank(lambda: prepare(config, words, ranks))
+        ranks.on_every_rank(lambda: run.load(source) if source else load_pretrained(run.algorithm))
         if run.splits:
             write_bytes_atomically(folder / "split.json", json.dumps(run.splits, indent=1).encode())
         if ranks.rank:  # random draws in training, such as DropBlock's masks, differ between ranks
@@ -83,7 +71,7 @@ def train(cfg: DictConfig, folder: Path, overrides: list[str]) -> float:
                 print(f"stopped at step {run.step}; continue with: metacv train {setting('resume', folder)}")
                 raise SystemExit(128 + received)
         finish(run, validation, logger)
-    report(run, folder)
+    report(run, validation, folder)
     if signals.received:  # after the last step
         raise SystemExit(128 + signals.received)
     return run.best["accuracy"]
@@ -122,19 +110,13 @@ def log_window(run: Run, logger: Logger, speed: float) -> str:
     return ", ".join([*shown, f"{speed:.3g} tasks/s"])
 
 
-def validate(
-    run: Run, validation: EpisodeList, folder: Path, logger: Logger, signals: StopSignals, ranks: Ranks
-) -> None:
+def validate(run: Run, episodes: EpisodeList, folder: Path, logger: Logger, signals: StopSignals, ranks: Ranks) -> None:
     """Evaluate on the validation episodes, keep the best weights, and save. A signal interrupts it without effect."""
     mode = run.config.batch_norm
-    accuracy = torch.zeros(len(validation), dtype=torch.float64)
-    own = ranks.share(len(validation))
-    diagnostics: dict[str, float] = {}
+    accuracy = torch.zeros(len(episodes), dtype=torch.float64)
+    own = ranks.share(len(episodes))
     try:
-        accuracy[own] = evaluate_episodes(run.algorithm, validation.part(own), mode, "validating", signals.check)
-        if ranks.rank == 0:
-            (some,) = validation.part(slice(DIAGNOSED_TASKS)).batches(DIAGNOSED_TASKS)
-            diagnostics = run.algorithm.diagnostics(some, mode)
+        accuracy[own] = evaluate_episodes(run.algorithm, episodes.part(own), mode, "validating", signals.check)
     except Stopped:
         accuracy += torch.nan  # which the sum passes on to the other ranks
     if ranks.sum(accuracy).isnan().any():
@@ -146,57 +128,57 @@ def validate(
     if ranks.rank > 0:
         return
     logger.scalars(run.step, {f"val/{name}": value for name, value in measured.items()})
-    episode = next(validation.batches(1))
+    episode = next(episodes.batches(1))
     logger.picture(run.step, "val/episode", episode_picture(episode, run.algorithm.predict(episode, mode)))
-    if diagnostics:
+    (some,) = episodes.part(slice(DIAGNOSED_TASKS)).batches(DIAGNOSED_TASKS)
+    if diagnostics := run.algorithm.diagnostics(some, mode):
         logger.scalars(run.step, diagnostics)
-    if better:
-        save_checkpoint(folder / "best.pt", run.weights() | {"validation": run.best})
-    run.save(folder, logger)
+    run.save(folder, logger, better)
 
 
 def finish(run: Run, validation: EpisodeList, logger: Logger) -> None:
     """Write TensorBoard's table of runs, and features for its projector if the settings ask for them."""
-    logger.hparams(to_dict(run.config), run.step, **{"val/best_accuracy": run.best["accuracy"]})
+    logger.hparams(to_dict(run.config), run.step, "val/best_accuracy", run.best["accuracy"])
     if run.config.projector:
         bank = validation.sampler.bank
         # Shuffled, so that batch statistics are those of many classes.
-        order = torch.randperm(len(bank.images), generator=torch.Generator().manual_seed(0))
-        rows = order[:PROJECTED_IMAGES]
+        rows = torch.randperm(len(bank.images), generator=torch.Generator().manual_seed(0))[:PROJECTED_IMAGES]
         names = [bank.class_names[c] for c in torch.bucketize(rows, bank.offsets[1:], right=True)]
         images = bank.images[rows].float().div(255)
-        features = backbone_features(run.algorithm, images.to(run.sampler.device)).cpu()
+        backbone = next(module for module in run.algorithm.modules() if isinstance(module, Backbone)).eval()
+        with torch.no_grad():
+            features = torch.cat([backbone.features(some.to(run.sampler.device)).cpu() for some in images.split(100)])
         side = min(32, *images.shape[2:])  # TensorBoard draws all of them into one picture
-        logger.embedding(run.step, features, names, F.interpolate(images, (side, side), mode="area"))
-
-
-def backbone_features(algorithm: Algorithm, images: Tensor) -> Tensor:
-    """Features [B, D] of images [B, C, H, W]."""
-    (backbone, *_) = (module for module in algorithm.modules() if isinstance(module, Backbone))
-    algorithm.eval()
-    with torch.no_grad():
-        return torch.cat([backbone.features(some) for some in images.split(100)])
+        small = F.interpolate(images, (side, side), mode="area")
+        logger.tensorboard.add_embedding(features, names, small, run.step, tag="val/features")
 
 
 def check_finite(run: Run, folder: Path, ranks: Ranks) -> None:
-    """Stop a run that diverged. Before, the running statistics of the ranks are averaged."""
+    """Average the running statistics of the ranks; UserError if weights or scalars not logged yet are not finite."""
     ranks.average(running_statistics(run.algorithm), 1 / ranks.size)
-    run.stop_if_not_finite(folder)
+    finite = [all(value.isfinite() for value in scalars.values()) for scalars in run.window]
+    if not all(finite):
+        what = f"the loss is not finite at step {run.step - len(finite) + 1 + finite.index(False)}"
+    elif not all(value.isfinite().all() for value in run.algorithm.state_dict().values()):
+        what = f"the weights are not finite after step {run.step}"
+    else:
+        return
+    last = folder / "last.pt"
+    good = f"the last good checkpoint is {last}" if last.exists() else "no checkpoint had been saved"
+    raise UserError(f"{what}; {good}")
 
 
-def prepare(begun: Start, ranks: Ranks) -> tuple[Run, EpisodeList]:
+def prepare(config: TrainConfig, overrides: list[str], ranks: Ranks) -> tuple[Run, EpisodeList]:
     """A run at step 0, and the episodes that it is validated on."""
-    config = begun.config
     check_counts(config, ranks)
     device = pick_device(ranks.device(config.device))
     check_precision(config.precision, device)
     dataset = build_dataset(config.dataset, config.data_dir)
     augment = Augment(config.augment.crop, config.augment.flip, config.augment.jitter, seed=config.seed)
-    way, shot, query = config.train_way, config.train_shot, config.train_query
-    bank, rotation = dataset.load("train"), dataset.rotation("train")
-    training = EpisodeSampler(bank, way, shot, query, rotation, config.seed, device, "train_", augment)
-    bank, rotation = dataset.load("val"), dataset.rotation("val")
-    unseen = EpisodeSampler(bank, config.way, config.shot, config.query, rotation, device=device)
+    task = config.train_way, config.train_shot, config.train_query, dataset.rotation("train")
+    training = EpisodeSampler(dataset.load("train"), *task, config.seed, device, "train_", augment)
+    task = config.way, config.shot, config.query, dataset.rotation("val")
+    unseen = EpisodeSampler(dataset.load("val"), *task, device=device)
     validation = EpisodeList(unseen, config.eval_episodes, "eval_episodes")
     if device.type == "cpu":
         keep_freed_memory()  # only now: decoding a data set frees much memory
@@ -210,8 +192,8 @@ def prepare(begun: Start, ranks: Ranks) -> tuple[Run, EpisodeList]:
     optimizer, schedule = build_optimizer(config, algorithm) or (None, None)
     splits = dataset.splits()
     warn_of_few_test_classes(config, splits)
-    hardware = describe_device(device)
-    return Run(config, begun.overrides, algorithm, optimizer, schedule, training, hardware, splits), validation
+    run = Run(config, overrides, algorithm, optimizer, schedule, training, describe_device(device), splits)
+    return run, validation
 
 
 def check_counts(config: TrainConfig, ranks: Ranks) -> None:
@@ -234,34 +216,19 @@ def load_pretrained(algorithm: Algorithm) -> None:
 
 def clip(algorithm: Algorithm, norm: float | None, value: float | None) -> None:
     """Clip the gradients of each network of the algorithm (backbone, relation module, ...) by itself."""
-    networks = [list(network.parameters()) for network in algorithm.children()]
-    own = list(algorithm.parameters(recurse=False))
-    for parameters in [*networks, own] if own else networks:
+    groups = [*(network.parameters() for network in algorithm.children()), algorithm.parameters(recurse=False)]
+    for parameters in filter(None, map(list, groups)):
         if norm is not None:
             nn.utils.clip_grad_norm_(parameters, norm)
         if value is not None:
             nn.utils.clip_grad_value_(parameters, value)
 
 
-def report(run: Run, folder: Path) -> None:
+def report(run: Run, validation: EpisodeList, folder: Path) -> None:
     """Write result.json, and print the best validation and the next commands."""
     config, best = run.config, run.best
-    task: dict[str, Any] = {name: getattr(config, name) for name in ("way", "shot", "query", "batch_norm")}
-    result = Result(
-        **task,
-        accuracy=best["accuracy"],
-        ci95=best["ci95"],
-        dataset=config.dataset["_target_"].rpartition(".")[2],
-        split="val",
-        rotation=config.dataset.get("test_rotation", "none"),
-        episodes=config.eval_episodes,
-        seed=0,
-        method=type(run.algorithm).__name__,
-        step=int(best["step"]),
-        device=run.hardware,
-        torch=str(torch.__version__),
-        metacv=__version__,
-    )
+    known = {"split": "val", "seed": 0, "batch_norm": config.batch_norm, "device": run.hardware}
+    result = record(config, run.algorithm, validation, **known, **best)
     training = {"steps": run.step, "seconds": round(run.seconds, 1), "seed": config.seed, "overrides": run.overrides}
     ResultFile([result], training).write(folder / "result.json")
     if run.steps == 0:

@@ -2,20 +2,14 @@
 
 from typing import Any
 
-# Where classes were in version 1.
-MOVED = {
+MOVED = {  # where classes were in version 1, and are now
     "metacv.algorithms.maml.MAML": "metacv.algorithms.gradient.maml.MAML",
     "metacv.algorithms.reptile.Reptile": "metacv.algorithms.gradient.reptile.Reptile",
     "metacv.algorithms.protonet.ProtoNet": "metacv.algorithms.metric.protonet.ProtoNet",
     "metacv.algorithms.relationnet.RelationNet": "metacv.algorithms.metric.relationnet.RelationNet",
     "metacv.backbones.pretrained.Torchvision": "metacv.backbones.torchvision.Torchvision",
 }
-RENAMED = {"norm": "batch_norm"}  # settings
-
-
-def renamed(name: str) -> str | None:
-    """Today's name of a setting that had another one, otherwise None."""
-    return RENAMED.get(name)
+RENAMED = {"norm": "batch_norm"}  # settings: today's name of one that had another
 
 
 def upgrade_config(config: dict[str, Any]) -> dict[str, Any]:

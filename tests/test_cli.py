@@ -25,7 +25,7 @@ from metacv.evaluate import prepare
 from metacv.model import load_checkpoint
 from metacv.results import Result, read_results
 from metacv.train import training_step
-from metacv.words import Words, quoted
+from metacv.words import hydra_overrides, quoted
 
 COMMANDS = ("train", "evaluate", "predict", "compare", "report")
 EVALUATE = ("evaluate", "checkpoint=run", "hydra.run.dir=evaluation")
@@ -359,7 +359,7 @@ def test_paths_are_quoted_for_hydra_and_nothing_else_is(monkeypatch, tmp_path, w
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/me")
     Path("exists,too").mkdir()
-    assert Words("train", words).overrides == overrides
+    assert hydra_overrides("train", words) == overrides
 
 
 @pytest.mark.parametrize(
@@ -371,7 +371,7 @@ def test_evaluate_and_predict_take_paths_as_typed(metacv, name):
     assert_one_line(metacv("evaluate", f"checkpoint={name}"), f"{name} has no best.pt")
     for words in ([f"checkpoint={name}", "support=."], [f"adapted={name}"]):
         assert_one_line(metacv("predict", *words, "query=."), f"{name} has no best.pt")
-    assert quoted(name) in Words("predict", [f"query={name}"]).overrides[0]
+    assert quoted(name) in hydra_overrides("predict", [f"query={name}"])[0]
 
 
 def test_a_leading_tilde_is_the_home_folder(metacv, monkeypatch, tmp_path):
@@ -384,7 +384,7 @@ def test_a_leading_tilde_is_the_home_folder(metacv, monkeypatch, tmp_path):
 def test_a_run_with_an_equals_sign_in_its_name_is_a_run_and_not_a_setting(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     Path("lr=1").mkdir()
-    assert Words("compare", ["lr=1", "lr=2", "b"]).overrides == ["lr=2", "runs=['lr=1','b']"]
+    assert hydra_overrides("compare", ["lr=1", "lr=2", "b"]) == ["lr=2", "runs=['lr=1','b']"]
 
 
 def completed(line: str) -> list[str]:

@@ -5,10 +5,10 @@ from hydra import compose, initialize_config_dir
 
 from metacv import CONFIG_DIR
 from metacv.config import (
+    LOCAL,
     TrainConfig,
     flat,
     from_dict,
-    is_local,
     is_path,
     is_resumable,
     merged,
@@ -53,7 +53,7 @@ def test_settings_survive_the_way_through_a_checkpoint(train_config):
     config = train_config("algo=protonet", "way=7", "clip_norm=0.5", "seed=9000000000000000000")
     assert from_dict(TrainConfig, to_dict(config, with_local=True)) == config
     kept = to_dict(config)
-    assert not any(map(is_local, kept))
+    assert LOCAL.isdisjoint(kept)
     assert from_dict(TrainConfig, kept).way == 7
 
 

@@ -32,7 +32,7 @@ from metacv.distributed import Ranks
 from metacv.errors import UserError
 from metacv.evaluate import evaluate_episodes
 from metacv.model import build_dataset, build_node, load_checkpoint, save_checkpoint, target_class
-from metacv.run import Run, Start
+from metacv.run import Run
 from metacv.train import prepare, training_step
 
 T = TypeVar("T")
@@ -84,7 +84,7 @@ def settings_of(algo: str, data_dir: Path) -> TrainConfig:
 
 
 def new_run(algo: str, data_dir: Path) -> tuple[Run, EpisodeList]:
-    return prepare(Start(settings_of(algo, data_dir), [], None), Ranks())
+    return prepare(settings_of(algo, data_dir), [], Ranks())
 
 
 def train(run: Run, steps: int) -> Run:

@@ -19,7 +19,6 @@ from metacv.data.sampler import EpisodeSampler
 from metacv.data.transforms import Augment
 from metacv.distributed import Ranks
 from metacv.errors import UserError
-from metacv.run import Start
 from metacv.terminal import report_error
 from metacv.train import prepare
 
@@ -194,8 +193,8 @@ def settings(data_dir: Path, *overrides: str) -> TrainConfig:
 
 def test_reptile_with_moments_that_pass_from_task_to_task_is_refused(data_dir):
     with pytest.raises(UserError, match=r"algo.reset_moments=false .* 2 processes"):
-        prepare(Start(settings(data_dir, "algo=reptile"), [], None), Ranks(0, 2))
-    run, _ = prepare(Start(settings(data_dir, "algo=reptile", "algo.reset_moments=true"), [], None), Ranks())
+        prepare(settings(data_dir, "algo=reptile"), [], Ranks(0, 2))
+    run, _ = prepare(settings(data_dir, "algo=reptile", "algo.reset_moments=true"), [], Ranks())
     assert run.algorithm.sequential_because is None
 
 

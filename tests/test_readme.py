@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import TRAIN, random_tasks
 
-from metacv import CONFIG_DIR, cli, completion, help
+from metacv import CONFIG_DIR, cli, completion, config, help
 from metacv.algorithms import metric
 from metacv.model import load_checkpoint
 from metacv.results import Result, read_results
@@ -31,7 +31,7 @@ def checkout(monkeypatch, tmp_path) -> Path:
     modules = tmp_path / "checkout/metacv/algorithms/metric"
     modules.mkdir(parents=True)
     monkeypatch.setattr(metric, "__path__", [*metric.__path__, str(modules)])
-    for user in (cli, completion, help):
+    for user in (cli, completion, config, help):
         monkeypatch.setattr(user, "CONFIG_DIR", tmp_path / "checkout/configs")
     return tmp_path / "checkout"
 

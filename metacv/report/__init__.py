@@ -3,7 +3,7 @@
 from itertools import groupby
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import StrictUndefined, Template
 
 from metacv import __version__
 from metacv.config import ReportConfig
@@ -11,58 +11,52 @@ from metacv.errors import UserError
 from metacv.files import user_path, write_bytes_atomically
 from metacv.report.figures import CURVES, HUES, by_task, curves, sample_episodes
 from metacv.report.gather import gather
-from metacv.report.table import BEST, NOTE, Cells, Row, as_csv, as_markdown, as_text, cells_of, rows_of, varied_settings
-
-__all__ = ["report"]
+from metacv.report.table import BEST, NOTE, Row, as_markdown, rows_of, varied_settings
+from metacv.text import aligned, csv_text
 
 
 def report(config: ReportConfig, folder: Path) -> list[dict[str, str]]:
-    """Write report.html, report.md and report.csv into `folder`, and return the cells of the table by column.
-
-    Raises UserError if one of the folders does not exist, or if there is no run below them.
-    """
+    """Write report.html, .md and .csv into `folder`, and return the table's cells by column; UserError if no run."""
     places = [place for name in config.runs if not (place := user_path(name)).is_file()]
-    for place in places:
-        if not place.is_dir():
-            raise UserError(f"{place}: there is no such folder")
+    if missing := [place for place in places if not place.is_dir()]:
+        raise UserError(f"{missing[0]}: there is no such folder")
     runs, notes = gather(places)
     if not runs:
         raise UserError("; ".join([f"{', '.join(config.runs)}: there is no run with a best.pt", *notes]))
     rows = rows_of(runs)
     varied = varied_settings(rows)
-    cells = cells_of(rows, varied)
+    all_cells = [row.cells(varied) for row in rows]
+    columns = [name for name in all_cells[0] if any(own[name] for own in all_cells)]  # without empty ones
+    cells = [{name: own[name] for name in columns} for own in all_cells]
+    lines = [columns, *(list(own.values()) for own in cells)]
     notes = [NOTE] * any(row.selection for row in rows) + notes
     folder.mkdir(parents=True, exist_ok=True)
-    for kind, text in (("csv", as_csv(cells)), ("md", as_markdown(cells)), ("html", page(rows, varied, cells, notes))):
+    html = page(rows, varied, cells, notes)
+    for kind, text in (("csv", csv_text(lines)), ("md", as_markdown(lines)), ("html", html)):
         write_bytes_atomically(folder / f"report.{kind}", text.encode())
-    print("\n".join([as_text(cells), *notes]))
+    print("\n".join([aligned(lines), *notes]))
     for kind in ("html", "md", "csv"):
         print(f"{'written:' if kind == 'html' else '':<8} {folder / f'report.{kind}'}")
     return cells
 
 
-def page(rows: list[Row], varied: list[str], cells: Cells, notes: list[str]) -> str:
+def page(rows: list[Row], varied: list[str], cells: list[dict[str, str]], notes: list[str]) -> str:
     """The page. `rows` are in the order of the table: those of a task together."""
     best_first = sorted(rows, key=lambda row: -row.measured[0])
     runs = list({id(row.run): row.run for row in best_first}.values())
     groups = [list(group) for _, group in groupby(zip(rows, cells, strict=True), key=lambda pair: pair[0].task)]
     headings = [group[0][0].heading for group in groups]
-    tests = [group[0][0].test for group in groups]
-    headings = [
-        f"{heading}, episode list {test.episodes_sha256[:8]}" if test and headings.count(heading) > 1 else heading
-        for heading, test in zip(headings, tests, strict=True)
-    ]
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("page.html.j2").render(
+    tasks = []
+    for heading, group in zip(headings, groups, strict=True):
+        test = group[0][0].test
+        episodes = f", episode list {test.episodes_sha256[:8]}" if test and headings.count(heading) > 1 else ""
+        tasks.append((heading + episodes, group))
+    text = (Path(__file__).parent / "page.html.j2").read_text()
+    template = Template(text, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return template.render(
         version=__version__,
         notes=notes,
-        tasks=list(zip(headings, groups, strict=True)),
+        tasks=tasks,
         best=BEST,
         columns=[name for name in cells[0] if name not in ("task", "tested on")],
         hues=HUES,

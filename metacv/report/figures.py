@@ -9,12 +9,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
+import numpy
 import torch
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.style import context
-from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from metacv.compare import t_interval
 from metacv.config import flat, to_dict
@@ -58,15 +59,12 @@ def curves(runs: list[RunRecord]) -> list[Chart]:
 def by_task(rows: list[Row], varied: list[str]) -> list[Chart]:
     """Accuracy by shot for each way, and by way for each shot, of runs that were tested in the same way.
 
-    A point is the mean of the runs that differ only in the seed, with its interval over the runs (Student's t); a
-    single run has its interval over episodes.
+    A point is the mean of the runs that differ only in the seed, with Student's interval over the runs.
     """
     charts = []
     for x_axis, fixed in (("shot", "way"), ("way", "shot")):
         # By way of testing, by line, by x and by checkpoint: a test.
-        groups: dict[tuple[object, ...], dict[tuple[str, str], dict[int, dict[str, Result]]]] = defaultdict(
-            lambda: defaultdict(lambda: defaultdict(dict))
-        )
+        groups: dict[Any, Any] = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
         for row in rows:
             if test := row.test:
                 said = (test.dataset, test.split, test.batch_norm, test.rotation)
@@ -77,21 +75,19 @@ def by_task(rows: list[Row], varied: list[str]) -> list[Chart]:
             lines = [(name, points) for (name, _), points in group.items() if len(points) > 1]
             if not lines:
                 continue
-            shown = lines[: len(HUES)]
-            drawn = [[point(x, list(tests.values())) for x, tests in sorted(points.items())] for _, points in shown]
-            names = [f"{name}: {counted([len(tests) for tests in points.values()])}" for name, points in shown]
+            names, drawn = [], []
+            for name, points in lines[: len(HUES)]:
+                few, *_, many = sorted(len(tests) for tests in points.values())
+                names.append(f"{name}: {plural(few, 'run') if few == many else f'{few} to {many} runs'}")
+                drawn.append([point(x, list(tests.values())) for x, tests in sorted(points.items())])
             caption = f"{value}-{fixed} accuracy by {x_axis}: {dataset} {split}, {batch_norm}, rotation {rotation}"
-            caption += f"; the first {len(shown)} of {len(lines)} lines" * (len(shown) < len(lines))
+            caption += f"; the first {len(names)} of {len(lines)} lines" * (len(names) < len(lines))
             charts.append(Chart(caption, names, svg(draw(drawn, x_axis))))
     return charts
 
 
 def lines_of(row: Row, test: Result, varied: list[str]) -> Iterator[tuple[str, str]]:
-    """Name and identity of the lines that a test belongs to.
-
-    One line joins the tests of the same training on different tasks. Another joins runs that were each trained for the
-    task that they are tested on, and are otherwise alike.
-    """
+    """Name and identity of a test's lines: one joins a training's tests, one joins runs trained for each task."""
     config = row.run.config
     settings = {name: str(value) for name, value in flat(to_dict(config)) if name != "seed"} | test.changes
     without_task = {name: value for name, value in settings.items() if name.split(".")[-1] not in TASK}
@@ -103,15 +99,11 @@ def lines_of(row: Row, test: Result, varied: list[str]) -> Iterator[tuple[str, s
 
 
 def point(x: float, tests: list[Result]) -> Point:
+    """The mean of the tests with its interval over them; a single test has its interval over episodes."""
     if len(tests) == 1:
         return x, 100 * tests[0].accuracy, 100 * tests[0].ci95
     accuracy = 100 * torch.tensor([test.accuracy for test in tests], dtype=torch.float64)
     return x, float(accuracy.mean()), t_interval(accuracy)
-
-
-def counted(runs: list[int]) -> str:
-    few, many = min(runs), max(runs)
-    return plural(few, "run") if few == many else f"{few} to {many} runs"
 
 
 @context(STYLE)
@@ -120,22 +112,18 @@ def draw(lines: Sequence[Line], x_label: str) -> Figure:
     figure = Figure(figsize=(4.2, 2.5))
     axes = figure.add_axes((0.13, 0.2, 0.84, 0.75))
     for line, hue in zip(lines, HUES, strict=False):
-        x, half = [point[0] for point in line], [point[2] for point in line]
-        y = [min(100, max(0, point[1])) for point in line]
+        x, y, half = numpy.array(line).reshape(-1, 3).T
+        y = y.clip(0, 100)
         axes.plot(x, y, color=hue, marker="o" if len(line) <= 30 else None)
         if len(line) <= 30:
-            low = [value - max(0, value - e) for value, e in zip(y, half, strict=True)]
-            high = [min(100, value + e) - value for value, e in zip(y, half, strict=True)]
-            axes.errorbar(x, y, (low, high), fmt="none", ecolor=hue, elinewidth=1)
+            axes.errorbar(x, y, numpy.minimum(half, [y, 100 - y]), fmt="none", ecolor=hue, elinewidth=1)
     axes.set_xlabel(x_label)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g} %"))
-    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_major_formatter("{x:g} %")
+    axes.locator_params(nbins=5)
     ticks = sorted({point[0] for line in lines for point in line})
     if 1 < len(ticks) < 6:
         axes.set_xticks(ticks)
-    else:
-        axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
     return figure
 
 
@@ -146,8 +134,7 @@ def svg(figure: Figure) -> Markup:
     metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     figure.savefig(content, format="svg", transparent=True, metadata=metadata)
     text = content.getvalue()
-    text = re.sub(r"<!--.*?-->\s*| id=\"\w+_\d+\"", "", text[text.index("<svg") :], flags=re.DOTALL)
-    return Markup(text)
+    return Markup(re.sub(r"<!--.*?-->\s*| id=\"\w+_\d+\"", "", text[text.index("<svg") :], flags=re.DOTALL))
 
 
 def sample_episodes(runs: list[RunRecord]) -> list[tuple[str, str]]:

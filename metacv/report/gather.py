@@ -2,7 +2,6 @@
 
 import json
 import sys
-from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -13,7 +12,7 @@ import yaml
 
 from metacv import CONFIG_DIR
 from metacv.compare import shortened
-from metacv.config import TrainConfig, flat, is_local, to_dict
+from metacv.config import LOCAL, TrainConfig, flat, to_dict
 from metacv.errors import UserError
 from metacv.model import load_checkpoint
 from metacv.results import LARGEST, Result, ResultFile, read_results
@@ -21,8 +20,7 @@ from metacv.text import plural, printable
 from metacv.upgrade import upgrade_override
 
 RUNNERS = {"hydra", "launcher", "sweeper"}  # settings of where runs are executed
-# Settings that are part of a paper's protocol: its experiment sets them.
-PROTOCOL = {"way", "shot", "query", "batch_norm", "algo", "backbone", "dataset", "paper"}
+PROTOCOL = {"way", "shot", "query", "batch_norm", "algo", "backbone", "dataset", "paper"}  # an experiment sets them
 
 
 @dataclass
@@ -32,7 +30,7 @@ class RunRecord:
     folder: Path
     config: TrainConfig
     step: int
-    validation: dict[str, Any]  # accuracy and ci95; empty if the checkpoint has none
+    validation: tuple[float, float] | None  # accuracy and half its interval, from 0 to 1
     sha256: str
     overrides: dict[str, str]  # settings that the command line changed
     metrics: list[dict[str, float]]
@@ -46,8 +44,7 @@ class RunRecord:
     @cached_property
     def settings(self) -> dict[str, str]:
         """Every setting that may change the result, as the run was trained with it."""
-        trained = {name: printable(str(value)) for name, value in flat(to_dict(self.config))}
-        return self.overrides | trained
+        return self.overrides | {name: printable(str(value)) for name, value in flat(to_dict(self.config))}
 
     @cached_property
     def validated_on(self) -> str:
@@ -58,20 +55,15 @@ class RunRecord:
 
     def paper(self, test: Result) -> str:
         """The accuracy that the paper reports, in %, if `test` follows the protocol of the run's experiment."""
-        changed = {name.split(".")[0] for name in self.overrides if not name.startswith("algo.")}
-        own = (self.config.way, self.config.shot, self.config.query)
-        images = (class_name(self.config.dataset), self.config.dataset.get("test_rotation", "none"), "test")
-        if (
-            "experiment" not in self.overrides
-            or PROTOCOL & changed
-            or test.changes
-            or (test.way, test.shot, test.query) != own
-            or (test.dataset, test.rotation, test.split) != images
-        ):
+        config, changed = self.config, {name.split(".")[0] for name in self.overrides if not name.startswith("algo.")}
+        images = class_name(config.dataset), config.dataset.get("test_rotation", "none"), "test"
+        followed = (config.way, config.shot, config.query, *images)
+        own = (test.way, test.shot, test.query, test.dataset, test.rotation, test.split)
+        if "experiment" not in self.overrides or PROTOCOL & changed or test.changes or own != followed:
             return ""
-        for entry in self.config.paper or paper_of_experiment(self.overrides["experiment"]):
+        for entry in config.paper or paper_of_experiment(self.overrides["experiment"]):
             accuracy, ci95 = entry.get("accuracy"), entry.get("ci95")
-            if entry.get("batch_norm", self.config.batch_norm) == test.batch_norm and is_number(accuracy):
+            if entry.get("batch_norm", config.batch_norm) == test.batch_norm and is_number(accuracy):
                 numbers = [accuracy, ci95] if is_number(ci95) else [accuracy]
                 decimals = max(1, *(len(f"{number:.10g}".partition(".")[2]) for number in numbers))
                 return " ± ".join(f"{number:.{decimals}f}" for number in numbers)
@@ -85,14 +77,23 @@ def paper_of_experiment(name: str) -> list[dict[str, Any]]:
     return yaml.safe_load(known[name].read_text()).get("paper", []) if name in known else []
 
 
-def gather(places: Iterable[Path]) -> tuple[list[RunRecord], list[str]]:
-    """Runs below `places`, with all evaluations of their checkpoints that lie anywhere below `places`.
+def gather(places: list[Path]) -> tuple[list[RunRecord], list[str]]:
+    """Runs below `places` with all evaluations of their checkpoints there, and notes on what is left out.
 
-    Also returns notes on the runs and the evaluations that are left out. A damaged checkpoint is reported on stderr;
-    other damaged files count as missing.
+    Also prints a line for each damaged checkpoint; other damaged files count as missing.
     """
-    places = list(places)
-    files = dict(item for place in places for item in result_files(place))
+
+    def below(pattern: str) -> list[Path]:
+        return [path for place in places for path in sorted(place.rglob(pattern))]
+
+    files: dict[Path, ResultFile] = {}
+    old = set()
+    for path in filter(Path.is_file, below("*.json")):
+        try:
+            files[path] = read_results(path)
+        except UserError:  # another program's file, or one that is damaged or of version 1
+            if '"norm": "' in (text := read(path)) and '"checkpoint_sha256": "' in text:
+                old.add(path)
     tests = {
         (test.checkpoint_sha256, test.episodes_sha256, test.batch_norm, str(test.changes)): (test, path)
         for path, file in files.items()
@@ -100,7 +101,7 @@ def gather(places: Iterable[Path]) -> tuple[list[RunRecord], list[str]]:
         if test.checkpoint_sha256
     }
     runs: dict[Path, RunRecord] = {}
-    for path in (path for place in places for path in sorted(place.rglob("best.pt"))):
+    for path in below("best.pt"):
         try:
             runs[path.parent.resolve()] = read_run(path, files)
         except (UserError, OSError) as error:
@@ -108,10 +109,11 @@ def gather(places: Iterable[Path]) -> tuple[list[RunRecord], list[str]]:
     for run, name in zip(runs.values(), shortened(list(runs)) if runs else [], strict=True):
         run.name = printable(name)
         run.tests = [test for test, _ in tests.values() if test.checkpoint_sha256 == run.sha256]
-    failed = {folder for place in places for folder in training_folders(place) if not (folder / "best.pt").exists()}
+    started = {path.parent.parent for path in below(".hydra/hydra.yaml") if "name: metacv train\n" in read(path)}
+    started |= {path.parent for path in below("metrics.jsonl")}
+    failed = {folder for folder in started if not (folder / "best.pt").exists()}
     known = {run.sha256 for run in runs.values()}
     strange = {path for test, path in tests.values() if test.checkpoint_sha256 not in known}
-    old = {path for place in places for path in place.rglob("*.json") if is_of_version_1(path)}
     notes = [
         left_out("run", "without a best.pt (failed, or not validated yet)", failed),
         left_out("evaluation", "of a checkpoint that is missing or has changed since", strange),
@@ -123,27 +125,12 @@ def gather(places: Iterable[Path]) -> tuple[list[RunRecord], list[str]]:
 def read_run(path: Path, files: dict[Path, ResultFile]) -> RunRecord:
     """The run of a best.pt, without its weights."""
     checkpoint, folder = load_checkpoint(path), path.parent
-    validation = checkpoint.content.get("validation")
-    if not isinstance(validation, dict) or not is_number(validation.get("accuracy"), validation.get("ci95")):
-        validation = {}
+    best = checkpoint.content.get("validation")
+    measured: Any = (best.get("accuracy"), best.get("ci95")) if isinstance(best, dict) else (None, None)
+    validation = measured if is_number(*measured) else None
     changed = overrides(folder, [file for place, file in files.items() if place.parent == folder])
     lines = metrics(folder / "metrics.jsonl")
     return RunRecord(folder, checkpoint.config, checkpoint.step, validation, checkpoint.sha256, changed, lines)
-
-
-def result_files(place: Path) -> Iterator[tuple[Path, ResultFile]]:
-    for path in sorted(place.rglob("*.json")):
-        try:
-            if path.is_file():
-                yield path, read_results(path)
-        except UserError:  # another program's file, or one that is damaged
-            continue
-
-
-def is_of_version_1(path: Path) -> bool:
-    """Whether a file has the result of an evaluation, or of a comparison, in the form of version 1."""
-    text = read(path)
-    return '"norm": "' in text and '"checkpoint_sha256": "' in text
 
 
 def printable_result(test: Result) -> Result:
@@ -163,7 +150,7 @@ def overrides(folder: Path, files: list[ResultFile]) -> dict[str, str]:
             words = []
     texts = dict.fromkeys(word for word in words if isinstance(word, str)) if isinstance(words, list) else {}
     pairs = [upgrade_override(printable(word).lstrip("+")).partition("=") for word in texts]
-    return {n: value for n, _, value in pairs if not (n.split(".")[0] in RUNNERS or is_local(n.split(".")[0]))}
+    return {n: value for n, _, value in pairs if n.split(".")[0] not in RUNNERS | LOCAL}
 
 
 def metrics(path: Path) -> list[dict[str, float]]:
@@ -175,12 +162,6 @@ def metrics(path: Path) -> list[dict[str, float]]:
             if isinstance(content, dict) and is_number(content.get("step")):
                 lines.append({name: float(value) for name, value in content.items() if is_number(value)})
     return lines
-
-
-def training_folders(place: Path) -> set[Path]:
-    """Folders that a training run has written to."""
-    started = {path.parent.parent for path in place.rglob(".hydra/hydra.yaml") if "name: metacv train\n" in read(path)}
-    return started | {path.parent for path in place.rglob("metrics.jsonl")}
 
 
 def left_out(noun: str, reason: str, paths: set[Path]) -> str:

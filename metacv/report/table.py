@@ -1,17 +1,14 @@
 """The table of a report: a row for each evaluation of a run, or for the run itself if it has none."""
 
-import csv
-import io
 import re
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import groupby
 
 from metacv.report.gather import RunRecord
 from metacv.results import Result
-from metacv.text import csv_safe, percent, plural
+from metacv.text import percent, plural
 
 BEST, SIMILAR = "best in validation", "not significantly different"
 NOTE = (
@@ -19,7 +16,6 @@ NOTE = (
     f'"{SIMILAR}": its interval overlaps with that of the best run; metacv compare, which uses the same episodes for '
     "both, finds smaller differences."
 )
-Cells = list[dict[str, str]]
 
 
 @dataclass
@@ -33,23 +29,25 @@ class Row:
     @property
     def task(self) -> tuple[int, int, str, str]:
         """Equal for rows whose accuracies can be compared."""
-        if self.test:
-            return self.test.way, self.test.shot, tested_on(self.test), self.test.episodes_sha256
-        return self.run.config.way, self.run.config.shot, "", self.run.validated_on
+        if not (test := self.test):
+            return self.run.config.way, self.run.config.shot, "", self.run.validated_on
+        query = plural(test.query, "query", "queries")
+        tested_on = f"{plural(test.episodes, 'episode')} of {test.dataset} {test.split}, {query}, {test.batch_norm}"
+        if test.rotation not in ("", "none"):
+            tested_on += f", rotation {test.rotation}"
+        return test.way, test.shot, tested_on, test.episodes_sha256
 
     @property
     def heading(self) -> str:
         """The task and the images, for a group of rows."""
-        config = self.run.config
+        config, (way, shot, tested_on, _) = self.run.config, self.task
         episodes = f"{plural(config.eval_episodes, 'episode')}, {config.batch_norm}"
-        return f"{name_of(self.task)}, {self.task[2] or f'not tested; validated on {episodes}'}"
+        return f"{way}-way {shot}-shot, {tested_on or f'not tested; validated on {episodes}'}"
 
     @property
     def measured(self) -> tuple[float, float]:
         """Accuracy and half its interval: of the test if there is one, otherwise in validation."""
-        if self.test:
-            return self.test.accuracy, self.test.ci95
-        return float(self.run.validation.get("accuracy", 0)), float(self.run.validation.get("ci95", 0))
+        return (self.test.accuracy, self.test.ci95) if self.test else self.run.validation or (0, 0)
 
     @property
     def settings(self) -> dict[str, str]:
@@ -57,25 +55,24 @@ class Row:
 
     def cells(self, varied: list[str]) -> dict[str, str]:
         """The texts of the row by column; `varied` are settings with a column of their own."""
-        test, validation = self.test, self.run.validation
+        test, validation, (way, shot, tested_on, _) = self.test, self.run.validation, self.task
         return {
             "run": self.run.name,
             "algorithm": self.run.algorithm,
-            "task": name_of(self.task),
+            "task": f"{way}-way {shot}-shot",
             "test %": percent(test.accuracy, test.ci95) if test else "",
             "paper %": self.run.paper(test) if test else "",
-            "validation %": percent(validation["accuracy"], validation["ci95"]) if validation else "",
+            "validation %": percent(*validation) if validation else "",
             "selection": self.selection,
             "at step": str(self.run.step),
             **{name: self.settings.get(name, "") for name in varied},
-            "tested on": self.task[2],
+            "tested on": tested_on,
         }
 
 
 def rows_of(runs: list[RunRecord]) -> list[Row]:
     """All rows, those of a task together, the best first."""
-    rows = [Row(run, test) for run in runs for test in run.tests]
-    rows += [Row(run, None) for run in runs if not run.tests]
+    rows = [Row(run, test) for run in runs for test in tuple(run.tests) or (None,)]
     rows.sort(key=lambda row: (*row.task, -row.measured[0]))
     for _, task in groupby(rows, key=lambda row: row.task):
         select(list(task))
@@ -88,7 +85,7 @@ def select(rows: list[Row]) -> None:
     comparable = len({row.run.validated_on for row in rows}) == 1 and all(row.run.validation for row in rows)
     if not as_validated or not comparable or len({row.run.folder for row in rows}) == 1:
         return
-    best = max(as_validated, key=lambda row: float(row.run.validation["accuracy"]))
+    best = max(as_validated, key=lambda row: row.run.validation or (0, 0))
     for row in rows:
         if abs(row.measured[0] - best.measured[0]) <= row.measured[1] + best.measured[1]:
             row.selection = SIMILAR
@@ -98,8 +95,7 @@ def select(rows: list[Row]) -> None:
 def varied_settings(rows: list[Row]) -> list[str]:
     """Settings with different values: those that a command line changed, and those without which rows look alike."""
     changed = {name for row in rows for name in (*row.run.overrides, *(row.test.changes if row.test else ()))}
-    changed |= {"batch_norm", "eval_episodes"}  # of validation
-    varied = differing(rows, changed)
+    varied = differing(rows, changed | {"batch_norm", "eval_episodes"})  # the last two are of validation
     alike = defaultdict(list)
     for row in rows:
         alike[row.task, row.run.algorithm, tuple(row.settings.get(name) for name in varied)].append(row)
@@ -112,43 +108,8 @@ def differing(rows: list[Row], names: set[str]) -> set[str]:
     return {name for name in names if len({row.settings.get(name) for row in rows}) > 1}
 
 
-def cells_of(rows: list[Row], varied: list[str]) -> Cells:
-    """The texts of all rows, without columns that are empty."""
-    cells = [row.cells(varied) for row in rows]
-    kept = [name for name in cells[0] if any(row[name] for row in cells)]
-    return [{name: row[name] for name in kept} for row in cells]
-
-
-def name_of(task: tuple[int, int, str, str]) -> str:
-    return f"{task[0]}-way {task[1]}-shot"
-
-
-def tested_on(test: Result) -> str:
-    rotation = "" if test.rotation in ("", "none") else f", rotation {test.rotation}"
-    query = plural(test.query, "query", "queries")
-    return f"{plural(test.episodes, 'episode')} of {test.dataset} {test.split}, {query}, {test.batch_norm}{rotation}"
-
-
-def as_csv(cells: Cells) -> str:
-    text = io.StringIO(newline="")
-    csv.writer(text).writerows([csv_safe(value) for value in line] for line in _lines(cells))
-    return text.getvalue()
-
-
-def as_markdown(cells: Cells) -> str:
+def as_markdown(lines: list[list[str]]) -> str:
     """A table of GitHub's Markdown in which names cannot become HTML, links or new cells."""
-    lines = [
-        [re.sub(r"([\\`*\[\]|])", r"\\\1", escape(value, quote=False)) for value in line] for line in _lines(cells)
-    ]
-    lines.insert(1, ["---"] * len(cells[0]))
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def as_text(cells: Cells) -> str:
-    lines = _lines(cells)
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(f"{v:<{w}}" for v, w in zip(line, widths, strict=True)).rstrip() for line in lines)
-
-
-def _lines(cells: Cells) -> list[Sequence[str]]:
-    return [list(cells[0]), *(list(row.values()) for row in cells)]
+    safe = [[re.sub(r"([\\`*\[\]|])", r"\\\1", escape(cell, quote=False)) for cell in line] for line in lines]
+    safe.insert(1, ["---"] * len(lines[0]))
+    return "".join(f"| {' | '.join(line)} |\n" for line in safe)
