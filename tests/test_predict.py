@@ -87,7 +87,7 @@ def test_predict_agrees_with_evaluation_on_the_same_task():
     algorithm = conv4_with(ProtoNet)
     sampler = EpisodeSampler(bank_of([20] * 6, shape=(1, 28, 28)), 4, 2, 3)
     rows = sampler.draw(1)
-    tasks, images = sampler.gather(rows), sampler.images[rows[0]]
+    tasks, images = sampler.tasks(sampler.images, rows), sampler.images[rows[0]]
     support = Support(images[:, :2].flatten(0, 1), (2,) * 4, tuple("abcd"))
     queries = images[:, 2:].flatten(0, 1)
     own = support.task(queries, torch.device("cpu"))
@@ -131,7 +131,7 @@ def test_files_get_the_labels_that_evaluation_gives_to_the_same_tasks(metacv, al
     sampler = EpisodeSampler(bank, 3, 2, 5)
     algorithm = checkpoint.build()
     rows = sampler.draw(2)
-    probabilities = algorithm.probabilities(algorithm.predict(sampler.gather(rows), mode))
+    probabilities = algorithm.probabilities(algorithm.predict(sampler.tasks(sampler.images, rows), mode))
     accuracies = []
     for task in range(2):
         images = sampler.images[rows[task]]

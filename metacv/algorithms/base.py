@@ -39,15 +39,12 @@ class Algorithm(nn.Module, ABC):
         return logits.softmax(dim=-1)
 
     def training_step(self, tasks: TaskBatch) -> dict[str, Tensor]:
-        """Add the outer gradient to `.grad`, and return scalars to log: their means over the tasks.
-
-        Groups of tasks take turns, so that memory holds the graph of one group only.
-        """
+        """Add the outer gradient to `.grad`, and return scalars to log: their means over the tasks."""
         metrics = [self.gradient(group, len(group) / len(tasks)) for group in self.groups(tasks)]
         return {name: torch.stack([own[name] for own in metrics]).sum() for name in metrics[0]}
 
     def groups(self, tasks: TaskBatch) -> Iterator[TaskBatch]:
-        """The tasks in groups that pass through the network together."""
+        """The tasks in groups that pass through the network together: memory holds the graph of one group only."""
         yield tasks
 
     def add_gradient(self, tasks: TaskBatch, share: float) -> dict[str, Tensor]:
@@ -79,8 +76,7 @@ class Algorithm(nn.Module, ABC):
 
     def predict_each_query(self, tasks: TaskBatch) -> Tensor:
         """Query logits [T, Q, N], where each query passes in one batch with the support set alone."""
-        queries = range(tasks.query_x.shape[1])
-        return torch.cat([self(tasks.with_query(index)) for index in queries], dim=1)
+        return torch.cat([self(one) for one in tasks.each_query()], dim=1)
 
 
 class MetricMethod(Algorithm):
@@ -107,23 +103,20 @@ class MetricMethod(Algorithm):
         """The tasks with features instead of images."""
         if one_batch:
             images = torch.cat([tasks.support_x, tasks.query_x], dim=1)  # [T, S + Q, C, H, W]
-            support, query = self._embed_tasks(images).tensor_split([tasks.support_x.shape[1]], dim=1)
+            features = per_task(self.backbone, self.embed, images)
+            support, query = features.tensor_split([tasks.support_x.shape[1]], dim=1)
         else:
-            support, query = self._embed_tasks(tasks.support_x), self._embed_tasks(tasks.query_x)
+            support, query = (per_task(self.backbone, self.embed, own) for own in (tasks.support_x, tasks.query_x))
         return replace(tasks, support_x=support, query_x=query)
 
     def predict_each_query(self, tasks: TaskBatch) -> Tensor:
-        queries = [tasks.with_query(index) for index in range(tasks.query_x.shape[1])]
-        return torch.cat([self.head(self.embedded(one, one_batch=True)) for one in queries], dim=1)
+        return torch.cat([self.head(self.embedded(one, one_batch=True)) for one in tasks.each_query()], dim=1)
 
     def embeds_each_image_alone(self, batch_norm: str) -> bool:
         """Whether features of an image do not depend on other images, so that evaluation may compute them once."""
         keeps_statistics = all(norm.running_mean is not None for norm in batch_norms(self.backbone))
         own_forward = type(self).forward is not MetricMethod.forward  # computes something else than `head` of features
         return batch_norm == "inductive" and keeps_statistics and not own_forward
-
-    def _embed_tasks(self, images: Tensor) -> Tensor:
-        return per_task(self.backbone, self.embed, images)
 
 
 @contextmanager

@@ -5,19 +5,19 @@ import math
 import torch
 from torch import Tensor, nn
 
+ImageShape = tuple[int, int, int]  # C, H, W
+
 
 class Backbone(nn.Module):
-    """A network that embeds images.
-
-    A subclass sets `out_shape` and writes `forward`: normalized images [B, C, H, W] -> [B, *out_shape]. Methods call
-    `features` or `maps`, which normalize the images first.
-    """
+    """A subclass sets `out_shape` and writes `forward`: normalized images [B, C, H, W] -> features [B, *out_shape]."""
 
     out_shape: tuple[int, ...]  # (C, H, W) of maps, or (D,) of vectors
+    mean: Tensor | None  # for the normalization of images, with `std`: from the settings, not saved with the weights
+    std: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        self.normalize: nn.Module = nn.Identity()
+        self.register_buffer("mean", None, persistent=False)
 
     @property
     def features_dim(self) -> int:
@@ -32,34 +32,20 @@ class Backbone(nn.Module):
         """Images [B, C, H, W] from 0 to 1 -> maps [B, D, h, w], where the network has maps."""
         return self(self.normalize(images))
 
-    def set_normalization(self, mean: list[float], std: list[float]) -> None:
-        """Give the network (images - mean) / std from now on, by channel; one value holds for all channels.
+    def normalize(self, images: Tensor) -> Tensor:
+        return images if self.mean is None else (images - self.mean) / self.std
 
-        Raises ValueError if a value is not finite, a deviation is not positive, or a normalization is already set.
-        """
+    def set_normalization(self, mean: list[float], std: list[float]) -> None:
+        """Normalize images from now on; one value holds for all channels. ValueError if it makes no sense or is set."""
         if not all(map(math.isfinite, mean)) or not all(0 < value < math.inf for value in std):
             raise ValueError(f"mean={mean}, std={std}: all must be finite, and every std above 0")
-        if isinstance(self.normalize, Normalize):
+        if self.mean is not None:
             raise ValueError("backbone.weights come with their own mean and std")
-        self.normalize = Normalize(mean, std)
-
-    def load_pretrained(self) -> None:
-        """Load the weights that a new training run starts from, if the network has any."""
-
-
-class Normalize(nn.Module):
-    """(images - mean) / std. The values come from the settings, and are not saved with the weights."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, mean: list[float], std: list[float]) -> None:
-        super().__init__()
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
 
-    def forward(self, images: Tensor) -> Tensor:
-        return (images - self.mean) / self.std
+    def load_pretrained(self) -> None:
+        """Load the weights that a new training run starts from, if the network has any."""
 
 
 class GlobalMean(nn.Module):

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+_gradients = torch.ops.aten.native_batch_norm_backward  # by images, scale and shift
+
 
 def batch_norms(network: nn.Module) -> list[_BatchNorm]:
     return [module for module in network.modules() if isinstance(module, _BatchNorm)]
@@ -40,12 +42,9 @@ def batch_statistics(network: nn.Module) -> Iterator[None]:
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """nn.BatchNorm2d up to rounding. If `second_order`, its gradient in training is fast to differentiate once more.
+    """nn.BatchNorm2d up to rounding. If `second_order`, its gradient in training is fast to differentiate once more."""
 
-    This holds on CPUs and without running statistics. It has no third derivative, and torch.func.grad cannot take it.
-    """
-
-    second_order = False
+    second_order = False  # for CPUs, without running statistics; then no third derivative, and not for torch.func.grad
 
     def forward(self, images: Tensor) -> Tensor:
         own = self.second_order and self.training and self.running_mean is None and self.weight is not None
@@ -92,13 +91,9 @@ class _Gradient(torch.autograd.Function):
     where P(a) = a - mean(a) - z mean(a z)."""
 
     @staticmethod
-    def forward(
-        ctx: Any, g: Tensor, x: Tensor, w: Tensor, mean: Tensor, r: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, g: Tensor, x: Tensor, w: Tensor, mean: Tensor, r: Tensor, eps: float) -> tuple[Tensor, ...]:
         g = _laid_out_as(x, g)
-        by_x, by_w, by_b = torch.ops.aten.native_batch_norm_backward(
-            g, x, w, None, None, mean, r, True, eps, [True, True, True]
-        )
+        by_x, by_w, by_b = _gradients(g, x, w, None, None, mean, r, True, eps, [True, True, True])
         ctx.save_for_backward(g, x, w, mean, r, by_w, by_b)
         return by_x, by_w, by_b
 
@@ -128,10 +123,7 @@ def _laid_out_as(x: Tensor, a: Tensor) -> Tensor:
 
 def _sums(a: Tensor, x: Tensor, mean: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
     """sum(a (x - mean) r) and sum(a) of each channel: the fastest that torch has for it is batch norm's own."""
-    _, products, plain = torch.ops.aten.native_batch_norm_backward(
-        a, x, None, None, None, mean, r, True, 0.0, [False, True, True]
-    )
-    return products, plain
+    return _gradients(a, x, None, None, None, mean, r, True, 0.0, [False, True, True])[1:]
 
 
 def _combined(constant: Tensor, *terms: tuple[Tensor, Tensor]) -> Tensor:

@@ -1,28 +1,22 @@
 """ResNet-12 of few-shot learning, as in MetaOptNet (Lee et al., 2019), https://arxiv.org/abs/1904.03758"""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metacv.backbones.base import Backbone, GlobalMean
+from metacv.backbones.base import Backbone, GlobalMean, ImageShape
 
 CHANNELS = (64, 160, 320, 640)
 BLOCK = 5  # side of a dropped square
 
 
 class ResNet12(Backbone):
-    """Four residual blocks of three 3x3 convolutions, each halving the map. Parameters are named as the authors'.
-
-    `drop_block` is the share of the last two blocks' maps that DropBlock (Ghiasi et al. 2018, arXiv:1810.12890) sets
-    to 0 in training.
-    """
+    """Four residual blocks, each halving the map; two with `drop_blocks`. Parameters have the authors' names."""
 
     def __init__(
-        self,
-        image_shape: tuple[int, int, int],
-        drop_block: float = 0.0,
-        global_pool: bool = True,
-        running_stats: bool = True,
+        self, image_shape: ImageShape, drop_block: float = 0.0, global_pool: bool = True, running_stats: bool = True
     ) -> None:
         super().__init__()
         if not 0 <= drop_block < 1:
@@ -50,15 +44,12 @@ class ResNet12(Backbone):
 class Block(nn.Module):
     def __init__(self, inputs: int, outputs: int, drop_block: float, running_stats: bool) -> None:
         super().__init__()
-
-        def norm() -> nn.BatchNorm2d:
-            return nn.BatchNorm2d(outputs, track_running_stats=running_stats)
-
+        norm = partial(nn.BatchNorm2d, outputs, track_running_stats=running_stats)
+        self.drop_block = drop_block
         self.conv1, self.bn1 = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), norm()
         self.conv2, self.bn2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False), norm()
         self.conv3, self.bn3 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False), norm()
         self.downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1, bias=False), norm())
-        self.drop_block = drop_block
 
     def forward(self, maps: Tensor) -> Tensor:
         out = F.leaky_relu(self.bn1(self.conv1(maps)), 0.1)
@@ -68,11 +59,10 @@ class Block(nn.Module):
 
 
 def drop_blocks(maps: Tensor, rate: float) -> Tensor:
-    """About `rate` of maps [B, C, H, W] set to 0 in squares, the rest scaled to the same sum (algorithm 1)."""
+    """DropBlock (arXiv:1810.12890): about `rate` of maps [B, C, H, W] set to 0 in squares, the rest scaled up to it."""
     height, width = maps.shape[2:]
     side = min(BLOCK, height, width)
-    corners = (height - side + 1) * (width - side + 1)
-    chance = rate * height * width / (side**2 * corners)
+    chance = rate * height * width / (side**2 * (height - side + 1) * (width - side + 1))
     at = (torch.rand_like(maps[:, :, : height - side + 1, : width - side + 1]) < chance).to(maps.dtype)
     kept = 1 - F.max_pool2d(F.pad(at, [side - 1] * 4), side, stride=1)
     return maps * kept * (kept.numel() / kept.sum().clamp_min(1))

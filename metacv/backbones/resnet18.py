@@ -6,24 +6,23 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
-from metacv.backbones.base import Backbone, GlobalMean
+from metacv.backbones.base import Backbone, GlobalMean, ImageShape
 
 
 class ResNet18(Backbone):
     """Begins with a 3x3 convolution at full size in place of the 7x7 one and the pooling, which halve the map twice."""
 
-    def __init__(self, image_shape: tuple[int, int, int], global_pool: bool = True, running_stats: bool = True) -> None:
+    def __init__(self, image_shape: ImageShape, global_pool: bool = True, running_stats: bool = True) -> None:
         super().__init__()
         net = resnet18(norm_layer=partial(nn.BatchNorm2d, track_running_stats=running_stats))
         net.conv1 = nn.Conv2d(image_shape[0], 64, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
-        layers = ("conv1", "bn1", "relu", "layer1", "layer2", "layer3", "layer4")
         self.net = nn.Sequential()
-        for name in layers:
+        for name in ("conv1", "bn1", "relu", "layer1", "layer2", "layer3", "layer4"):
             self.net.add_module(name, net.get_submodule(name))
         self.pool = GlobalMean() if global_pool else nn.Identity()
-        height, width = (-(-side // 8) for side in image_shape[1:])  # three times halved, rounded up
-        self.out_shape = (512, 1, 1) if global_pool else (512, height, width)
+        sides = (1, 1) if global_pool else (-(-side // 8) for side in image_shape[1:])  # halved three times, rounded up
+        self.out_shape = (512, *sides)
         self.to(memory_format=torch.channels_last)  # the layout that CPUs convolve fastest
 
     def forward(self, images: Tensor) -> Tensor:

@@ -6,48 +6,37 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
-from metacv.backbones.base import Backbone
+from metacv.backbones.base import Backbone, ImageShape
 from metacv.errors import UserError
 from metacv.text import first_line
 
 
 class Torchvision(Backbone):
-    """The features that the network's last linear layer classifies: vectors [D].
+    """The vectors [D] that the network's last linear layer classifies. Grey images get three equal channels."""
 
-    Images are normalized as `weights` need it; grey images become three equal channels. With `frozen` the weights and
-    the running statistics of batch norm stay as they are.
-    """
-
-    def __init__(
-        self, image_shape: tuple[int, int, int], name: str, weights: str | None = None, frozen: bool = False
-    ) -> None:
+    def __init__(self, image_shape: ImageShape, name: str, weights: str | None = None, frozen: bool = False) -> None:
         super().__init__()
         if name not in models.list_models(module=models):
             raise ValueError(f"name={name}: torchvision has no such classifier")
-        self.weights = None
-        sizes = {}
-        if weights is not None:
-            found = models.get_model_weights(name).__members__
-            choices = {key: found[key] for key in found if found[key].meta.get("categories")}  # whole classifiers
-            if weights not in choices:
-                raise ValueError(f"weights={weights}: null or one of {', '.join(choices)}")
-            self.weights = choices[weights]
-            if name.startswith("vit_"):
-                sizes["image_size"] = self.weights.meta["min_size"][0]
+        found = models.get_model_weights(name).__members__
+        choices = {key: value for key, value in found.items() if value.meta.get("categories")}  # of whole classifiers
+        if weights not in (None, *choices):
+            raise ValueError(f"weights={weights}: null or one of {', '.join(choices)}")
+        self.weights = choices[weights] if weights else None
+        sizes = {"image_size": self.weights.meta["min_size"][0]} if self.weights and name.startswith("vit_") else {}
         self.network = models.get_model(name, weights=None, **sizes)
         self._as_a_feature_extractor(name)
-        if self.weights:
+        if self.weights:  # they need images that are normalized as in their training
             known = self.weights.transforms()
             self.set_normalization(list(known.mean), list(known.std))
-        self.frozen = frozen
+        self.frozen = frozen  # weights and running statistics of batch norm then stay as they are
         self.requires_grad_(not frozen)
         try:
             with torch.no_grad():
                 self.out_shape = tuple(self.eval()(torch.zeros(2, *image_shape)).shape[1:])
         except (RuntimeError, AssertionError, ValueError, AttributeError) as error:
-            reason = first_line(error)
-            size = f"{image_shape[1]}x{image_shape[2]}"
-            raise ValueError(f"name={name} does not take images of {size} ({reason}); try dataset.size=224") from None
+            words = f"images of {image_shape[1]}x{image_shape[2]} ({first_line(error)})"
+            raise ValueError(f"name={name} does not take {words}; try dataset.size=224") from None
         self.train()
 
     def _as_a_feature_extractor(self, name: str) -> None:
@@ -56,11 +45,10 @@ class Torchvision(Backbone):
                 setattr(self.network, auxiliary, None)
                 self.network.aux_logits = False
                 self.network.transform_input = self.weights is not None  # as torchvision does with its weights
-        *_, self.last = (path for path, module in self.network.named_modules() if not [*module.children()])
-        if not isinstance(self.network.get_submodule(self.last), nn.Linear):
+        *_, last = (path for path, module in self.network.named_modules() if not [*module.children()])
+        if not isinstance(self.network.get_submodule(last), nn.Linear):
             raise ValueError(f"name={name}: its last layer is not linear")
-        parent, _, last = self.last.rpartition(".")
-        setattr(self.network.get_submodule(parent), last, nn.Identity())
+        self.network.set_submodule(last, nn.Identity())
 
     def forward(self, images: Tensor) -> Tensor:
         return self.network(images.expand(-1, 3, -1, -1)).flatten(1)
@@ -78,5 +66,5 @@ class Torchvision(Backbone):
             found = {re.sub(r"\b(norm|conv)\.([12])\.", r"\1\2.", name): value for name, value in found.items()}
             self.network.load_state_dict({name: value for name, value in found.items() if name in own})
         except Exception as error:  # no network, an incomplete file, ...
-            reason = first_line(error)
-            raise UserError(f"backbone.weights: {self.weights.url} could not be downloaded ({reason})") from None
+            reason = f"could not be downloaded ({first_line(error)})"
+            raise UserError(f"backbone.weights: {self.weights.url} {reason}") from None

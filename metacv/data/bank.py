@@ -91,8 +91,7 @@ def cached_bank(data_dir: Path, name: str, settings: dict[str, Any], make: Calla
     bank = make()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = {"images": bank.images, "offsets": bank.offsets, "class_names": list(bank.class_names)}
-        write_atomically(path, content)
+        write_atomically(path, {"images": bank.images, "offsets": bank.offsets, "class_names": list(bank.class_names)})
         return _load_cache(path, name)  # memory-mapped, and shared by all programs that load it
     except OSError as error:
         print(f"metacv: {path} cannot be written ({error.strerror}); continuing without a cache", file=sys.stderr)
@@ -106,8 +105,3 @@ def _load_cache(path: Path, name: str) -> ImageBank:
     if not complete or bank.images.dtype != torch.uint8 or bank.images.dim() != 4:
         raise ValueError("not an image bank")
     return bank
-
-
-def check_split(split: str) -> None:
-    if split not in SPLITS:
-        raise UserError(f"split={split}: one of {', '.join(SPLITS)}")

@@ -29,14 +29,11 @@ EXTERNAL = {"EPS", "WMF"}  # formats that Pillow opens with another program (Gho
 
 
 def open_image(path: Path, side: int | None = None) -> Image.Image:
-    """Open an image file as 8 bits of mode L or RGB, upright, transparent pixels on white; UserError if impossible.
-
-    With `side`, a large file may be returned at a smaller scale, but never with a side below twice `side` pixels.
-    """
+    """Open an image file as 8 bits of mode L or RGB, upright, transparent pixels on white; UserError if impossible."""
     Image.init()
     try:
         with Image.open(path, formats=[name for name in Image.OPEN if name not in EXTERNAL]) as image:
-            if side:  # later steps then copy fewer pixels
+            if side:  # a smaller scale is enough, but with no side below twice `side` pixels
                 image.draft(None, (2 * side, 2 * side))
                 if (factor := min(image.size) // (2 * side)) > 1 and image.mode in ("L", "RGB", "RGBA", "CMYK"):
                     image = image.reduce(factor)
@@ -78,8 +75,6 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
 
 def to_square(image: Image.Image, size: int, fit: Fit) -> Image.Image:
     """Resize to size x size pixels (Lanczos): the middle square of the image (crop), or all of it (stretch)."""
-    if image.size == (size, size):
-        return image
     resize = ImageOps.fit if fit == "crop" else Image.Image.resize
     return resize(image, (size, size), Image.Resampling.LANCZOS)
 
@@ -127,28 +122,22 @@ def map_on_threads(label: str, function: Callable[[Path], T], files: list[Path])
     chunks = [files[start : start + size] for start in range(0, len(files), size)]
     bar = tqdm(desc=label, total=len(files), unit="image", leave=False, disable=None)
     with ThreadPoolExecutor(threads) as pool, bar:
-        try:
-            for results in pool.map(lambda chunk: [function(path) for path in chunk], chunks):
-                yield from results
-                bar.update(len(results))
-        finally:
-            pool.shutdown(cancel_futures=True)
+        for results in pool.map(lambda chunk: [function(path) for path in chunk], chunks):  # an error stops the rest
+            yield from results
+            bar.update(len(results))
 
 
 def report_skipped(label: str, readable: int, files: int) -> None:
     """Print how many of the files were skipped, if any."""
     if skipped := files - readable:
-        message = f"metacv: {label}: {skipped} of {files} files skipped: not readable as images"
-        print(printable(message), file=sys.stderr)
+        text = printable(f"metacv: {label}: {skipped} of {files} files skipped: not readable as images")
+        print(text, file=sys.stderr)
 
 
 def folders_in(folder: Path) -> list[Path]:
     """The folders in a folder, sorted by name, without hidden ones; none if it cannot be listed."""
-    try:
-        entries = list(os.scandir(folder))  # faster than glob where there are many files
-    except OSError:
-        return []
-    return sorted(Path(entry) for entry in entries if entry.is_dir() and not entry.name.startswith(HIDDEN))
+    _, names, _ = next(os.walk(folder), ("", [], []))  # faster than glob where there are many files
+    return sorted(folder / name for name in names if not name.startswith(HIDDEN))
 
 
 def has_only_folders(folder: Path) -> bool:

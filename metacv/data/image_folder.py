@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from metacv.data import image_files
-from metacv.data.bank import SPLITS, Dataset, ImageBank, cached_bank, check_split
+from metacv.data.bank import SPLITS, Dataset, ImageBank, cached_bank
 from metacv.errors import UserError
 from metacv.files import user_path
 from metacv.text import printable
@@ -23,11 +23,7 @@ ALIASES = {"training": "train", "valid": "val", "validation": "val", "testing": 
 
 @dataclass
 class ImageFolder(Dataset):
-    """Images in root/{train,val,test}/CLASS/*, or in root/CLASS/* with the classes split at random.
-
-    A `split_file` overrides both. Random splits depend on class names and `split_seed` alone, so that a class that is
-    added moves few others. A class has the images in its folder and in all folders below it.
-    """
+    """Images at any depth below root/{train,val,test}/CLASS, or below root/CLASS with the classes split at random."""
 
     root: str | None
     size: int  # height and width in pixels
@@ -36,7 +32,7 @@ class ImageFolder(Dataset):
     invert: bool
     fractions: dict[str, float]  # the share of the classes that each random split gets, in any unit
     split_seed: int
-    split_file: str | None  # JSON with the class names of train, val and test, as a run writes it (split.json)
+    split_file: str | None  # overrides both: class names of train, val and test as JSON, like a run's split.json
 
     def __post_init__(self) -> None:
         if not 4 <= self.size <= 4096:
@@ -52,12 +48,11 @@ class ImageFolder(Dataset):
         return user_path(self.root)
 
     def load(self, split: str) -> ImageBank:
-        check_split(split)
         files = {folder: image_files.files_below(folder) for folder in self._folders(split)}
         stats = [(os.path.abspath(path), path.stat()) for path in chain(*files.values())]
         settings = {name: getattr(self, name) for name in ("size", "color", "fit", "invert")}
-        settings["files"] = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
         settings["decoding"] = image_files.DECODING
+        settings["files"] = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
         name = f"{self.folder.resolve().name} {split}"
         bank = cached_bank(self.data_dir, f"image_folder-{split}", settings, lambda: self._decode(name, files))
         image_files.report_skipped(name, len(bank.images), len(stats))
@@ -74,6 +69,7 @@ class ImageFolder(Dataset):
             return self._read_split(user_path(self.split_file), folders.keys())
         if self._has_split_folders():
             return {split: [name for name in folders if folders[name].parent.name == split] for split in SPLITS}
+        # By the hash of their names, so that a class that is added moves few others.
         names = sorted(folders, key=lambda name: hashlib.sha256(os.fsencode(f"{self.split_seed} {name}")).digest())
         sums = [sum(self.fractions[earlier] for earlier in SPLITS[:i]) for i in range(4)]
         ends = [round(part / sums[-1] * len(names)) for part in sums]
@@ -101,16 +97,14 @@ class ImageFolder(Dataset):
     def _folders(self, split: str) -> list[Path]:
         """The folders of the classes of a split, at least two."""
         folders, names = self._class_folders(), self.splits()[split]
+        content = f"{self.folder} has {len(folders)} class folders, {len(names)} of them in the split {split}"
+        advice = "" if self.split_file else "; dataset.fractions sets the share of each split"
         if self._has_split_folders() and not self.split_file:
-            place, content = self.folder / split, f"{len(names)} class folders"
-        else:
-            place, content = self.folder, f"{len(folders)} class folders, {len(names)} of them in the split {split}"
-        if not place.is_dir():
-            raise UserError(f"dataset.root={self.folder} has no folder {split}")
+            content, advice = f"{self.folder / split} has {len(names)} class folders", ""
+            if not (self.folder / split).is_dir():
+                raise UserError(f"dataset.root={self.folder} has no folder {split}")
         if len(names) < 2:
-            random = place == self.folder and not self.split_file
-            advice = "; dataset.fractions sets the share of each split" if random else ""
-            raise UserError(f"{place} has {content}: a task needs 2 classes{advice}")
+            raise UserError(f"{content}: a task needs 2 classes{advice}")
         return [folders[name] for name in names]
 
     def _read_split(self, path: Path, known: Collection[str]) -> dict[str, list[str]]:

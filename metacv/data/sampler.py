@@ -22,10 +22,7 @@ from metacv.errors import UserError
 
 
 class EpisodeSampler:
-    """An endless stream of random tasks, the same for every batch size, algorithm, device and machine.
-
-    A task takes the same number of values, in double precision, however many are drawn at a time.
-    """
+    """An endless stream of random tasks, the same for every batch size, algorithm, device and machine."""
 
     def __init__(
         self,
@@ -68,7 +65,7 @@ class EpisodeSampler:
     def draw(self, tasks: int) -> Tensor:
         """Rows of `self.images` for the next tasks, int64 [T, N, K+Q]; the first K of each class are its support."""
         sizes, largest = self.bank.sizes, int(self.bank.sizes.max())
-        widths = [self.classes, self.way, self.way * largest]
+        widths = [self.classes, self.way, self.way * largest]  # random values of a task, however many are drawn at once
         random = torch.rand(tasks, sum(widths), generator=self.generator, dtype=torch.float64)
         for_class, for_angle, for_image = random.split(widths, dim=1)
 
@@ -90,10 +87,7 @@ class EpisodeSampler:
         self, images: Tensor, rows: Tensor, index: Tensor | None = None, changes: Tensor | None = None
     ) -> TaskBatch:
         """Form the tasks of `rows` [T, N, K+Q] from images or features [U, ...]; uint8 is divided by 255.
-
-        `index` [T, N, K+Q]: their places in `images`, by default `rows`. `changes` [T, N, K+Q, 6]: augmentation.
-        """
-        tasks = len(rows)
+        `index` [T, N, K+Q]: their places in `images`, by default `rows`. `changes` [T, N, K+Q, 6]: augmentation."""
         values = images[(rows if index is None else index).to(images.device)]  # [T, N, K+Q, ...]
         if values.dtype == torch.uint8:
             values = values.float().div_(255)
@@ -107,32 +101,28 @@ class EpisodeSampler:
             classes += first // len(self.bank.images) * len(self.bank.sizes)
         return TaskBatch(
             support_x=values[:, :, : self.shot].flatten(1, 2),
-            support_y=labels.repeat_interleave(self.shot).expand(tasks, -1),
+            support_y=labels.repeat_interleave(self.shot).expand(len(rows), -1),
             query_x=values[:, :, self.shot :].flatten(1, 2),
-            query_y=labels.repeat_interleave(self.query).expand(tasks, -1),
+            query_y=labels.repeat_interleave(self.query).expand(len(rows), -1),
             way=self.way,
             classes=classes.to(images.device),
             seeds=rows.flatten(1) @ torch.arange(1, rows[0].numel() + 1),
         )
 
-    def gather(self, rows: Tensor, changes: Tensor | None = None) -> TaskBatch:
-        """The tasks that `draw` describes, [T, N, K+Q], their images augmented by `changes`, [T, N, K+Q, 6]."""
-        return self.tasks(self.images, rows, changes=changes)
-
     def sample(self, tasks: int, part: slice = slice(None)) -> TaskBatch:
         """The next `tasks` tasks, augmented; with `part` only those of them, which is how ranks share a batch."""
         rows = self.draw(tasks)
         changes = self.augment.draw(rows.numel()).view(*rows.shape, -1)[part] if self.augment else None
-        return self.gather(rows[part], changes)
+        return self.tasks(self.images, rows[part], changes=changes)
 
     def state_dict(self) -> dict[str, Any]:
-        augment = {"augment": self.augment.state_dict()} if self.augment else {}
+        augment = {"augment": {"generator": self.augment.generator.get_state()}} if self.augment else {}
         return {"generator": self.generator.get_state()} | augment
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.generator.set_state(state["generator"])
         if self.augment:
-            self.augment.load_state_dict(state["augment"])
+            self.augment.generator.set_state(state["augment"]["generator"])
 
 
 class EpisodeList:
@@ -158,12 +148,10 @@ class EpisodeList:
     def batches(self, tasks: int) -> Iterator[TaskBatch]:
         """All episodes, `tasks` at a time; the last batch may have fewer."""
         for rows in self.rows.split(tasks):
-            yield self.sampler.gather(rows)
+            yield self.sampler.tasks(self.sampler.images, rows)
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the images, of the rows of every task, and of the number of support images."""
-        digest = hashlib.sha256(self.sampler.bank.fingerprint.encode())
-        digest.update(f"{self.sampler.shot} {tuple(self.rows.shape)}".encode())
-        digest.update(self.rows.contiguous().numpy().data)
-        return digest.hexdigest()
+        text = f"{self.sampler.bank.fingerprint}{self.sampler.shot} {tuple(self.rows.shape)}"
+        return hashlib.sha256(text.encode() + self.rows.numpy().tobytes()).hexdigest()

@@ -24,7 +24,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from metacv.data.bank import SPLITS, ImageBank, check_split
+from metacv.data.bank import SPLITS, ImageBank
 from metacv.data.image_files import folders_in, read_classes
 from metacv.errors import UserError
 from metacv.files import rename_unless_there
@@ -35,8 +35,7 @@ ARCHIVE = re.compile(r"\.(zip|tar|tgz|tbz2?|txz|tar\.(gz|bz2|xz))$", re.IGNORECA
 
 def split_classes(name: str) -> dict[str, list[str]]:
     """The class names of train, val and test, as the file splits/`name`.json lists them."""
-    content: dict[str, list[str]] = json.loads((Path(__file__).parent / "splits" / f"{name}.json").read_text())
-    return content
+    return json.loads((Path(__file__).parent / "splits" / f"{name}.json").read_text())
 
 
 @dataclass(frozen=True)
@@ -66,11 +65,8 @@ def _first(names: list[str]) -> str:
 
 @dataclass(frozen=True)
 class Source:
-    """The files of a data set, somewhere under data_dir: class folders, CSV lists, pickles, or archives of these.
-
-    `load` searches folders named like the data set (miniimagenet also as Mini-ImageNet or mini_imagenet_data) and two
-    levels below them, then data_dir itself, then archives in these folders or with such a name in data_dir.
-    """
+    """The files of a data set. `load` searches folders with its name (miniimagenet also as Mini-ImageNet or
+    mini_imagenet_data) and two levels below them, then data_dir, then archives in these or with such a name."""
 
     title: str  # for messages, such as "miniImageNet"
     folder: str  # in data_dir, in lower-case letters and digits
@@ -83,15 +79,11 @@ class Source:
 
     def load(self, data_dir: Path, split: str) -> ImageBank:
         """The images of a split, classes sorted by name. A UserError says what is damaged, or what to put where."""
-        check_split(split)
         hints: list[str] = []
-        problems: list[UserError] = []
-        for folder in self._folders(data_dir, problems):
+        for folder in self._folders(data_dir):
             if bank := self.load_from(folder, split):
                 return bank
             hints += self._hints(folder, split)
-        if problems:
-            raise problems[0]
         pickles = f"{', '.join(dict.fromkeys(map(self.pickle.format, SPLITS)))}; " if self.pickle else ""
         raise UserError(
             f"data_dir={data_dir}: the {split} split of {self.title} is missing ({self.download}). Put into "
@@ -110,8 +102,7 @@ class Source:
                 raise
             except Exception as error:  # a damaged or malicious pickle may raise anything
                 raise UserError(f"{path} is not a pickle of {self.title} ({first_line(error)})") from None
-        files = self.files(folder, split)
-        if files is None:
+        if (files := self.files(folder, split)) is None:
             return None
         self.spec.check({name: len(paths) for name, paths in files.items()}, folder, split)
         return read_classes(f"{folder.name} {split}", dict(sorted(files.items())), self.read, self.shape)
@@ -120,8 +111,7 @@ class Source:
         """The image files of each class, from SPLIT/CLASS/* or from SPLIT.csv and images/*; None without these."""
         # Another data set's train/ does not count.
         if any((folder / split / name).is_dir() for name in self.spec.classes[split]):
-            classes = [path for path in (folder / split).glob("[!.]*") if path.is_dir()]
-            return {path.name: sorted(path.glob("[!.]*")) for path in classes}
+            return {path.name: sorted(path.glob("[!.]*")) for path in (folder / split).glob("[!.]*") if path.is_dir()}
         table, images = folder / f"{split}.csv", folder / "images"
         return listed_files(table, images) if table.is_file() and images.is_dir() else None
 
@@ -130,27 +120,29 @@ class Source:
         table, images = folder / f"{split}.csv", folder / "images"
         if (folder / split).is_dir() and (self._is_named(folder) or self._is_named(folder.parent)):
             yield f"{folder / split} without a folder named {', '.join(self.spec.classes[split][:2])}, ..."
-        if images.is_dir():
-            yield f"{images} without {table.name} beside it"
-        if table.is_file():
-            yield f"{table} without images/ beside it"
+        found, lacking = (images, table.name) if images.is_dir() else (table, "images/")
+        if images.is_dir() != table.is_file():
+            yield f"{found} without {lacking} beside it"
 
     def _is_named(self, path: Path) -> bool:
         return self.folder in re.sub("[^a-z0-9]", "", path.name.lower())
 
-    def _folders(self, data_dir: Path, problems: list[UserError]) -> Iterator[Path]:
-        """The folders to search. Archives come last, and are unpacked only then; their errors go to `problems`."""
+    def _folders(self, data_dir: Path) -> Iterator[Path]:
+        """The folders to search, archives last, which are unpacked only then; at the end UserError if one cannot be."""
         own = [folder for folder in folders_in(data_dir) if self._is_named(folder)]
         for folder in own:
             yield from _two_levels(folder)
         yield data_dir
         inside = [path for folder in own for path in folder.glob("[!.]*")]
         beside = [path for path in data_dir.glob("[!.]*") if self._is_named(path)]
+        problems = []
         for archive in sorted(path for path in inside + beside if ARCHIVE.search(path.name) and path.is_file()):
             try:
                 yield from _two_levels(unpack(archive))
             except UserError as error:  # the data may still be in another archive
                 problems.append(error)
+        if problems:
+            raise problems[0]
 
 
 def listed_files(table: Path, images: Path) -> dict[str, list[Path]]:
@@ -233,10 +225,7 @@ def read_pickle(path: Path) -> Any:
 
 @dataclass
 class PickledArray:
-    """A numpy array in a pickle, as bare bytes: nothing of numpy reads it.
-
-    A pickle can build an array of numpy itself whose bytes are taken for addresses of objects; these bytes never are.
-    """
+    """A numpy array in a pickle, as bare bytes: numpy itself would also take the bytes for addresses of objects."""
 
     code: str = ""  # of numpy, such as u1 for uint8
     shape: tuple[int, ...] = ()

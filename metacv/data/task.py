@@ -1,7 +1,7 @@
 """Tasks, as the sampler makes them and the algorithms take them."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,12 +10,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TaskBatch:
-    """T tasks of N classes. Labels, not positions, say which class an image belongs to.
+    """T tasks of N classes. Labels, not positions, say which class an image belongs to."""
 
-    The images may also be features: [T, S, D] vectors or [T, S, D, h, w] maps instead of [T, S, C, H, W].
-    """
-
-    support_x: Tensor  # [T, S, C, H, W], from 0 to 1
+    support_x: Tensor  # [T, S, C, H, W], from 0 to 1; or features: [T, S, D] vectors or [T, S, D, h, w] maps
     support_y: Tensor  # [T, S], from 0 to N - 1
     query_x: Tensor  # [T, Q, C, H, W]
     query_y: Tensor  # [T, Q]
@@ -29,24 +26,18 @@ class TaskBatch:
     def class_means(self, values: Tensor) -> Tensor:
         """Means over the support images of each class: values [T, S, ...] -> [T, N, ...]."""
         values = values.to(torch.promote_types(values.dtype, torch.float32))
-        labels = torch.arange(self.way, device=values.device)
-        member = (self.support_y.unsqueeze(2) == labels).to(values.dtype)  # [T, S, N]
-        weights = (member / member.sum(dim=1, keepdim=True)).mT
+        member = self.support_y.unsqueeze(2) == torch.arange(self.way, device=values.device)  # [T, S, N]
+        weights = (member.to(values.dtype) / member.sum(dim=1, keepdim=True)).mT
         with torch.autocast(values.device.type, enabled=False):
-            means = weights @ values.reshape(*values.shape[:2], -1)
-        return means.reshape(len(self), self.way, *values.shape[2:])
+            return (weights @ values.flatten(2)).unflatten(2, values.shape[2:])
 
     def split(self, size: int) -> "Iterator[TaskBatch]":
         """The tasks in batches of `size`; the last may have fewer."""
-        for start in range(0, len(self), size):
-            tensors: dict[str, Any] = {
-                own.name: value[start : start + size]
-                for own in fields(self)
-                if isinstance(value := getattr(self, own.name), Tensor)
-            }
-            yield replace(self, **tensors)
+        chunks = {name: value.split(size) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        for own in zip(*chunks.values(), strict=True):
+            yield replace(self, **dict[str, Any](zip(chunks, own, strict=True)))
 
-    def with_query(self, index: int) -> "TaskBatch":
-        """The same tasks with one of their queries alone."""
-        one = slice(index, index + 1)
-        return replace(self, query_x=self.query_x[:, one], query_y=self.query_y[:, one])
+    def each_query(self) -> "list[TaskBatch]":
+        """The tasks with one of their queries alone, for each query in turn."""
+        queries = zip(self.query_x.split(1, dim=1), self.query_y.split(1, dim=1), strict=True)
+        return [replace(self, query_x=x, query_y=y) for x, y in queries]

@@ -1,7 +1,5 @@
 """Random augmentation of training images, on the device where the images are."""
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -58,15 +56,8 @@ class Augment:
             images = torch.lerp(_grey(images).expand_as(images), images, saturation).clamp(0, 1)
         return images
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"generator": self.generator.get_state()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.generator.set_state(state["generator"])
-
 
 def _grey(images: Tensor) -> Tensor:
     """[B, C, H, W] -> [B, 1, H, W]. Images without three channels are grey already."""
-    if images.shape[1] != 3:
-        return images[:, :1]
-    return (images * images.new_tensor(LUMA).view(3, 1, 1)).sum(1, keepdim=True)
+    colour = images.shape[1] == 3
+    return (images * images.new_tensor(LUMA).view(3, 1, 1)).sum(1, keepdim=True) if colour else images[:, :1]

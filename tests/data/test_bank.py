@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import bank_of
 
-from metacv.data.bank import Dataset, ImageBank, cached_bank, check_split
+from metacv.data.bank import Dataset, ImageBank, cached_bank
 from metacv.errors import UserError
 
 
@@ -108,11 +108,6 @@ def test_a_cached_bank_is_memory_mapped_so_that_programs_share_it(tmp_path):
             if int(line.split("-")[0], 16) <= address < int(line.split(" ")[0].split("-")[1], 16)
         ]  # fmt: skip
         assert str(cache_file(tmp_path)) in line
-
-
-def test_an_unknown_split_is_refused():
-    with pytest.raises(UserError, match="split=all: one of train, val, test"):
-        check_split("all")
 
 
 class Toy(Dataset):

@@ -48,7 +48,7 @@ def test_images_are_floats_from_0_to_1(sampler):
 @pytest.mark.parametrize("only_used_rows", [False, True])
 def test_tasks_can_be_formed_from_features(sampler, only_used_rows):
     rows = sampler.draw(4)
-    of_images = sampler.gather(rows)
+    of_images = sampler.tasks(sampler.images, rows)
     used, index = rows.unique(return_inverse=True) if only_used_rows else (slice(None), None)
     features = (sampler.images[used].float() / 255).flatten(1)[:, :7]  # [U, 7]
     of_features = sampler.tasks(features, rows, index)
@@ -104,7 +104,7 @@ def test_the_seeds_of_tasks_are_those_of_version_1():
     sampler = EpisodeSampler(bank_of([8, 12, 9, 20, 7]), 3, 2, 3, "per_class", seed=4)
     rows = sampler.draw(20)
     expected = [sum(i * row for i, row in enumerate(task.flatten().tolist(), start=1)) for task in rows]
-    assert sampler.gather(rows).seeds.tolist() == expected
+    assert sampler.tasks(sampler.images, rows).seeds.tolist() == expected
 
 
 def test_another_seed_gives_other_tasks():

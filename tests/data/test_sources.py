@@ -101,10 +101,6 @@ def test_without_a_number_of_images_classes_may_differ_in_size(tmp_path):
     assert "elk of the val split has 0 images, not at least 1" in error_of(tmp_path, "val", images=None)
 
 
-def test_an_unknown_split_is_refused(tmp_path):
-    assert error_of(tmp_path, "all") == "split=all: one of train, val, test"
-
-
 def test_missing_data_are_reported_with_all_forms(tmp_path):
     message = error_of(tmp_path)
     for words in (

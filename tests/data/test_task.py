@@ -43,9 +43,9 @@ def test_split_keeps_every_tensor_of_a_task():
             assert torch.equal(torch.cat([getattr(part, own.name) for part in parts]), value)
 
 
-def test_with_query_keeps_one_query_of_each_task():
+def test_each_query_keeps_one_query_of_each_task():
     tasks = random_tasks(tasks=2)
-    one = tasks.with_query(4)
+    one = tasks.each_query()[4]
     assert torch.equal(one.query_x, tasks.query_x[:, 4:5])
     assert torch.equal(one.query_y, tasks.query_y[:, 4:5])
     assert one.support_x is tasks.support_x

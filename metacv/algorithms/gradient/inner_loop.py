@@ -1,6 +1,7 @@
 """A classifier whose parameters are adapted to each task by gradient steps: what MAML and Reptile share."""
 
 from collections.abc import Iterator
+from copy import copy
 from functools import partial
 from typing import Literal
 
@@ -38,15 +39,9 @@ class InnerLoop(Algorithm):
     """Adapt a classifier to the support set by `update` steps, then classify the queries.
 
     A method sets `adapted` (the names of the parameters that adapt), writes `update` (one inner step), and may override
-    `add_gradient` (the outer loss).
-
-    The head fits the number of classes in training. For another number, every class starts from the mean of the trained
-    rows: a start that prefers no class, from which adaptation separates them (Ye & Chao 2022, arXiv:2106.16245, use it
-    for the trained number too).
-
-    Tasks pass through the network one after another (task_batching=loop), or `task_chunk` of them together, each with
-    its own weights (vmap). Both agree up to rounding. auto: together on a GPU, and on a CPU where that was measured to
-    be faster.
+    `add_gradient` (the outer loss). Tasks pass through the network one after another (task_batching=loop), or
+    `task_chunk` of them together, each with its own weights (vmap), with the same result up to rounding. auto: together
+    on a GPU, and on a CPU where that was measured to be faster.
     """
 
     execution_settings = frozenset({"task_batching", "task_chunk"})
@@ -62,8 +57,7 @@ class InnerLoop(Algorithm):
         if task_chunk is not None and task_chunk < 1:
             raise ValueError(f"task_chunk={task_chunk}: must be at least 1")
         self.net = Classifier(backbone, way)
-        self.way = way
-        self.task_batching, self.task_chunk = task_batching, task_chunk
+        self.way, self.task_batching, self.task_chunk = way, task_batching, task_chunk
         if task_batching == "vmap" and keeps_running_statistics(self.net):
             raise ValueError("task_batching=vmap: not with running statistics of batch norm, which see tasks in turn")
 
@@ -87,18 +81,14 @@ class InnerLoop(Algorithm):
         return {name: p.expand(len(tasks), *p.shape) for name, p in self.for_way(params, tasks.way).items()}
 
     def for_way(self, params: Params, way: int) -> Params:
-        """Parameters of one network, with a head for `way` classes.
-
-        Raises UserError in training, if the head does not fit.
-        """
+        """Parameters of one network, with a head for `way` classes; UserError in training if the head does not fit."""
         if way == self.way:
             return params
         if self.training:
             raise UserError(f"algo.way={self.way}, but the training tasks have {way} classes")
+        # The mean of the trained rows prefers no class; adaptation separates them (Ye & Chao 2022, arXiv:2106.16245).
         rows = {name: params.get(name, self.net.get_parameter(name)) for name in ("head.weight", "head.bias")}
-        return params | {
-            name: own.mean(0, keepdim=True).repeat(way, *[1] * (own.dim() - 1)) for name, own in rows.items()
-        }
+        return params | {name: torch.stack([own.mean(0)] * way) for name, own in rows.items()}
 
     def forward(self, tasks: TaskBatch) -> Tensor:
         return torch.cat([self.classify(self.adapt(group), group.query_x) for group in self.groups(tasks)])
@@ -107,52 +97,45 @@ class InnerLoop(Algorithm):
         """Logits [T, B, N] of images [T, B, C, H, W] under the parameters of each task."""
         if len(images) > 1 and self.tasks_together(images[0]) > 1:
             # Gradients are taken outside of vmap: inside, those of fused batch norm are wrong (pytorch/functorch#534).
-            return vmap(self._call, randomness="different")(params, images)
-        return torch.stack([self._call(own, task) for own, task in zip(of_each_task(params), images, strict=True)])
+            return vmap(partial(functional_call, self.net), randomness="different")(params, images)
+        pairs = zip(of_each_task(params), images, strict=True)
+        return torch.stack([functional_call(self.net, own, task) for own, task in pairs])
 
     def predict_each_query(self, tasks: TaskBatch) -> Tensor:
         logits = []
         for group in self.groups(tasks):
-            params = of_each_task(self.adapt(group))
-            for own, support, queries in zip(params, group.support_x, group.query_x, strict=True):
-                beside = partial(self._beside_support, own, support)
-                logits.append(torch.cat([beside(some) for some in queries.split(self.tasks_together(support))]))
-        return torch.stack(logits)
-
-    def _beside_support(self, params: Params, support: Tensor, queries: Tensor) -> Tensor:
-        """Logits [B, N] of queries [B, C, H, W], each in one batch with the support images [S, C, H, W]."""
-        batches = torch.cat([support.expand(len(queries), *support.shape), queries.unsqueeze(1)], dim=1)
-        if len(batches) == 1:
-            return self._call(params, batches[0])[-1:]
-        return vmap(partial(self._call, params), randomness="different")(batches)[:, -1]
+            adapted = of_each_task(self.adapt(group))
+            for params, support, queries in zip(adapted, group.support_x, group.query_x, strict=True):
+                for some in queries.split(self.tasks_together(support)):
+                    # Each query is the last image of a batch with the support images.
+                    batches = torch.cat([support.expand(len(some), *support.shape), some.unsqueeze(1)], dim=1)
+                    if len(batches) > 1:
+                        call = partial(functional_call, self.net, params)
+                        logits.append(vmap(call, randomness="different")(batches)[:, -1])
+                    else:
+                        logits.append(functional_call(self.net, params, batches[0])[-1:])
+        return torch.cat(logits).unflatten(0, tasks.query_y.shape)
 
     def groups(self, tasks: TaskBatch) -> Iterator[TaskBatch]:
         return tasks.split(self.tasks_together(tasks.support_x[0]))
 
     def tasks_together(self, images: Tensor) -> int:
         """How many tasks, with images [B, C, H, W] each, pass through the network together."""
-        one_by_one = self.task_batching == "loop" or keeps_running_statistics(self.net)
-        if one_by_one or (self.training and self.one_task_in_training):
-            return 1
         on_cpu = images.device.type == "cpu"
-        if on_cpu and self.task_batching == "auto" and len(images) * images[0, 0].numel() > FEW_PIXELS:
+        large = on_cpu and self.task_batching == "auto" and len(images) * images[0, 0].numel() > FEW_PIXELS
+        one_by_one = self.task_batching == "loop" or (self.training and self.one_task_in_training)
+        if one_by_one or large or keeps_running_statistics(self.net):
             return 1
         return self.task_chunk or (FEW_TASKS if on_cpu else 2**31)
 
-    def _call(self, params: Params, images: Tensor) -> Tensor:
-        return functional_call(self.net, params, (images,))
-
     def diagnostics(self, tasks: TaskBatch, batch_norm: str) -> dict[str, float]:
         """The accuracy after fewer inner steps."""
-        steps = self.eval_inner_steps
         values = {}
-        try:
-            for fewer in [*(fewer for fewer in DIAGNOSED_STEPS if fewer < steps), steps]:
-                self.eval_inner_steps = fewer
-                accuracy = accuracies(self.predict(tasks, batch_norm), tasks.query_y)
-                values[f"inner_steps/accuracy_{fewer:03d}"] = float(accuracy.mean())
-        finally:
-            self.eval_inner_steps = steps
+        shorter = copy(self)  # with the same network
+        for steps in [*(steps for steps in DIAGNOSED_STEPS if steps < self.eval_inner_steps), self.eval_inner_steps]:
+            shorter.eval_inner_steps = steps
+            accuracy = accuracies(shorter.predict(tasks, batch_norm), tasks.query_y)
+            values[f"inner_steps/accuracy_{steps:03d}"] = float(accuracy.mean())
         return values
 
 

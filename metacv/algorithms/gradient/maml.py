@@ -3,7 +3,6 @@
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -14,11 +13,7 @@ from metacv.data.task import TaskBatch
 
 
 class MAML(InnerLoop):
-    """Learn the initial parameters whose loss on the queries is lowest after gradient steps on the support set.
-
-    With `first_order` (FOMAML) the outer gradient treats the inner gradients as constants. With
-    `gradient_checkpointing` the graph of each inner step is dropped, and computed again for the outer gradient.
-    """
+    """Learn the initial parameters whose loss on the queries is lowest after gradient steps on the support set."""
 
     execution_settings = InnerLoop.execution_settings | {"gradient_checkpointing"}
 
@@ -29,25 +24,21 @@ class MAML(InnerLoop):
         inner_lr: float,
         inner_steps: int,
         eval_inner_steps: int,
-        first_order: bool = False,
+        first_order: bool = False,  # FOMAML: the outer gradient treats the inner gradients as constants
         inner_loss: Literal["mean", "sum_per_shot"] = "mean",
         adapt_norm: bool = False,
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: bool = False,  # drop the graph of inner steps; compute it again for the outer gradient
         task_batching: TaskBatching = "auto",
         task_chunk: int | None = None,
     ) -> None:
         super().__init__(backbone, way, task_batching, task_chunk)
         if inner_lr <= 0 or inner_steps < 1 or eval_inner_steps < 1:
-            raise ValueError(
-                f"inner_lr={inner_lr}, inner_steps={inner_steps}, eval_inner_steps={eval_inner_steps}: "
-                "all must be positive"
-            )
+            given = f"inner_lr={inner_lr}, inner_steps={inner_steps}, eval_inner_steps={eval_inner_steps}"
+            raise ValueError(f"{given}: all must be positive")
         if gradient_checkpointing and keeps_running_statistics(self.net):
             raise ValueError("gradient_checkpointing: running statistics of batch norm would count every step twice")
-        self.inner_lr = inner_lr
-        self.inner_steps, self.eval_inner_steps = inner_steps, eval_inner_steps
-        self.first_order = first_order
-        self.inner_loss = inner_loss
+        self.inner_lr, self.inner_steps, self.eval_inner_steps = inner_lr, inner_steps, eval_inner_steps
+        self.first_order, self.inner_loss = first_order, inner_loss
         self.gradient_checkpointing = gradient_checkpointing
         self.one_task_in_training = gradient_checkpointing and task_batching == "auto"  # takes the least memory
         norms = batch_norms(self.net)
@@ -68,15 +59,13 @@ class MAML(InnerLoop):
         return dict(zip(params, checkpoint(again, *params.values(), use_reentrant=True), strict=True))
 
     def gradient_step(self, params: Params, tasks: TaskBatch) -> Params:
-        adapted = {name: params[name] for name in self.adapted}
         # Checkpointing disables gradients in its first pass, whose graph is not kept.
         second_order = self.training and not self.first_order and torch.is_grad_enabled()
         with torch.enable_grad():
             logits = self.classify(params, tasks.support_x)
-            # The sum over the tasks, so that each task gets the gradient of its own mean.
-            loss = len(tasks) * F.cross_entropy(logits.flatten(0, 1), tasks.support_y.flatten())
+            loss = len(tasks) * self.loss(logits, tasks.support_y)  # the sum: each task gets the gradient of its mean
             if self.inner_loss == "sum_per_shot":
                 loss = loss * tasks.way
-            grads = torch.autograd.grad(loss, list(adapted.values()), create_graph=second_order)
-        steps = zip(adapted.items(), grads, strict=True)
-        return params | {name: p - self.inner_lr * grad for (name, p), grad in steps}
+            grads = torch.autograd.grad(loss, [params[name] for name in self.adapted], create_graph=second_order)
+        steps = zip(self.adapted, grads, strict=True)
+        return params | {name: params[name] - self.inner_lr * grad for name, grad in steps}

@@ -5,7 +5,6 @@ from math import sqrt
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from metacv.algorithms.base import accuracies
@@ -18,14 +17,7 @@ BETA2, EPSILON = 0.999, 1e-8
 
 
 class Reptile(InnerLoop):
-    """Train on one task after another, and move the initial parameters towards where each training ended.
-
-    The inner optimizer is SGD, or Adam with beta1 = 0. Adam's second moments pass from task to task while the weights
-    start anew (as in the authors' code), unless `reset_moments`. A task of evaluation starts from the moments of
-    training and does not change them.
-    """
-
-    moment_steps: Tensor
+    """Train on one task after another, and move the initial parameters towards where each training ended."""
 
     def __init__(
         self,
@@ -36,24 +28,21 @@ class Reptile(InnerLoop):
         inner_batch: int,
         eval_inner_steps: int,
         eval_inner_batch: int,
-        inner_optimizer: Literal["adam", "sgd"] = "adam",
-        reset_moments: bool = False,
+        inner_optimizer: Literal["adam", "sgd"] = "adam",  # Adam with beta1 = 0
+        reset_moments: bool = False,  # as the weights; otherwise moments pass from task to task (the authors' code)
         task_batching: TaskBatching = "auto",
         task_chunk: int | None = None,
     ) -> None:
         super().__init__(backbone, way, task_batching, task_chunk)
         if min(inner_lr, inner_steps, inner_batch, eval_inner_steps, eval_inner_batch) <= 0:
-            raise ValueError(
-                f"inner_lr={inner_lr}, inner_steps={inner_steps}, inner_batch={inner_batch}, "
-                f"eval_inner_steps={eval_inner_steps}, eval_inner_batch={eval_inner_batch}: all must be positive"
-            )
-        self.inner_lr = inner_lr
+            given = f"inner_lr={inner_lr}, inner_steps={inner_steps}, inner_batch={inner_batch}"
+            given += f", eval_inner_steps={eval_inner_steps}, eval_inner_batch={eval_inner_batch}"
+            raise ValueError(f"{given}: all must be positive")
+        self.inner_lr, self.inner_optimizer = inner_lr, inner_optimizer
         self.inner_steps, self.inner_batch = inner_steps, inner_batch
         self.eval_inner_steps, self.eval_inner_batch = eval_inner_steps, eval_inner_batch
-        self.inner_optimizer = inner_optimizer
-        self.reset_moments = reset_moments
-        self.one_task_in_training = inner_optimizer == "adam" and not reset_moments
-        if self.one_task_in_training:
+        self.moments_pass = self.one_task_in_training = inner_optimizer == "adam" and not reset_moments
+        if self.moments_pass:
             self.sequential_because = "reset_moments=false passes moments from task to task"
         self.training_gradients: Callable[..., Sequence[Tensor]] = self.gradients
         self.adapted = [name for name, p in self.net.named_parameters() if p.requires_grad]
@@ -64,30 +53,32 @@ class Reptile(InnerLoop):
 
     def adapt(self, tasks: TaskBatch) -> Params:
         """Parameters after training on the support set, detached."""
-        images, labels = tasks.support_x, tasks.support_y
         steps, size = self.eval_inner_steps, self.eval_inner_batch
         if self.training:
             steps, size = self.inner_steps, self.inner_batch
         params = {name: p.detach() for name, p in self.initial(tasks).items()}
-        moments, count = self._moments(tasks.way)
+        moments, count = {name: torch.zeros_like(p) for name, p in params.items()}, 0  # of Adam, and steps in them
+        if self.moments_pass:
+            moments = self.for_way({name: self.get_buffer(_buffer(name)) for name in self.adapted}, tasks.way)
+            count = int(self.get_buffer("moment_steps"))
         gradients = self.training_gradients if self.training else self.gradients
         seeds = tasks.seeds.tolist() if self.training and tasks.seeds is not None else [0] * len(tasks)
-        batches = [_batches(images.shape[1], size, steps, seed) for seed in seeds]
+        batches = [_batches(tasks.support_x.shape[1], size, steps, seed) for seed in seeds]
         for rows in map(torch.stack, zip(*batches, strict=True)):
-            batch = torch.arange(len(tasks)).unsqueeze(1), rows.to(images.device)
+            batch = torch.arange(len(tasks)).unsqueeze(1), rows.to(tasks.support_x.device)
             for p in params.values():
                 p.requires_grad_()
             with torch.enable_grad():
-                grads = gradients(images[batch], labels[batch], *params.values(), *self.net.buffers())
+                grads = gradients(tasks.support_x[batch], tasks.support_y[batch], *params.values(), *self.net.buffers())
             count += 1
             with torch.no_grad():
                 for (name, weight), grad in zip(params.items(), grads, strict=True):
                     params[name] = self._moved(weight, grad, moments, name, count)
-        if self.training and self.one_task_in_training:
-            self.moment_steps.fill_(count)
+        if self.training and self.moments_pass:  # evaluation starts from the moments of training, and keeps them
+            self.get_buffer("moment_steps").fill_(count)
             for name, moment in moments.items():
                 self.get_buffer(_buffer(name)).copy_(moment.squeeze(0))
-        return {name: p.detach() for name, p in params.items()}
+        return params
 
     def _moved(self, weight: Tensor, grad: Tensor, moments: Params, name: str, count: int) -> Tensor:
         """The weight after one step of the inner optimizer; changes `moments`."""
@@ -100,8 +91,7 @@ class Reptile(InnerLoop):
     def gradients(self, images: Tensor, labels: Tensor, *values: Tensor) -> list[Tensor]:
         """Gradients of each task's mean loss; `values` are the adapted parameters, then the buffers of the network."""
         params = dict(zip(self.adapted, values, strict=False))
-        logits = self.classify(params, images)
-        loss = len(images) * F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        loss = len(images) * self.loss(self.classify(params, images), labels)
         return list(torch.autograd.grad(loss, list(params.values())))
 
     def add_gradient(self, tasks: TaskBatch, share: float) -> dict[str, Tensor]:
@@ -118,15 +108,6 @@ class Reptile(InnerLoop):
 
     def compile_training(self) -> None:
         self.training_gradients = Compiled(self.gradients)
-
-    def _moments(self, way: int) -> tuple[Params, int]:
-        """Second moments and the number of steps that they come from, at the start of a task."""
-        if self.inner_optimizer == "sgd":
-            return {}, 0
-        moments = {name: self.get_buffer(_buffer(name)) for name in self.adapted}
-        if self.reset_moments:
-            moments = {name: torch.zeros_like(moment) for name, moment in moments.items()}
-        return self.for_way(moments, way), 0 if self.reset_moments else int(self.moment_steps)
 
 
 def _batches(images: int, size: int, steps: int, seed: int) -> list[Tensor]:

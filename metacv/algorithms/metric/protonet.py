@@ -19,21 +19,13 @@ class ProtoNet(MetricMethod):
         super().__init__(backbone)
         if temperature <= 0:
             raise ValueError(f"temperature={temperature}: must be positive")
-        self.metric = metric
-        self.temperature = temperature
+        self.metric, self.temperature = metric, temperature
 
     def head(self, tasks: TaskBatch) -> Tensor:
-        prototypes = tasks.class_means(tasks.support_x)  # [T, N, D], equation 1
-        similarity = cosine_similarity if self.metric == "cosine" else negative_squared_distance
-        return similarity(tasks.query_x, prototypes) / self.temperature  # equation 2
-
-
-def negative_squared_distance(query: Tensor, prototypes: Tensor) -> Tensor:
-    """Minus the squared distances, summed over D, of queries [T, Q, D] to prototypes [T, N, D]: [T, Q, N]."""
-    return -(query.unsqueeze(2) - prototypes.unsqueeze(1)).square().sum(dim=-1)
-
-
-def cosine_similarity(query: Tensor, prototypes: Tensor) -> Tensor:
-    """Cosines of the angles between queries [T, Q, D] and prototypes [T, N, D]: [T, Q, N]."""
-    query, prototypes = F.normalize(query, dim=-1), F.normalize(prototypes, dim=-1)
-    return (query.unsqueeze(2) * prototypes.unsqueeze(1)).sum(dim=-1)
+        prototypes = tasks.class_means(tasks.support_x).unsqueeze(1)  # [T, 1, N, D], equation 1
+        query = tasks.query_x.unsqueeze(2)  # [T, Q, 1, D]
+        if self.metric == "cosine":
+            similarity = (F.normalize(query, dim=-1) * F.normalize(prototypes, dim=-1)).sum(dim=-1)
+        else:
+            similarity = -(query - prototypes).square().sum(dim=-1)
+        return similarity / self.temperature  # equation 2

@@ -12,23 +12,20 @@ from metacv.data.task import TaskBatch
 
 
 class ConvRelation(nn.Module):
-    """The paper's relation module, from pairs of maps [B, 2D, h, w] to scores [B] between 0 and 1, in two steps.
-
-    `first_layer` convolves one half of a pair, [B, D, h, w], with its half of the weights. `forward` continues from the
-    sum of both.
-    """
+    """The paper's relation module: from the sum of `first_layer` of two maps [B, D, h, w] to scores [B] from 0 to 1."""
 
     def __init__(self, out_shape: tuple[int, ...], hidden: int) -> None:
         super().__init__()
         depth, height, width = out_shape if len(out_shape) == 3 else (*out_shape, 1, 1)
         # Two poolings need maps of 4x4 or more after two convolutions; smaller maps keep their border.
         self.padding = padding = 1 if min(height, width) < 10 else 0
-        self.blocks = nn.Sequential(_block(2 * depth, depth, padding), _block(depth, depth, padding))
-        size = f"{height}x{width}"
-        for _ in range(2):
+        if min(height, width) < 4:
+            raise ValueError(f"relation=conv needs feature maps of 4x4 or more, not {height}x{width}")
+        self.blocks = nn.Sequential()
+        for inputs in (2 * depth, depth):
+            conv = nn.Conv2d(inputs, depth, 3, padding=padding)
+            self.blocks.append(nn.Sequential(conv, nn.BatchNorm2d(depth), nn.MaxPool2d(2), nn.ReLU()))
             height, width = (height + 2 * padding - 2) // 2, (width + 2 * padding - 2) // 2
-        if min(height, width) < 1:
-            raise ValueError(f"relation=conv needs feature maps of 4x4 or more, not {size}")
         self.fc1 = nn.Linear(depth * height * width, hidden)
         self.fc2 = nn.Linear(hidden, 1)
 
@@ -36,16 +33,15 @@ class ConvRelation(nn.Module):
         return F.conv2d(maps, self.get_parameter("blocks.0.0.weight")[:, half], padding=self.padding)
 
     def forward(self, sums: Tensor) -> Tensor:
-        first, second = self.blocks.children()
-        _, *rest = first.children()
+        _, *layers = (*self.blocks[0].children(), self.blocks[1])
         maps = sums + self.get_parameter("blocks.0.0.bias")[:, None, None]
-        for layer in (*rest, second):
+        for layer in layers:
             maps = layer(maps)
         return torch.sigmoid(self.fc2(F.relu(self.fc1(maps.flatten(1))))).squeeze(1)
 
 
 class MLPRelation(nn.Module):
-    """A two-layer perceptron, from pairs of vectors [B, 2D] to positive scores [B], in the same two steps."""
+    """A two-layer perceptron: from the sum of `first_layer` of two vectors [B, D] to positive scores [B]."""
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
@@ -76,11 +72,11 @@ class RelationNet(MetricMethod):
         if hidden < 1:
             raise ValueError(f"hidden={hidden}: must be at least 1")
         self.kind = relation
-        self.relation: ConvRelation | MLPRelation
-        if relation == "conv":
-            self.relation = ConvRelation(backbone.out_shape, hidden)
-        else:
-            self.relation = MLPRelation(backbone.features_dim, hidden)
+        self.relation: ConvRelation | MLPRelation = (
+            ConvRelation(backbone.out_shape, hidden)
+            if relation == "conv"
+            else MLPRelation(backbone.features_dim, hidden)
+        )
 
     def head(self, tasks: TaskBatch) -> Tensor:
         support, query = tasks.support_x, tasks.query_x
@@ -93,17 +89,11 @@ class RelationNet(MetricMethod):
         return (per_class / per_class.sum(dim=-1, keepdim=True)).clamp_min(1e-12).log()
 
     def scores(self, left: Tensor, right: Tensor) -> Tensor:
-        """Relation scores of every pair of left [T, A, D, ...] and right [T, B, D, ...]: [T, B, A].
-
-        The module's first layer is linear in both halves of a pair. So it runs once per image instead of once per pair,
-        which gives the same function for a fraction of the work.
-        """
-
-        def first_layer(maps: Tensor, half: slice) -> Tensor:
-            return self.relation.first_layer(maps.flatten(0, 1), half).unflatten(0, maps.shape[:2])
-
+        """Relation scores of every pair of left [T, A, D, ...] and right [T, B, D, ...]: [T, B, A]."""
+        # The first layer is linear in the halves of a pair. So it runs once per image, for a fraction of the work.
         depth = left.shape[2]
-        lefts, rights = first_layer(left, slice(depth)), first_layer(right, slice(depth, None))
+        lefts = self.relation.first_layer(left.flatten(0, 1), slice(depth)).unflatten(0, left.shape[:2])
+        rights = self.relation.first_layer(right.flatten(0, 1), slice(depth, None)).unflatten(0, right.shape[:2])
         sums = lefts.unsqueeze(1) + rights.unsqueeze(2)  # [T, B, A, ...]
         return per_task(self.relation, self.relation, sums.flatten(1, 2)).unflatten(1, sums.shape[1:3])
 
@@ -116,9 +106,3 @@ class RelationNet(MetricMethod):
         if self.kind == "mlp":
             return super().loss(logits, labels)
         return F.mse_loss(logits, torch.zeros_like(logits).scatter(-1, labels.unsqueeze(-1), 1.0))
-
-
-def _block(inputs: int, outputs: int, padding: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 3, padding=padding), nn.BatchNorm2d(outputs), nn.MaxPool2d(2), nn.ReLU()
-    )
