@@ -103,8 +103,7 @@ class MetricMethod(Algorithm):
         """The tasks with features instead of images."""
         if one_batch:
             images = torch.cat([tasks.support_x, tasks.query_x], dim=1)  # [T, S + Q, C, H, W]
-            features = per_task(self.backbone, self.embed, images)
-            support, query = features.tensor_split([tasks.support_x.shape[1]], dim=1)
+            support, query = per_task(self.backbone, self.embed, images).tensor_split([tasks.support_x.shape[1]], dim=1)
         else:
             support, query = (per_task(self.backbone, self.embed, own) for own in (tasks.support_x, tasks.query_x))
         return replace(tasks, support_x=support, query_x=query)

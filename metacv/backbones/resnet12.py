@@ -59,7 +59,7 @@ class Block(nn.Module):
 
 
 def drop_blocks(maps: Tensor, rate: float) -> Tensor:
-    """DropBlock (arXiv:1810.12890): about `rate` of maps [B, C, H, W] set to 0 in squares, the rest scaled up to it."""
+    """DropBlock (Ghiasi et al. 2018, arXiv:1810.12890): about `rate` of maps [B, C, H, W] 0 in squares, sum kept."""
     height, width = maps.shape[2:]
     side = min(BLOCK, height, width)
     chance = rate * height * width / (side**2 * (height - side + 1) * (width - side + 1))

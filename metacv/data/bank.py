@@ -84,10 +84,9 @@ def cached_bank(data_dir: Path, name: str, settings: dict[str, Any], make: Calla
     path = data_dir / "cache" / f"{name}-{key}.pt"
     try:
         return _load_cache(path, name)
-    except (FileNotFoundError, NotADirectoryError):
-        pass
     except Exception as error:
-        print(f"metacv: {path} cannot be read ({type(error).__name__}); creating it again", file=sys.stderr)
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            print(f"metacv: {path} cannot be read ({type(error).__name__}); creating it again", file=sys.stderr)
     bank = make()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

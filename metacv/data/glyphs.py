@@ -145,8 +145,7 @@ def draw_paths(program: dict[str, Tensor], images: int, rng: torch.Generator) ->
     walked = (moves.cumsum(-2) - moves)[..., None, :] + (3 - 2 * t) * t**2 * moves[..., None, :]
     curves = functional.pad((walked + lean * used).flatten(-3, -2), (0, 0, 1, 0))
 
-    # Handwriting has rounded corners.
-    padded = functional.pad(curves.flatten(0, 2).mT, (3, 3), "replicate")
+    padded = functional.pad(curves.flatten(0, 2).mT, (3, 3), "replicate")  # handwriting has rounded corners
     curves = functional.avg_pool1d(padded, 7, 1).mT.view_as(curves)  # [BLOCK, images, STROKES, dots, 2]
 
     loose = one["loose"][..., None] * noise(1, STROKES, 2)

@@ -31,7 +31,7 @@ class ImageFolder(Dataset):
     fit: image_files.Fit  # the middle square of an image (crop), or all of it (stretch)
     invert: bool
     fractions: dict[str, float]  # the share of the classes that each random split gets, in any unit
-    split_seed: int
+    split_seed: int  # classes are sorted by a hash of it and their names: one that is added moves few others
     split_file: str | None  # overrides both: class names of train, val and test as JSON, like a run's split.json
 
     def __post_init__(self) -> None:
@@ -69,7 +69,6 @@ class ImageFolder(Dataset):
             return self._read_split(user_path(self.split_file), folders.keys())
         if self._has_split_folders():
             return {split: [name for name in folders if folders[name].parent.name == split] for split in SPLITS}
-        # By the hash of their names, so that a class that is added moves few others.
         names = sorted(folders, key=lambda name: hashlib.sha256(os.fsencode(f"{self.split_seed} {name}")).digest())
         sums = [sum(self.fractions[earlier] for earlier in SPLITS[:i]) for i in range(4)]
         ends = [round(part / sums[-1] * len(names)) for part in sums]

@@ -109,8 +109,7 @@ class Source:
 
     def files(self, folder: Path, split: str) -> dict[str, list[Path]] | None:
         """The image files of each class, from SPLIT/CLASS/* or from SPLIT.csv and images/*; None without these."""
-        # Another data set's train/ does not count.
-        if any((folder / split / name).is_dir() for name in self.spec.classes[split]):
+        if any((folder / split / name).is_dir() for name in self.spec.classes[split]):  # not another data set's
             return {path.name: sorted(path.glob("[!.]*")) for path in (folder / split).glob("[!.]*") if path.is_dir()}
         table, images = folder / f"{split}.csv", folder / "images"
         return listed_files(table, images) if table.is_file() and images.is_dir() else None

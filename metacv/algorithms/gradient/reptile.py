@@ -29,7 +29,7 @@ class Reptile(InnerLoop):
         eval_inner_steps: int,
         eval_inner_batch: int,
         inner_optimizer: Literal["adam", "sgd"] = "adam",  # Adam with beta1 = 0
-        reset_moments: bool = False,  # as the weights; otherwise moments pass from task to task (the authors' code)
+        reset_moments: bool = False,  # false: Adam's moments pass from task to task, as in the authors' code
         task_batching: TaskBatching = "auto",
         task_chunk: int | None = None,
     ) -> None:
@@ -57,7 +57,7 @@ class Reptile(InnerLoop):
         if self.training:
             steps, size = self.inner_steps, self.inner_batch
         params = {name: p.detach() for name, p in self.initial(tasks).items()}
-        moments, count = {name: torch.zeros_like(p) for name, p in params.items()}, 0  # of Adam, and steps in them
+        moments, count = {name: torch.zeros_like(p[0]) for name, p in params.items()}, 0  # Adam's moments, their steps
         if self.moments_pass:
             moments = self.for_way({name: self.get_buffer(_buffer(name)) for name in self.adapted}, tasks.way)
             count = int(self.get_buffer("moment_steps"))

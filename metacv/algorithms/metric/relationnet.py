@@ -33,9 +33,8 @@ class ConvRelation(nn.Module):
         return F.conv2d(maps, self.get_parameter("blocks.0.0.weight")[:, half], padding=self.padding)
 
     def forward(self, sums: Tensor) -> Tensor:
-        _, *layers = (*self.blocks[0].children(), self.blocks[1])
         maps = sums + self.get_parameter("blocks.0.0.bias")[:, None, None]
-        for layer in layers:
+        for layer in [*self.blocks[0].children(), self.blocks[1]][1:]:  # all after the first convolution
             maps = layer(maps)
         return torch.sigmoid(self.fc2(F.relu(self.fc1(maps.flatten(1))))).squeeze(1)
 
