@@ -43,6 +43,7 @@ class TrainConfig:
     algo: dict[str, Any] = MISSING
     optimizer: dict[str, Any] = MISSING
     schedule: dict[str, Any] = MISSING
+    head: dict[str, Any] = field(default_factory=dict)
 
     way: int = MISSING
     shot: int = MISSING
@@ -66,6 +67,8 @@ class TrainConfig:
     batch_norm: str = MISSING
     patience: int | None = None
 
+    init: str | None = None
+    ema: float | None = None
     seed: int = MISSING
     device: str = "auto"
     data_dir: str = ""
@@ -90,11 +93,13 @@ class TestConfig:
     data_dir: str = MISSING
     algo: dict[str, Any] = field(default_factory=dict)
     dataset: dict[str, Any] = field(default_factory=dict)
+    head: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
 class EvaluateConfig(TestConfig):
-    checkpoint: str = MISSING
+    checkpoint: str | None = None
+    features: str | None = None
 
 
 @dataclass
@@ -117,6 +122,7 @@ class PredictConfig:
     batch_norm: str | None = None
     algo: dict[str, Any] = field(default_factory=dict)
     dataset: dict[str, Any] = field(default_factory=dict)
+    head: dict[str, Any] = field(default_factory=dict)
     device: str = MISSING
 
 
@@ -182,6 +188,11 @@ def is_resumable(name: str) -> bool:
 def is_path(name: str) -> bool:
     """Whether a setting of a data set is a path on this machine: `root`, or a name that ends in _file."""
     return name == "root" or name.endswith("_file")
+
+
+def class_name(node: Mapping[str, Any]) -> str:
+    """Of the class that a config node builds; empty without one."""
+    return str(node.get("_target_", "")).rpartition(".")[2]
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

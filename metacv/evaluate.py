@@ -15,18 +15,29 @@ from tqdm import tqdm
 
 from metacv import __version__
 from metacv.algorithms.base import Algorithm, MetricMethod, accuracies, evaluating
-from metacv.config import CHOICES, EvaluateConfig, TestConfig, TrainConfig, merged
+from metacv.algorithms.heads.base import WithHead
+from metacv.config import CHOICES, EvaluateConfig, TestConfig, TrainConfig, class_name, differences, merged
 from metacv.data.bank import ImageBank
 from metacv.data.sampler import EpisodeList, EpisodeSampler
 from metacv.errors import UserError
+from metacv.features import evaluate_features
 from metacv.files import write_bytes_atomically, written_or_refused
-from metacv.model import Checkpoint, build_dataset, describe_device, load_checkpoint, pick_device
+from metacv.model import (
+    Checkpoint,
+    build_dataset,
+    describe_device,
+    load_checkpoint,
+    pick_device,
+    with_head,
+)
 from metacv.precision import keep_freed_memory
 from metacv.results import Result, ResultFile, summary
 from metacv.text import setting
 
 CHANGEABLE = ("way", "shot", "query", "episodes", "batch_norm", "seed")
+CLASSES = {"dataset": "dataset", "method": "algo", "head": "head"}  # fields of a result: groups of the settings
 IMAGES_AT_ONCE = 1024
+CENTRED_ON = 2000  # training images
 FEATURES_AT_ONCE = 2**24  # numbers in the features of a batch of episodes, 64 MB
 FEATURES_KEPT = 2**29  # numbers at most in the cached features, 2 GB
 
@@ -41,46 +52,61 @@ class Evaluation:
     split: str
     algorithm: Algorithm
 
+    @property
+    def changes(self) -> dict[str, Any]:
+        """Settings of algorithm and head that differ from those of training, without those that change speed only."""
+        own, trained = self.config, self.checkpoint.config
+        of_algo = {name: now for name, now, _ in differences(own.algo, trained.algo)}
+        of_head = {name: now for name, now, _ in differences(own.head, trained.head, "head") if "_target_" not in name}
+        return {name: now for name, now in of_algo.items() if name not in self.algorithm.execution_settings} | of_head
+
     def run(self, batch_norm: str) -> tuple[Tensor, Result]:
         """The accuracy of each episode, [E], and the record of the evaluation."""
         start = time.perf_counter()
         accuracy = evaluate_episodes(self.algorithm, self.episodes, batch_norm)
         seconds = time.perf_counter() - start
-        trained, execution = self.checkpoint.config.algo, self.algorithm.execution_settings
         return accuracy, record(
             self.config,
-            self.algorithm,
             self.episodes,
             batch_norm=batch_norm,
             split=self.split,
             seed=self.config.seed,
             episodes_sha256=self.episodes.fingerprint,
-            changes={k: v for k, v in self.config.algo.items() if v != trained.get(k) and k not in execution},
+            images_sha256=self.episodes.sampler.bank.fingerprint,
+            changes=self.changes,
             checkpoint=str(self.checkpoint.path),
             checkpoint_sha256=self.checkpoint.sha256,
             step=self.checkpoint.step,
+            **self.checkpoint.training.of_result(),
             device=describe_device(self.episodes.sampler.device),
             tasks_per_second=len(accuracy) / seconds,
             **summary(accuracy),
         )
 
 
-def record(config: TrainConfig, algorithm: Algorithm, episodes: EpisodeList, **measured: Any) -> Result:
+def record(config: TrainConfig, episodes: EpisodeList, **measured: Any) -> Result:
     """The record of an accuracy on `episodes`: `measured`, with what the other arguments and this program say of it."""
     known = {name: getattr(episodes.sampler, name) for name in ("way", "shot", "query", "rotation")}
-    known |= {"dataset": config.dataset["_target_"].rpartition(".")[2], "method": type(algorithm).__name__}
+    known |= {name: class_name(getattr(config, group)) for name, group in CLASSES.items()}
     return Result(**known, **measured, episodes=len(episodes), torch=str(torch.__version__), metacv=__version__)
 
 
 def evaluate(cfg: EvaluateConfig, folder: Path) -> None:
-    """Evaluate a checkpoint, and write result.json and accuracies.npy into `folder`."""
-    modes = CHOICES["batch_norm"] if cfg.batch_norm == "both" else (cfg.batch_norm,)
-    evaluation = prepare(load_checkpoint(cfg.checkpoint), dataclasses.replace(cfg, batch_norm=modes[0]))
-    measured = [evaluation.run(mode or evaluation.config.batch_norm) for mode in modes]
+    """Evaluate a checkpoint or features, and write result.json and accuracies.npy into `folder`."""
+    measured = [evaluate_features(cfg)] if cfg.features else evaluate_checkpoint(cfg)
     write_evaluation(folder, measured)
     for _, result in measured:
         print(result.describe())
     print(f"result: {folder / 'result.json'}")
+
+
+def evaluate_checkpoint(cfg: EvaluateConfig) -> list[tuple[Tensor, Result]]:
+    """Accuracies and record for each batch-norm mode that is asked for."""
+    if not cfg.checkpoint:
+        raise UserError("checkpoint is missing")
+    modes = CHOICES["batch_norm"] if cfg.batch_norm == "both" else (cfg.batch_norm,)
+    evaluation = prepare(load_checkpoint(cfg.checkpoint), dataclasses.replace(cfg, batch_norm=modes[0]))
+    return [evaluation.run(mode or evaluation.config.batch_norm) for mode in modes]
 
 
 def prepare(checkpoint: Checkpoint, given: TestConfig) -> Evaluation:
@@ -96,10 +122,18 @@ def prepare(checkpoint: Checkpoint, given: TestConfig) -> Evaluation:
         check_unseen(bank, config, checkpoint)
     task = config.way, config.shot, config.query, dataset.rotation(given.split)
     episodes = EpisodeList(EpisodeSampler(bank, *task, config.seed, device), config.episodes)
-    algorithm = checkpoint.build(config).to(device)
+    algorithm = with_head(checkpoint.build(config), config, checkpoint.centre).to(device)
+    if isinstance(algorithm, WithHead) and algorithm.needs_centre:
+        centre(algorithm, build_dataset(checkpoint.config.dataset, given.data_dir).load("train"), device)
     if device.type == "cpu":
         keep_freed_memory()
     return Evaluation(checkpoint, config, episodes, given.split, algorithm)
+
+
+def centre(algorithm: WithHead, bank: ImageBank, device: torch.device) -> Tensor:
+    """Give a centred head the mean feature of training images, and return it."""
+    some = torch.randperm(len(bank.images), generator=torch.Generator().manual_seed(0))[:CENTRED_ON].sort().values
+    return algorithm.centre(bank.images[some].to(device).float().div_(255))
 
 
 def evaluate_episodes(
@@ -130,28 +164,43 @@ def _from_features(
     algorithm: MetricMethod, episodes: EpisodeList, batch_norm: str, label: str, check: Callable[[], None]
 ) -> Tensor | None:
     """`evaluate_episodes` with each image embedded once; None if the features would take too much memory."""
-    sampler = episodes.sampler
+    sampler, device = episodes.sampler, episodes.sampler.device
     rows, index = episodes.rows.unique(return_inverse=True)
+    supports, support_index = episodes.rows[:, :, : sampler.shot].unique(return_inverse=True)
+    passes = len(rows) + algorithm.copies * len(supports)
     results = []
     with (
-        evaluating(algorithm, batch_norm, sampler.device),
-        tqdm(total=len(rows), desc=label, unit="image", leave=False, disable=None) as bar,
+        evaluating(algorithm, batch_norm, device),
+        tqdm(total=passes, desc=label, unit="image", leave=False, disable=None) as bar,
     ):
-        features = torch.empty(0)
-        for start in range(0, len(rows), IMAGES_AT_ONCE // 4):
+
+        def embedded(rows: Tensor, copies: int) -> Tensor | None:
+            """Features [R, ...] of the images at `rows`, or of copies of each [R, copies, ...]."""
+            features = torch.empty(0)
+            for start in range(0, len(rows), IMAGES_AT_ONCE // (4 + 4 * copies)):
+                check()
+                some = rows[start : start + IMAGES_AT_ONCE // (4 + 4 * copies)]
+                images = sampler.images_at(some)
+                own = algorithm.embed_copies(images, some.tolist()) if copies else algorithm.embed(images)
+                if start == 0:
+                    if len(rows) * own[0].numel() > FEATURES_KEPT:
+                        return None
+                    features = own.new_empty(len(rows), *own.shape[1:])
+                features[start : start + len(some)] = own
+                bar.update(len(some) * max(1, copies))
+            return features
+
+        features = embedded(rows, 0)
+        copied = embedded(supports, algorithm.copies) if algorithm.copies else None
+        if features is None or (algorithm.copies and copied is None):
+            return None
+        each = (index[0].numel() + algorithm.copies * support_index[0].numel()) * features[0].numel()
+        batches = (part.split(max(1, FEATURES_AT_ONCE // each)) for part in (episodes.rows, index, support_index))
+        for some, places, support_places in zip(*batches, strict=True):
             check()
-            some = rows[start : start + IMAGES_AT_ONCE // 4].to(sampler.device)
-            embedded = algorithm.embed(sampler.images[some].float().div_(255))
-            if start == 0:
-                if len(rows) * embedded[0].numel() > FEATURES_KEPT:
-                    return None
-                features = embedded.new_empty(len(rows), *embedded.shape[1:])
-            features[start : start + len(some)] = embedded
-            bar.update(len(some))
-        batch = max(1, FEATURES_AT_ONCE // (index[0].numel() * features[0].numel()))
-        for some, places in zip(episodes.rows.split(batch), index.to(sampler.device).split(batch), strict=True):
-            check()
-            tasks = sampler.tasks(features, some, places)
+            tasks = sampler.tasks(features, some, places.to(device))
+            if copied is not None:
+                tasks = tasks.with_copies(copied[support_places.to(device)].flatten(1, 3))
             results.append(accuracies(algorithm.head(tasks), tasks.query_y))
     return torch.cat(results).double().cpu()
 
@@ -161,9 +210,9 @@ def with_changes(checkpoint: Checkpoint, given: Any, names: tuple[str, ...] = CH
     changes = {name: value for name in names if (value := getattr(given, name, None)) is not None}
     if "_target_" in given.algo:
         raise UserError("algo._target_: the method of a checkpoint cannot be changed")
-    for group in ("algo", "dataset"):
+    for group in ("algo", "dataset", "head"):
         changed = getattr(given, group)
-        trained = changed if "_target_" in changed else getattr(checkpoint.config, group)  # another data set
+        trained = changed if "_target_" in changed else getattr(checkpoint.config, group)  # another data set or head
         if unknown := changed.keys() - trained.keys():
             raise UserError(f"{group}.{min(unknown)}: {checkpoint.path} has no such setting")
         changes[group] = merged(trained, changed)

@@ -4,11 +4,12 @@ A checkpoint holds tensors and plain values only, so that loading one runs no co
 """
 
 import importlib
+import inspect
 import platform
 import re
 import typing
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,8 +20,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from metacv.algorithms.base import Algorithm
+from metacv.algorithms.heads.base import Head, WithHead
 from metacv.backbones.base import Backbone
-from metacv.config import NormalizeConfig, TrainConfig, allowed, from_dict
+from metacv.config import NormalizeConfig, TrainConfig, allowed, from_dict, to_dict
 from metacv.data.bank import Dataset
 from metacv.errors import UserError
 from metacv.files import read_checked, sha256, user_path, write_atomically, written_or_refused
@@ -30,6 +32,23 @@ from metacv.upgrade import upgrade_checkpoint
 T = TypeVar("T")
 FORMAT = 2
 WEIGHTS = {"config", "image_shape", "step", "algorithm"}
+OPTIONAL = {"training", "centre"}  # missing in older checkpoints, and where there is none
+
+
+@dataclass(frozen=True)
+class Training:
+    """What it took to train a model, together with the runs whose weights it started from."""
+
+    classes: int = 0  # in training
+    images: int = 0  # drawn in training
+    flops: float = 0.0  # floating-point operations, forward and backward
+    seconds: float = 0.0
+    stages: list[str] = field(default_factory=list)  # the earlier runs
+
+    def of_result(self) -> dict[str, Any]:
+        """The fields of a Result."""
+        cost = {f"train_{name}": getattr(self, name) for name in ("images", "flops", "seconds")}
+        return cost | {"stages": self.stages}
 
 
 @dataclass(frozen=True)
@@ -40,6 +59,8 @@ class Checkpoint:
     config: TrainConfig
     image_shape: tuple[int, int, int]  # C, H, W
     step: int
+    training: Training
+    centre: Tensor | None  # mean feature of training images, [D], for heads that subtract it
     content: dict[str, Any]  # all of the file
 
     @cached_property
@@ -48,7 +69,7 @@ class Checkpoint:
 
     def build(self, config: TrainConfig | None = None) -> Algorithm:
         """The trained model on the CPU, with other settings if `config` is given; UserError if one does not fit."""
-        algorithm = build(config or self.config, self.image_shape)
+        algorithm = build(config or self.config, self.image_shape, self.training.classes)
         self.load_weights(algorithm)
         return algorithm
 
@@ -83,12 +104,15 @@ def load_checkpoint(place: str | Path, name: str = "best.pt") -> Checkpoint:
         config = from_dict(TrainConfig, content["config"])
         channels, height, width = content["image_shape"]
         step, tensors = content["step"], content["algorithm"].values()
+        training, centre = from_dict(Training, content.get("training", {})), content.get("centre")
+        if centre is not None and not (isinstance(centre, Tensor) and centre.dim() == 1 and centre.is_floating_point()):
+            raise ValueError
         whole = all(type(number) is int for number in (channels, height, width, step))
         if not whole or any(not isinstance(value, Tensor) or value.is_complex() for value in tensors):
             raise ValueError
     except (UserError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"{path} is not a checkpoint of metacv, or is damaged") from error
-    return Checkpoint(path, config, (channels, height, width), step, content)
+    return Checkpoint(path, config, (channels, height, width), step, training, centre, content)
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
@@ -107,8 +131,11 @@ def checkpoint_path(place: str | Path, name: str = "best.pt") -> Path:
     return path / name
 
 
-def build(config: TrainConfig, image_shape: tuple[int, int, int]) -> Algorithm:
-    """The algorithm of `config`, with initial weights, for images [C, H, W]; UserError if a setting is invalid."""
+def build(config: TrainConfig, image_shape: tuple[int, int, int], classes: int = 0) -> Algorithm:
+    """The algorithm of `config`, with initial weights, for images [C, H, W] of `classes` training classes.
+
+    Raises UserError if a setting is invalid.
+    """
     backbone = build_node("backbone", config.backbone, Backbone, image_shape=image_shape)
     if config.normalize != NormalizeConfig():
         for name, values in asdict(config.normalize).items():
@@ -118,7 +145,26 @@ def build(config: TrainConfig, image_shape: tuple[int, int, int]) -> Algorithm:
             backbone.set_normalization(config.normalize.mean, config.normalize.std)
         except ValueError as error:
             raise UserError(f"normalize: {error}") from None
-    return build_node("algo", config.algo, Algorithm, backbone=backbone)
+    given: dict[str, Any] = {"backbone": backbone}
+    if "classes" in inspect.signature(target_class("algo", config.algo, Algorithm)).parameters:
+        given["classes"] = classes
+    return build_node("algo", config.algo, Algorithm, **given)
+
+
+def with_head(algorithm: Algorithm, config: TrainConfig, centre: Tensor | None = None) -> Algorithm:
+    """What classifies in evaluation: the method itself, or its backbone with the head that the settings choose.
+
+    `centre`: the mean feature [D] of training images, for heads that subtract it.
+    """
+    if not config.head:
+        return algorithm
+    head = build_node("head", config.head, Head)
+    if centre is not None and head.centred:
+        head.centre = centre
+    try:
+        return WithHead(algorithm, head, config.augment)
+    except ValueError as error:
+        raise UserError(f"head.{error}") from None
 
 
 def build_dataset(node: dict[str, Any], data_dir: str) -> Dataset:
@@ -160,6 +206,15 @@ def target_class(name: str, node: dict[str, Any], base: type[T]) -> type[T]:
     return cls
 
 
+def settings(config: TrainConfig) -> dict[str, Any]:
+    """The settings as plain values, where one that a class got after a checkpoint was written has its default."""
+    content = to_dict(config)
+    for group, base in (("algo", Algorithm), ("backbone", Backbone)):
+        parameters = inspect.signature(target_class(group, content[group], base)).parameters.values()
+        content[group] = {own.name: own.default for own in parameters if own.default is not own.empty} | content[group]
+    return content
+
+
 def execution_settings(algo: dict[str, Any]) -> set[str]:
     """Full names of the settings of an algorithm that change its speed and memory, not its result."""
     return {f"algo.{name}" for name in target_class("algo", algo, Algorithm).execution_settings}
@@ -173,8 +228,9 @@ def build_node(name: str, node: dict[str, Any], base: type[T], **given: Any) -> 
         hints = typing.get_type_hints(cls.__init__)
     except NameError:  # some classes have annotations for type checkers only
         hints = {}
+    parameters = inspect.signature(cls).parameters
     for key, value in settings.items():
-        if key in given:
+        if key in given or key not in parameters:
             raise UserError(f"{name}.{key}: is not a setting")
         words, fits = allowed(hints.get(key, Any))
         if not fits(value):

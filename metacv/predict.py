@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from metacv.algorithms.base import Algorithm
+from metacv.algorithms.heads.base import WithHead
 from metacv.config import PredictConfig, is_path, to_dict
 from metacv.data.bank import SPLITS, Dataset
 from metacv.data.image_files import files_below, folders_in, has_only_folders, read_readable, report_skipped
@@ -21,7 +22,16 @@ from metacv.drawing import LINE, RIGHT, WRONG, captioned_picture, legible
 from metacv.errors import UserError
 from metacv.evaluate import with_changes
 from metacv.files import user_path, write_bytes_atomically
-from metacv.model import WEIGHTS, Checkpoint, build_dataset, load_checkpoint, pick_device, save_checkpoint
+from metacv.model import (
+    OPTIONAL,
+    WEIGHTS,
+    Checkpoint,
+    build_dataset,
+    load_checkpoint,
+    pick_device,
+    save_checkpoint,
+    with_head,
+)
 from metacv.text import aligned, csv_text, first_line, printable, setting
 
 LINES = 40  # of the table on the terminal
@@ -75,7 +85,9 @@ def predict(cfg: PredictConfig, folder: Path) -> Predictions:
     for kind, own in (("support", support.images), ("query", images)):
         if (shape := tuple(own.shape[1:])) != trained:
             raise UserError(f"{kind}: its images become {shape}, and {path} was trained on {trained}")
-    algorithm = checkpoint.build(config).to(device)
+    algorithm = with_head(checkpoint.build(config), config, checkpoint.centre).to(device)
+    if isinstance(algorithm, WithHead) and algorithm.needs_centre:
+        raise UserError(f"head: {path} has no mean feature of training images; choose another head")
     logits = label(algorithm, support, images, config.batch_norm, device)
     probabilities = algorithm.probabilities(logits).cpu()
     if not probabilities.isfinite().all():
@@ -90,7 +102,7 @@ def predict(cfg: PredictConfig, folder: Path) -> Predictions:
         paths = {name: None for name in config.dataset if is_path(name)}
         portable = dataclasses.replace(config, dataset=config.dataset | paths)
         kept = {"images": support.images, "shots": list(support.shots), "classes": list(support.classes)}
-        content = {name: checkpoint.content[name] for name in WEIGHTS}
+        content = {name: checkpoint.content[name] for name in (*WEIGHTS, *OPTIONAL) if name in checkpoint.content}
         save_checkpoint(save, content | {"config": to_dict(portable), "support": kept})
     folder.mkdir(parents=True, exist_ok=True)
     write(folder, predictions, support, checkpoint)

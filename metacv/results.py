@@ -34,13 +34,19 @@ class Result:
     seed: int  # of the list of episodes
     batch_norm: str  # transductive or inductive
     episodes_sha256: str = ""  # of the images and of the list of episodes
+    images_sha256: str = ""
 
     # What.
     method: str = ""  # class name of the algorithm
+    head: str = ""  # class name of what classified in its place
     changes: dict[str, Any] = field(default_factory=dict)  # algo settings that differ from those of training
     checkpoint: str = ""
     checkpoint_sha256: str = ""
     step: int = 0
+    stages: list[str] = field(default_factory=list)  # earlier runs, whose weights training started from
+    train_images: int = 0  # drawn in training, all stages together
+    train_flops: float = 0.0  # floating-point operations of training, forward and backward
+    train_seconds: float = 0.0
 
     # How.
     device: str = ""
@@ -50,8 +56,9 @@ class Result:
 
     def describe(self) -> str:
         """One line for the terminal."""
+        method = f"{self.method} + {self.head}" if self.head else self.method
         return (
-            f"accuracy {percent(self.accuracy, self.ci95)} %: {self.method}, {self.way}-way {self.shot}-shot, "
+            f"accuracy {percent(self.accuracy, self.ci95)} %: {method}, {self.way}-way {self.shot}-shot, "
             f"{plural(self.query, 'query', 'queries')} per class, {self.episodes} episodes of "
             f"{self.dataset} {self.split}, {self.batch_norm} ({self.tasks_per_second:.3g} tasks/s)"
         )
@@ -91,7 +98,7 @@ def read_results(path: Path) -> ResultFile:
 
 
 def _result(record: dict[str, Any]) -> Result:
-    if any(isinstance(value, int | float) and abs(value) >= 1e19 for value in record.values()):
+    if any(isinstance(value, int | float) and abs(value) >= 1e25 for value in record.values()):
         raise ValueError
     return from_dict(Result, record)
 

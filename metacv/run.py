@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,14 +21,23 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.swa_utils import AveragedModel
 
 from metacv.algorithms.base import Algorithm
-from metacv.config import TrainConfig, differences, is_path, is_resumable, to_dict, typed
-from metacv.data.sampler import EpisodeSampler
+from metacv.config import TrainConfig, class_name, differences, from_dict, is_path, is_resumable, to_dict, typed
+from metacv.data.sampler import EpisodeSampler, ImageSampler
 from metacv.errors import UserError
 from metacv.files import write_bytes_atomically
 from metacv.logger import Logger
-from metacv.model import Checkpoint, checkpoint_path, execution_settings, load_checkpoint, save_checkpoint
+from metacv.model import (
+    Checkpoint,
+    Training,
+    checkpoint_path,
+    execution_settings,
+    load_checkpoint,
+    save_checkpoint,
+    settings,
+)
 from metacv.text import setting
 
 STATE = ("overrides", "optimizer", "schedule", "sampler", "random", "validated", "best", "since_best", "window")
@@ -43,15 +52,27 @@ class Run:
     algorithm: Algorithm
     optimizer: Optimizer | None  # None if nothing is trained
     schedule: LRScheduler | None
-    sampler: EpisodeSampler
+    sampler: EpisodeSampler | ImageSampler
     hardware: str
     splits: dict[str, list[str]] | None  # classes of each split, of a data set that changes from user to user
+    flops: float = 0.0  # of a step
+    average: AveragedModel | None = None  # of the algorithm, if `ema` is set
+    centre: Tensor | None = None  # mean feature of training images, for heads that subtract it
+    earlier: Training = field(default_factory=Training)  # the runs whose weights this one started from
     step: int = 0
     validated: int = -1  # the step of the last validation
     best: dict[str, float] = field(default_factory=lambda: {"accuracy": -1.0})
     since_best: int = 0  # validations
     window: list[dict[str, Tensor]] = field(default_factory=list)  # scalars of the steps that are not logged yet
     began: float = field(default_factory=time.perf_counter)
+
+    @property
+    def tested(self) -> Algorithm:
+        """What is validated, and kept in best.pt."""
+        if self.average is None:
+            return self.algorithm
+        assert isinstance(self.average.module, Algorithm)
+        return self.average.module
 
     @property
     def steps(self) -> int:
@@ -72,15 +93,33 @@ class Run:
         out_of_patience = self.config.patience is not None and self.since_best >= self.config.patience
         return out_of_patience or (self.step >= self.steps and not self.validation_due)
 
+    @property
+    def training(self) -> Training:
+        """What training took so far, with the runs that it started from."""
+        return Training(
+            classes=self.sampler.classes,
+            images=self.earlier.images + self.step * self.config.meta_batch * self.sampler.images_each,
+            flops=self.earlier.flops + self.step * self.flops,
+            seconds=self.earlier.seconds + round(self.seconds, 1),
+            stages=self.earlier.stages,
+        )
+
+    def begin_after(self, first: Checkpoint) -> None:
+        """Record that the backbone's weights come from another run."""
+        what = f"{class_name(first.config.algo)} on {class_name(first.config.dataset)}, step {first.step}"
+        stages = [*first.training.stages, f"{what}, sha256 {first.sha256[:16]}"]
+        self.earlier = replace(first.training, stages=stages)
+
     def weights(self) -> dict[str, Any]:
         """What evaluation needs."""
         return {
             "config": to_dict(self.config),
             "image_shape": list(self.sampler.bank.image_shape),
             "step": self.step,
-            "algorithm": self.algorithm.state_dict(),
+            "algorithm": self.tested.state_dict(),
             "splits": self.splits,
-        }
+            "training": asdict(self.training),
+        } | ({"centre": self.centre.cpu()} if self.centre is not None else {})
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs."""
@@ -89,6 +128,9 @@ class Run:
         names = self.window[0] if self.window else ()
         own = {
             "config": to_dict(self.config, with_local=True),
+            "earlier": asdict(self.earlier),
+            "algorithm": self.algorithm.state_dict(),
+            "average": self.average.state_dict() if self.average else {},
             "optimizer": self.optimizer.state_dict() if self.optimizer else {},
             "schedule": self.schedule.state_dict() if self.schedule else {},
             "sampler": self.sampler.state_dict(),
@@ -108,11 +150,14 @@ class Run:
             if self.optimizer and self.schedule:
                 self.optimizer.load_state_dict(state["optimizer"])
                 self.schedule.load_state_dict(state["schedule"])
+            if self.average:
+                self.average.load_state_dict(state["average"])
             self.sampler.load_state_dict(state["sampler"])
             random.setstate(state["random"]["python"])
             torch.set_rng_state(state["random"]["cpu"])
             if (cuda := state["random"]["cuda"]) and len(cuda) == torch.cuda.device_count():
                 torch.cuda.set_rng_state_all(cuda)
+            self.earlier = from_dict(Training, state.get("earlier", {}))
             self.step, self.validated = int(state["step"]), int(state["validated"])
             self.best, self.since_best = dict(state["best"]), int(state["since_best"])
             self.began = time.perf_counter() - float(state.get("seconds", 0))
@@ -217,7 +262,7 @@ def resumed(source: Checkpoint, overrides: list[str]) -> tuple[TrainConfig, list
         if is_path(name) and f"dataset.{name}" not in asked:
             config.dataset[name] = value
     execution = execution_settings(config.algo)
-    for name, now, before in differences(to_dict(config), to_dict(source.config)):
+    for name, now, before in differences(settings(config), settings(source.config)):
         group, _, own_name = name.partition(".")
         if not (is_resumable(group) or name in execution or (group == "dataset" and is_path(own_name))):
             raise UserError(f"resume: {name} is {now}, but {source.path} was trained with {before}")

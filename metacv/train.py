@@ -1,6 +1,7 @@
 """The outer loop: one plain loop for every algorithm."""
 
 import contextlib
+import copy
 import json
 import random
 import time
@@ -10,25 +11,36 @@ import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from metacv.algorithms.base import Algorithm
-from metacv.backbones.base import Backbone
+from metacv.algorithms.heads.base import WithHead
 from metacv.backbones.batch_norm import running_statistics
 from metacv.config import TrainConfig, to_dict
-from metacv.data.sampler import EpisodeList, EpisodeSampler
+from metacv.data.sampler import EpisodeList, EpisodeSampler, ImageSampler
 from metacv.data.transforms import Augment
 from metacv.distributed import Ranks, connect
 from metacv.drawing import episode_picture
 from metacv.errors import UserError
-from metacv.evaluate import evaluate_episodes, record
+from metacv.evaluate import centre, evaluate_episodes, record
 from metacv.files import write_bytes_atomically
 from metacv.logger import Logger
-from metacv.model import build, build_dataset, build_optimizer, describe_device, pick_device
+from metacv.model import (
+    build,
+    build_dataset,
+    build_optimizer,
+    describe_device,
+    load_checkpoint,
+    pick_device,
+    target_class,
+    with_head,
+)
 from metacv.precision import check_precision, keep_freed_memory, precision
 from metacv.results import ResultFile, summary
 from metacv.run import Run, Stopped, StopSignals, lock_folder, start, warn_of_few_test_classes
-from metacv.text import percent, setting
+from metacv.text import first_line, percent, setting
 
 DIAGNOSED_TASKS = 20
 PROJECTED_IMAGES = 1000
@@ -41,7 +53,7 @@ def train(cfg: DictConfig, folder: Path, overrides: list[str]) -> float:
         ranks.on_every_rank(lambda: stack.enter_context(lock_folder(folder)))  # other ranks than 0 have a temporary one
         config, words, source = ranks.run_on_rank_zero(lambda: start(cfg, folder, overrides))
         run, validation = ranks.on_every_rank(lambda: prepare(config, words, ranks))
-        ranks.on_every_rank(lambda: run.load(source) if source else load_pretrained(run.algorithm))
+        ranks.on_every_rank(lambda: run.load(source) if source else initialize(run))
         if run.splits:
             write_bytes_atomically(folder / "split.json", json.dumps(run.splits, indent=1).encode())
         if ranks.rank:  # random draws in training, such as DropBlock's masks, differ between ranks
@@ -92,6 +104,8 @@ def training_step(run: Run, ranks: Ranks) -> dict[str, Tensor]:
     ranks.average([*gradients, *scalars.values()], (own.stop - own.start) / config.meta_batch)
     clip(algorithm, config.clip_norm, config.clip_value)
     run.optimizer.step()
+    if run.average:
+        run.average.update_parameters(algorithm)
     scalars["lr"] = torch.tensor(float(run.optimizer.param_groups[0]["lr"]))
     run.schedule.step()
     run.step += 1
@@ -116,7 +130,10 @@ def validate(run: Run, episodes: EpisodeList, folder: Path, logger: Logger, sign
     accuracy = torch.zeros(len(episodes), dtype=torch.float64)
     own = ranks.share(len(episodes))
     try:
-        accuracy[own] = evaluate_episodes(run.algorithm, episodes.part(own), mode, "validating", signals.check)
+        tested = with_head(run.tested, run.config)
+        if isinstance(tested, WithHead) and tested.needs_centre:
+            run.centre = centre(tested, run.sampler.bank, run.sampler.device)
+        accuracy[own] = evaluate_episodes(tested, episodes.part(own), mode, "validating", signals.check)
     except Stopped:
         accuracy += torch.nan  # which the sum passes on to the other ranks
     if ranks.sum(accuracy).isnan().any():
@@ -129,9 +146,9 @@ def validate(run: Run, episodes: EpisodeList, folder: Path, logger: Logger, sign
         return
     logger.scalars(run.step, {f"val/{name}": value for name, value in measured.items()})
     episode = next(episodes.batches(1))
-    logger.picture(run.step, "val/episode", episode_picture(episode, run.algorithm.predict(episode, mode)))
+    logger.picture(run.step, "val/episode", episode_picture(episode, tested.predict(episode, mode)))
     (some,) = episodes.part(slice(DIAGNOSED_TASKS)).batches(DIAGNOSED_TASKS)
-    if diagnostics := run.algorithm.diagnostics(some, mode):
+    if diagnostics := run.tested.diagnostics(some, mode):
         logger.scalars(run.step, diagnostics)
     run.save(folder, logger, better)
 
@@ -145,7 +162,7 @@ def finish(run: Run, validation: EpisodeList, logger: Logger) -> None:
         rows = torch.randperm(len(bank.images), generator=torch.Generator().manual_seed(0))[:PROJECTED_IMAGES]
         names = [bank.class_names[c] for c in torch.bucketize(rows, bank.offsets[1:], right=True)]
         images = bank.images[rows].float().div(255)
-        backbone = next(module for module in run.algorithm.modules() if isinstance(module, Backbone)).eval()
+        backbone = run.algorithm.embedding.eval()
         with torch.no_grad():
             features = torch.cat([backbone.features(some.to(run.sampler.device)).cpu() for some in images.split(100)])
         side = min(32, *images.shape[2:])  # TensorBoard draws all of them into one picture
@@ -176,7 +193,11 @@ def prepare(config: TrainConfig, overrides: list[str], ranks: Ranks) -> tuple[Ru
     dataset = build_dataset(config.dataset, config.data_dir)
     augment = Augment(config.augment.crop, config.augment.flip, config.augment.jitter, seed=config.seed)
     task = config.train_way, config.train_shot, config.train_query, dataset.rotation("train")
-    training = EpisodeSampler(dataset.load("train"), *task, config.seed, device, "train_", augment)
+    training: EpisodeSampler | ImageSampler
+    if target_class("algo", config.algo, Algorithm).batches == "images":
+        training = ImageSampler(dataset.load("train"), task[3], config.seed, device, augment)
+    else:
+        training = EpisodeSampler(dataset.load("train"), *task, config.seed, device, "train_", augment)
     task = config.way, config.shot, config.query, dataset.rotation("val")
     unseen = EpisodeSampler(dataset.load("val"), *task, device=device)
     validation = EpisodeList(unseen, config.eval_episodes, "eval_episodes")
@@ -184,21 +205,44 @@ def prepare(config: TrainConfig, overrides: list[str], ranks: Ranks) -> tuple[Ru
         keep_freed_memory()  # only now: decoding a data set frees much memory
     torch.manual_seed(config.seed)
     random.seed(config.seed)
-    algorithm = build(config, training.bank.image_shape).to(device)
+    algorithm = build(config, training.bank.image_shape, training.classes).to(device)
     if ranks.size > 1 and algorithm.sequential_because:
         raise UserError(f"algo.{algorithm.sequential_because}, which {ranks.size} processes cannot share")
+    optimizer, schedule = build_optimizer(config, algorithm) or (None, None)
+    flops = flops_of_a_step(algorithm, training, config.meta_batch, ranks) if optimizer else 0.0
+    if teacher := config.algo.get("teacher"):
+        algorithm.learn_from(load_checkpoint(teacher).build().to(device))
     if config.compile:
         algorithm.compile_training()
-    optimizer, schedule = build_optimizer(config, algorithm) or (None, None)
     splits = dataset.splits()
     warn_of_few_test_classes(config, splits)
-    run = Run(config, overrides, algorithm, optimizer, schedule, training, describe_device(device), splits)
+    average = averaged(algorithm, config.ema)
+    hardware = describe_device(device)
+    run = Run(config, overrides, algorithm, optimizer, schedule, training, hardware, splits, flops, average)
     return run, validation
+
+
+def flops_of_a_step(algorithm: Algorithm, sampler: EpisodeSampler | ImageSampler, count: int, ranks: Ranks) -> float:
+    """Floating-point operations of a training step of all ranks, forward and backward, as torch counts them."""
+    own, state = ranks.share(count), sampler.state_dict()
+    batch = sampler.sample(count, own)
+    sampler.load_state_dict(state)
+    devices = [sampler.device] if sampler.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), FlopCounterMode(display=False) as counter:
+        copy.deepcopy(algorithm).train().training_step(batch)
+    return counter.get_total_flops() * count / (own.stop - own.start)
+
+
+def averaged(algorithm: Algorithm, decay: float | None) -> AveragedModel | None:
+    """The exponential moving average of all weights and buffers."""
+    return AveragedModel(algorithm, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True) if decay else None
 
 
 def check_counts(config: TrainConfig, ranks: Ranks) -> None:
     if not 0 <= config.seed < 2**63:
         raise UserError(f"seed={config.seed}: must be from 0 to 2**63 - 1")
+    if config.ema is not None and not 0 <= config.ema < 1:
+        raise UserError(f"ema={config.ema}: must be from 0 to below 1")
     for name in ("steps", "meta_batch", "eval_every", "log_every", "patience", "clip_norm", "clip_value"):
         value = getattr(config, name)
         if value is not None and not 0 < value < 2**31:
@@ -208,10 +252,19 @@ def check_counts(config: TrainConfig, ranks: Ranks) -> None:
             raise UserError(f"{name}={getattr(config, name)} is too few for {ranks.size} processes")
 
 
-def load_pretrained(algorithm: Algorithm) -> None:
-    for module in algorithm.modules():
-        if isinstance(module, Backbone):
-            module.load_pretrained()
+def initialize(run: Run) -> None:
+    """Load the weights that a new run starts from: pre-trained ones, or those of another run's backbone."""
+    backbone = run.algorithm.embedding
+    backbone.load_pretrained()
+    if run.config.init:
+        first = load_checkpoint(run.config.init)
+        try:
+            backbone.load_state_dict(first.build().embedding.state_dict())
+        except RuntimeError as error:
+            raise UserError(f"init={run.config.init}: its backbone does not fit ({first_line(error)})") from None
+        run.begin_after(first)
+    if run.average:
+        run.average = averaged(run.algorithm, run.config.ema)
 
 
 def clip(algorithm: Algorithm, norm: float | None, value: float | None) -> None:
@@ -228,7 +281,7 @@ def report(run: Run, validation: EpisodeList, folder: Path) -> None:
     """Write result.json, and print the best validation and the next commands."""
     config, best = run.config, run.best
     known = {"split": "val", "seed": 0, "batch_norm": config.batch_norm, "device": run.hardware}
-    result = record(config, run.algorithm, validation, **known, **best)
+    result = record(config, validation, **known, **best, **run.training.of_result())
     training = {"steps": run.step, "seconds": round(run.seconds, 1), "seed": config.seed, "overrides": run.overrides}
     ResultFile([result], training).write(folder / "result.json")
     if run.steps == 0:

@@ -8,7 +8,7 @@ from metacv.errors import UserError
 from metacv.upgrade import RENAMED
 
 PATHS = re.compile(
-    r"\+*(checkpoint|support|adapted|save|resume|data_dir|hydra\.(run|sweep)\.dir|dataset\.(root|\w+_dir|\w+_file))"
+    r"\+*(checkpoint|features|init|algo\.teacher|support|adapted|save|resume|data_dir|hydra\.(run|sweep)\.dir|dataset\.(root|\w+_dir|\w+_file))"
 )
 OPTIONS_WITH_VALUE = {"-c", "--cfg", "-p", "--package"}
 
@@ -33,8 +33,8 @@ def hydra_overrides(command: str, words: list[str]) -> list[str]:
             raise UserError(f"{words[i]}: settings are given as name=value")
     overrides = [_quoted_path(command, word, sweeps) for word in words]
     if command != "train" or any(word.startswith("resume=") and word != "resume=false" for word in words):
-        # algo and dataset of a trained model: Hydra does not know their keys
-        overrides = [f"++{word}" if word.startswith(("algo.", "dataset.")) else word for word in overrides]
+        # algo, dataset and head of a trained model: Hydra does not know their keys
+        overrides = [f"++{word}" if word.startswith(("algo.", "dataset.", "head.")) else word for word in overrides]
     if command == "train" and not any(word.startswith("hydra.run.dir=") for word in words):
         overrides += [f"hydra.run.dir={quoted(folder)}" for word in words if (folder := _resumed_folder(word))]
     return overrides

@@ -7,6 +7,7 @@ share, and copies checkpoint, settings, metrics and results into a folder of out
     python scripts/reproduce.py omniglot/maml_5w1s --name omniglot/sum_5w1s -- algo.inner_loss=sum_per_shot
     python scripts/reproduce.py omniglot/reptile_5w5s --run-of omniglot/reptile_5w1s    which is trained in the same way
 
+An experiment whose `init` is the run of another, outputs/NAME, runs that one first if it is missing.
 After a stop or a crash, the same command continues where it was. Finished work is not repeated.
 """
 
@@ -34,7 +35,7 @@ from metacv.run import load_state, lock_folder
 COMMON = ["query=15", "batch_norm=inductive", "dataset.test_rotation=none"]
 # Together with resumable settings: how long a run trains, and how it is validated and tested.
 BUDGET = {"eval_episodes", "episodes", "schedule.step_size"}
-TESTED = {"way", "shot", "query", "batch_norm", "eval_episodes", "episodes"}
+TESTED = {"way", "shot", "query", "batch_norm", "eval_episodes", "episodes", "head"}
 VALIDATION_SEED = 0
 
 
@@ -78,6 +79,7 @@ def reproduce(given: argparse.Namespace, experiment: str, folder: str, overrides
     asked = [f"experiment={experiment}", *overrides]
     (config,) = compose_all([asked])
     check_replaceable(config, overrides, reference)
+    asked += first_stage(given, config)
     build_dataset(config.dataset, config.data_dir).load("test")  # reports its errors before the training
     (run / "test").mkdir(parents=True, exist_ok=True)
     with lock_folder(run / "test"):
@@ -94,6 +96,17 @@ def reproduce(given: argparse.Namespace, experiment: str, folder: str, overrides
         keep(run, reference)
 
 
+def first_stage(given: argparse.Namespace, config: TrainConfig) -> list[str]:
+    """Run the experiment whose run is the `init` of this one, unless it is complete; the setting for its folder."""
+    name = (config.init or "").removeprefix("outputs/")
+    if name not in EXPERIMENTS:
+        return []
+    if not (given.runs / name / "result.json").exists():
+        print(f"== {name}, the first stage", flush=True)
+        reproduce(given, name, name, [])
+    return [f"init={given.runs / name}"] if given.runs != ROOT / "outputs" else []
+
+
 def adopt(other: Path, name: str, run: Path, config: TrainConfig, asked: list[str]) -> None:
     """Validate the last weights of a finished run as `config` says, and save them as the best of `run`.
 
@@ -103,11 +116,15 @@ def adopt(other: Path, name: str, run: Path, config: TrainConfig, asked: list[st
     last = load_checkpoint(other, "last.pt")
     execution = execution_settings(config.algo)
     for setting, asked_value, trained in differences(to_dict(config), to_dict(last.config)):
-        if setting not in TESTED | execution and not is_resumable(setting.split(".")[0]):
+        group = setting.split(".")[0]
+        if setting not in execution and group not in TESTED and not is_resumable(group):
             raise UserError(f"--run-of {name}: {setting} is {asked_value} but was trained with {trained}")
     if last.step != config.steps:
         raise UserError(f"--run-of {name}: is at step {last.step} of {config.steps}")
-    best = {key: last.content.get(key) for key in ("image_shape", "step", "algorithm", "splits")}
+    names = ("image_shape", "step", "algorithm", "splits", "training", "centre")
+    best = {name: last.content[name] for name in names if name in last.content}
+    if average := last.content.get("average"):  # of the weights, if `ema` is set
+        best["algorithm"] = {name.removeprefix("module."): average[name] for name in average if "module." in name}
     best["config"] = to_dict(config)
     save_checkpoint(run / "best.pt", best)
     words = ["split=val", f"episodes={config.eval_episodes}", f"seed={VALIDATION_SEED}"]
@@ -116,7 +133,7 @@ def adopt(other: Path, name: str, run: Path, config: TrainConfig, asked: list[st
     validation = {key: getattr(validated, key) for key in ("accuracy", "ci95", "step")}
     save_checkpoint(run / "best.pt", best | {"validation": validation})
     trained_file = read_results(other / "result.json")
-    tested = {key: getattr(validated, key) for key in ("batch_norm", "way", "shot", "query", "episodes")}
+    tested = {key: getattr(validated, key) for key in ("batch_norm", "way", "shot", "query", "episodes", "head")}
     result = replace(trained_file.results[0], **validation, **tested)
     training = (trained_file.training or {}) | {"overrides": asked, "run_of": name.split("/")[-1]}
     ResultFile([result], training).write(run / "result.json")

@@ -24,15 +24,23 @@ from metacv.upgrade import upgrade_config
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "outputs/reference"
-CELLS = {"omniglot": ["5w1s", "5w5s", "20w1s", "20w5s"], "miniimagenet": ["5w1s", "5w5s"]}
+CELLS = {"omniglot": ["5w1s", "5w5s", "20w1s", "20w5s"], "miniimagenet": ["5w1s", "5w5s"], "cifar_fs": ["5w1s", "5w5s"]}
+PAPERS = {"omniglot", "miniimagenet"}  # data sets with all of the methods, and a protocol that they share
 METHODS = {
     "maml": "MAML",
     "fomaml": "FOMAML",
     "reptile": "Reptile",
     "protonet": "ProtoNet",
     "relationnet": "RelationNet",
+    "classifier": "Classifier",
 }
-EXPERIMENTS = [f"{data}/{method}_{cell}" for data, cells in CELLS.items() for cell in cells for method in METHODS]
+EXPERIMENTS = [
+    name
+    for data, cells in CELLS.items()
+    for cell in cells
+    for name in (f"{data}/{method}_{cell}" for method in METHODS)
+    if (CONFIG_DIR / "experiment" / f"{name}.yaml").exists()
+]
 COLUMNS = ["method", "task", "protocol", "paper", "ours", "difference", "reproduced", "steps", "time", "hardware"]
 # Folders of outputs/reference/omniglot with runs that differ in the inner loss: with the mean, with the sum.
 LOSS_SCALE = {
@@ -131,9 +139,10 @@ class Experiment:
     def _row(self, paper: Published) -> list[str]:
         method, cell = self.name.split("/")[1].split("_")
         tested = self.kept.config if self.kept.complete else self.config
+        head = f", head {tested.head['_target_'].rpartition('.')[2]}" if tested.head else ""
         protocol = (
             f"{tested.query} {'query' if tested.query == 1 else 'queries'} per class, {paper.batch_norm}, "
-            f"rotation {tested.dataset['test_rotation']}, {tested.episodes} episodes"
+            f"rotation {tested.dataset['test_rotation']}, {tested.episodes} episodes{head}"
         )
         start = [METHODS[method], cell, protocol, str(paper)]
         if not self.kept.complete:
@@ -186,6 +195,7 @@ def page() -> str:
         common = [
             [title, *(experiments[f"{data}/{method}_{cell}"].common() for cell in cells)]
             for method, title in METHODS.items()
+            if data in PAPERS and f"{data}/{method}_{cells[0]}" in experiments
         ]
         changes = [
             f"- `{experiment.name}`: `{shlex.join(experiment.kept.changes)}`"
@@ -308,6 +318,14 @@ norm differ as on Omniglot.
 2000 episodes of the test classes, 15 queries per class, inductive batch norm.
 
 {miniimagenet_common}
+
+## CIFAR-FS
+
+Classification of the 64 training classes, then a head on the features (`algo=classifier`, `head=...`), as in RFS (Tian
+et al. 2020), whose numbers for the same network are in the column *paper*. The head and its settings were chosen on the
+validation classes.
+
+{cifar_fs}
 
 ## The scale of MAML's inner loss
 

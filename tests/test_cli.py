@@ -106,7 +106,7 @@ def assert_one_line(answer: tuple[int, str, str], message: str) -> None:
     ("arguments", "message"),
     [
         (("wya=5",), "Key 'wya' not in 'TrainConfig'"),
-        (("algo=foo",), "Could not find 'algo/foo' Available options in 'algo': maml"),
+        (("algo=foo",), "Could not find 'algo/foo' Available options in 'algo': baseline"),
         (("way=many",), "Value 'many' of type 'str' could not be converted to Integer"),
         (("train_way=1000",), "train_way=1000 but glyphs train has only 30 classes"),
         (("shot=15", "query=10"), "train_shot=15 + train_query=10 needs 25 images a class but"),
@@ -322,7 +322,7 @@ def test_the_help_of_train_has_a_line_for_every_file_of_configs(metacv):
     for group, name in choices:
         (line,) = re.findall(rf"^  {group}={name} +(\S.+)$", train, re.MULTILINE)
         assert len(line) > 20
-        assert (f"  {group}={name} " in evaluate) == (group == "dataset")
+        assert (f"  {group}={name} " in evaluate) == (group in ("dataset", "head"))
     assert "meta_batch: 4 # tasks per step" in train
     assert "episodes: null" in evaluate
     assert re.search(r"^  images: 20 # \w+", train, re.MULTILINE)
@@ -402,7 +402,7 @@ def completed(line: str) -> list[str]:
         ("metacv tr", ["train"]),
         ("metacv train algo=p", ["algo=protonet"]),
         ("metacv train algo=maml,rel", ["algo=maml,relationnet"]),
-        ("metacv train algo=protonet algo.", ["algo.metric=", "algo.temperature="]),
+        ("metacv train algo=protonet algo.", ["algo.learn_temperature=", "algo.metric=", "algo.temperature="]),
         ("metacv train backbone=conv4_relation backbone.p", ["backbone.padding."]),
         ("metacv train clip", ["clip_norm=", "clip_value="]),
         ("metacv train precision=", ["precision=bf16", "precision=fp32", "precision=tf32"]),

@@ -12,10 +12,16 @@ from metacv.algorithms.base import accuracies
 from metacv.algorithms.gradient.inner_loop import of_each_task
 from metacv.algorithms.gradient.maml import MAML
 from metacv.algorithms.gradient.reptile import Reptile
+from metacv.algorithms.heads.base import Head, WithHead
+from metacv.algorithms.heads.logistic import Logistic
+from metacv.algorithms.heads.ncm import NearestMean
+from metacv.algorithms.heads.ridge import Ridge
+from metacv.algorithms.heads.svm import SVM
 from metacv.algorithms.metric.protonet import ProtoNet
 from metacv.algorithms.metric.relationnet import RelationNet
 from metacv.backbones.batch_norm import batch_norms, batch_statistics, uses_batch_statistics
 from metacv.backbones.conv4 import Conv4
+from metacv.config import AugmentConfig
 from metacv.data.sampler import EpisodeList, EpisodeSampler
 from metacv.data.task import TaskBatch
 from metacv.evaluate import evaluate_episodes
@@ -235,6 +241,43 @@ def test_cached_features_give_the_logits_of_episodes_and_embed_each_image_once(n
     assert images < episodes.rows.numel()
     assert sum(passed) == images
     assert max(passed) == 10
+
+
+def with_head(head: Head, augment: AugmentConfig | None = None) -> WithHead:
+    return WithHead(trained("protonet", running_stats=True), head, augment or AugmentConfig())
+
+
+@pytest.mark.parametrize("head", [NearestMean(flip=True), Logistic(), Ridge(flip=True), SVM()])
+def test_any_head_gives_on_cached_features_what_it_gives_on_episodes(head, monkeypatch):
+    algorithm, episodes = with_head(head), rotated_episodes()
+    expected = torch.cat([algorithm.predict(tasks, "inductive") for tasks in episodes.batches(5)])
+    logits, passed = record(monkeypatch, algorithm)
+    evaluate_episodes(algorithm, episodes, "inductive")
+    assert_close(torch.cat(logits), expected)
+    assert sum(passed) == len(episodes.rows.unique()) * (2 if head.flip else 1)
+
+
+def test_each_copy_of_a_support_image_passes_once_and_is_the_same_in_every_episode(monkeypatch):
+    algorithm, episodes = with_head(NearestMean(augment=3), AugmentConfig(crop=2)), rotated_episodes()
+    seen = []
+    head = algorithm.head
+    monkeypatch.setattr(algorithm, "head", lambda tasks: seen.append(tasks) or head(tasks))
+    passed = []
+    algorithm.backbone.register_forward_pre_hook(lambda _, inputs: passed.append(len(inputs[0])))
+    evaluate_episodes(algorithm, episodes, "inductive")
+    supports = episodes.rows[:, :, :2]
+    assert sum(passed) == len(episodes.rows.unique()) + 3 * len(supports.unique())
+    (tasks,) = seen
+    assert tasks.support_x.shape[1] == 6 + 18
+    copies: dict[int, torch.Tensor] = {}
+    for t, rows in enumerate(supports.flatten(1).tolist()):
+        for i, row in enumerate(rows):
+            own = tasks.support_x[t, 6 + 3 * i : 9 + 3 * i]
+            assert (tasks.support_y[t, 6 + 3 * i : 9 + 3 * i] == i // 2).all()
+            assert torch.equal(copies.setdefault(row, own), own)
+    with evaluate.evaluating(algorithm, "inductive", torch.device("cpu")):
+        direct = algorithm.embed_copies(episodes.sampler.images_at(torch.tensor([*copies])), copies)
+    assert_close(torch.stack([*copies.values()]), direct)
 
 
 def test_features_above_the_memory_limit_are_not_cached(monkeypatch):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ALGORITHMS, bank_of, quick
+from conftest import ALGORITHMS, KINDS, bank_of, quick
 from PIL import Image
 
 from metacv import CONFIG_DIR
@@ -21,7 +21,7 @@ from metacv.backbones.conv4 import Conv4
 from metacv.data.glyphs import draw_glyphs
 from metacv.data.sampler import EpisodeSampler
 from metacv.files import read_checked, sha256
-from metacv.model import WEIGHTS, build_dataset, load_checkpoint, save_checkpoint
+from metacv.model import WEIGHTS, build_dataset, load_checkpoint, save_checkpoint, with_head
 from metacv.predict import Support, label
 from metacv.results import read_results
 
@@ -106,12 +106,12 @@ def as_files(folder: str, images: torch.Tensor) -> None:
             Image.fromarray(image[0].numpy()).save(f"{folder}/{c}/{i}.png")
 
 
-TESTED_BY = [("maml", "transductive"), ("protonet", "inductive"), ("reptile", "inductive")]
+TESTED_BY = [("maml", "transductive"), ("protonet", "inductive"), ("reptile", "inductive"), ("simpleshot", "inductive")]
 
 
 @pytest.mark.parametrize(
     ("algo", "mode"),
-    [*TESTED_BY, *(pytest.param(a, m, marks=pytest.mark.slow) for a in ALGORITHMS for m in ("inductive", "transductive")
+    [*TESTED_BY, *(pytest.param(a, m, marks=pytest.mark.slow) for a in KINDS for m in ("inductive", "transductive")
                    if a != "relationnet" and (a, m) not in TESTED_BY)],
 )  # fmt: skip
 def test_files_get_the_labels_that_evaluation_gives_to_the_same_tasks(metacv, algo, mode):
@@ -129,7 +129,7 @@ def test_files_get_the_labels_that_evaluation_gives_to_the_same_tasks(metacv, al
     checkpoint = load_checkpoint("run")
     bank = build_dataset(checkpoint.config.dataset, "cache").load("test")
     sampler = EpisodeSampler(bank, 3, 2, 5)
-    algorithm = checkpoint.build()
+    algorithm = with_head(checkpoint.build(), checkpoint.config, checkpoint.centre)
     rows = sampler.draw(2)
     probabilities = algorithm.probabilities(algorithm.predict(sampler.tasks(sampler.images, rows), mode))
     accuracies = []
@@ -222,7 +222,7 @@ def test_a_kept_model_holds_no_paths_of_this_machine(metacv, trained):
     metacv("predict", f"checkpoint={trained('protonet')}/last.pt", "support=own/support", "query=own/query",
            "save=kept.pt")  # fmt: skip
     kept = read_checked(Path("kept.pt"))
-    assert kept.keys() == WEIGHTS | {"support", "format"}
+    assert kept.keys() == WEIGHTS | {"training", "support", "format"}
     assert "data_dir" not in kept["config"]
 
 

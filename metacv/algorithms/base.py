@@ -1,10 +1,10 @@
 """What training and evaluation ask of an algorithm: tasks in, gradients or logits out."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from metacv.backbones.base import Backbone
 from metacv.backbones.batch_norm import batch_norms, batch_statistics, uses_batch_statistics
 from metacv.data.task import TaskBatch
+from metacv.errors import UserError
 from metacv.precision import CompiledGradient, precision
 
 
 class Algorithm(nn.Module, ABC):
     """A way to classify queries from a support set, and to learn from how well that went."""
 
+    batches: ClassVar[Literal["episodes", "images"]] = "episodes"  # what `training_step` takes
     execution_settings: ClassVar[frozenset[str]] = frozenset()  # change speed and memory, not the result
     sequential_because: str | None = None  # why the tasks of a step cannot be shared between processes
 
@@ -30,6 +32,11 @@ class Algorithm(nn.Module, ABC):
     def forward(self, tasks: TaskBatch) -> Tensor:
         """Query logits [T, Q, N]."""
 
+    @property
+    def embedding(self) -> Backbone:
+        """The network that embeds images."""
+        return next(module for module in self.modules() if isinstance(module, Backbone))
+
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The mean over all queries, of logits [T, Q, N] and labels [T, Q]."""
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
@@ -38,7 +45,7 @@ class Algorithm(nn.Module, ABC):
         """Probabilities of the classes, from logits [..., N]."""
         return logits.softmax(dim=-1)
 
-    def training_step(self, tasks: TaskBatch) -> dict[str, Tensor]:
+    def training_step(self, tasks: Any) -> dict[str, Tensor]:
         """Add the outer gradient to `.grad`, and return scalars to log: their means over the tasks."""
         metrics = [self.gradient(group, len(group) / len(tasks)) for group in self.groups(tasks)]
         return {name: torch.stack([own[name] for own in metrics]).sum() for name in metrics[0]}
@@ -53,6 +60,10 @@ class Algorithm(nn.Module, ABC):
         loss = self.loss(logits, tasks.query_y) * share
         loss.backward()
         return {"loss": loss.detach(), "accuracy": accuracies(logits, tasks.query_y).mean() * share}
+
+    def learn_from(self, teacher: "Algorithm") -> None:
+        """Train with another model's predictions as a target, where the method can."""
+        raise UserError(f"algo.teacher: {type(self).__name__} has no such setting")
 
     def compile_training(self) -> None:
         """Run training steps as compiled graphs from now on. Each is compiled at its first use."""
@@ -83,6 +94,7 @@ class MetricMethod(Algorithm):
     """Compares features of queries with features of the support set. A subclass writes `head`."""
 
     features: ClassVar[Literal["vectors", "maps"]] = "vectors"  # what `head` takes
+    copies = 0  # augmented ones of each support image, beside it
     one_batch: ClassVar[bool] = True  # support and query of a task share the statistics of batch norm in training
 
     def __init__(self, backbone: Backbone) -> None:
@@ -98,6 +110,10 @@ class MetricMethod(Algorithm):
 
     def embed(self, images: Tensor) -> Tensor:
         return self.backbone.features(images) if self.features == "vectors" else self.backbone.maps(images)
+
+    def embed_copies(self, images: Tensor, seeds: Iterable[int]) -> Tensor:
+        """Features [B, copies, ...] of augmented copies of images [B, C, H, W], each changed by its own seed."""
+        raise NotImplementedError
 
     def embedded(self, tasks: TaskBatch, one_batch: bool) -> TaskBatch:
         """The tasks with features instead of images."""

@@ -1,6 +1,5 @@
 """Your own images: a folder for each class."""
 
-import hashlib
 import json
 import os
 import sys
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from metacv.data import image_files
 from metacv.data.bank import SPLITS, Dataset, ImageBank, cached_bank
+from metacv.data.sources import check_fractions, random_split
 from metacv.errors import UserError
 from metacv.files import user_path
 from metacv.text import printable
@@ -37,9 +37,7 @@ class ImageFolder(Dataset):
     def __post_init__(self) -> None:
         if not 4 <= self.size <= 4096:
             raise ValueError(f"size={self.size}: must lie between 4 and 4096")
-        shares = self.fractions.values()
-        if self.fractions.keys() != set(SPLITS) or min(shares) < 0 or sum(shares) <= 0:
-            raise ValueError(f"fractions={self.fractions}: train, val and test, none below 0, and not all 0")
+        check_fractions(self.fractions)
 
     @property
     def folder(self) -> Path:
@@ -69,10 +67,7 @@ class ImageFolder(Dataset):
             return self._read_split(user_path(self.split_file), folders.keys())
         if self._has_split_folders():
             return {split: [name for name in folders if folders[name].parent.name == split] for split in SPLITS}
-        names = sorted(folders, key=lambda name: hashlib.sha256(os.fsencode(f"{self.split_seed} {name}")).digest())
-        sums = [sum(self.fractions[earlier] for earlier in SPLITS[:i]) for i in range(4)]
-        ends = [round(part / sums[-1] * len(names)) for part in sums]
-        return {split: sorted(names[ends[i] : ends[i + 1]]) for i, split in enumerate(SPLITS)}
+        return random_split(folders, self.fractions, self.split_seed)
 
     def _has_split_folders(self) -> bool:
         return (self.folder / "train").is_dir() and any((self.folder / split).is_dir() for split in ("val", "test"))

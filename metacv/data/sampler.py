@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from metacv.data.bank import ImageBank, Rotation
-from metacv.data.task import TaskBatch
+from metacv.data.task import ImageBatch, TaskBatch
 from metacv.data.transforms import Augment
 from metacv.errors import UserError
+
+ON_DEVICE = 2**32  # bytes
 
 
 class EpisodeSampler:
@@ -42,8 +44,8 @@ class EpisodeSampler:
         self.classes = len(bank.sizes) * (4 if rotation == "as_classes" else 1)
         size, name = min(zip(bank.sizes.tolist(), bank.class_names, strict=True), default=(0, ""))
         need = f"{prefix}shot={shot} + {prefix}query={query} needs {shot + query} images a class"
-        (_, height, width), crop = bank.image_shape, augment.crop if augment else 0
-        extent = f"{height} pixels high and {width} wide"
+        _, height, width = bank.image_shape
+        check_crop(bank, augment)
         for wrong, message in (
             (way < 2, f"{prefix}way={way}: a task needs at least 2 classes"),
             (shot < 1, f"{prefix}shot={shot}: a class needs at least 1 image"),
@@ -51,15 +53,12 @@ class EpisodeSampler:
             (not 0 <= seed < 2**63, f"seed={seed}: must lie between 0 and 2**63 - 1"),
             (way > self.classes, f"{prefix}way={way} but {bank.name} has only {self.classes} classes"),
             (shot + query > size, f"{need} but {name} of {bank.name} has {size}"),
-            (crop >= min(height, width), f"augment.crop={crop} but the images are {extent}"),
             (rotation != "none" and height != width, f"rotation={rotation} needs square images, not {height}x{width}"),
         ):
             if wrong:
                 raise UserError(message)
-        images = bank.images
-        if rotation != "none":  # rotated in advance, so that a task is one gather
-            images = torch.cat([torch.rot90(images, turns, (2, 3)) for turns in range(4)])
-        self.images = images.to(self.device)  # uint8 [M, C, H, W], or [4 * M, C, H, W] with rotations
+        self.images = placed(rotated(bank, rotation), self.device)
+        self.images_each = way * (shot + query)  # images of what `sample` counts
         self.generator = torch.Generator().manual_seed(seed)
 
     def draw(self, tasks: int) -> Tensor:
@@ -88,12 +87,12 @@ class EpisodeSampler:
     ) -> TaskBatch:
         """Form the tasks of `rows` [T, N, K+Q] from images or features [U, ...]; uint8 is divided by 255.
         `index` [T, N, K+Q]: their places in `images`, by default `rows`. `changes` [T, N, K+Q, 6]: augmentation."""
-        values = images[(rows if index is None else index).to(images.device)]  # [T, N, K+Q, ...]
+        values = images[(rows if index is None else index).to(images.device)].to(self.device)  # [T, N, K+Q, ...]
         if values.dtype == torch.uint8:
             values = values.float().div_(255)
         if self.augment and changes is not None:
             values = self.augment(values.flatten(0, 2), changes.flatten(0, 2)).view_as(values)
-        labels = torch.arange(self.way, device=images.device)
+        labels = torch.arange(self.way, device=self.device)
         rows = rows.cpu()
         first = rows[:, :, 0]  # an image of each class
         classes = torch.bucketize(first % len(self.bank.images), self.bank.offsets[1:], right=True)
@@ -105,9 +104,13 @@ class EpisodeSampler:
             query_x=values[:, :, self.shot :].flatten(1, 2),
             query_y=labels.repeat_interleave(self.query).expand(len(rows), -1),
             way=self.way,
-            classes=classes.to(images.device),
+            classes=classes.to(self.device),
             seeds=rows.flatten(1) @ torch.arange(1, rows[0].numel() + 1),
         )
+
+    def images_at(self, rows: Tensor) -> Tensor:
+        """The images of `rows`, from 0 to 1."""
+        return self.images[rows.to(self.images.device)].to(self.device).float().div_(255)
 
     def sample(self, tasks: int, part: slice = slice(None)) -> TaskBatch:
         """The next `tasks` tasks, augmented; with `part` only those of them, which is how ranks share a batch."""
@@ -123,6 +126,77 @@ class EpisodeSampler:
         self.generator.set_state(state["generator"])
         if self.augment:
             self.augment.generator.set_state(state["augment"]["generator"])
+
+
+class ImageSampler:
+    """An endless stream of batches of images, in epochs: each image once, in random order.
+
+    With `rotation` as_classes an image counts four times, as an image of four classes.
+    """
+
+    def __init__(
+        self, bank: ImageBank, rotation: Rotation, seed: int, device: torch.device, augment: Augment | None = None
+    ) -> None:
+        check_crop(bank, augment)
+        self.bank, self.device, self.augment, self.seed = bank, device, augment, seed
+        rotation = "as_classes" if rotation == "as_classes" else "none"
+        self.images = placed(rotated(bank, rotation), device)
+        self.classes = len(bank.sizes) * (4 if rotation == "as_classes" else 1)
+        labels = torch.arange(len(bank.sizes)).repeat_interleave(bank.sizes)
+        turns = torch.arange(len(self.images) // len(labels)).unsqueeze(1)
+        self.labels = (labels + turns * len(bank.sizes)).flatten()  # of each row of `images`
+        self.images_each = 1
+        self.position = 0  # images that were drawn so far
+        self.order = -1, torch.empty(0, dtype=torch.long)  # of an epoch
+
+    def draw(self, count: int) -> Tensor:
+        """Rows of `self.images`, int64 [B]."""
+        rows = []
+        while count:
+            epoch, start = divmod(self.position, len(self.labels))
+            if self.order[0] != epoch:
+                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+                self.order = epoch, torch.randperm(len(self.labels), generator=generator)
+            rows.append(self.order[1][start : start + count])
+            self.position += len(rows[-1])
+            count -= len(rows[-1])
+        return torch.cat(rows)
+
+    def sample(self, count: int, part: slice = slice(None)) -> ImageBatch:
+        """The next `count` images, augmented; with `part` only those of them, which is how ranks share a batch."""
+        rows = self.draw(count)[part]
+        images = self.images[rows.to(self.images.device)].to(self.device).float().div_(255)
+        if self.augment:
+            images = self.augment(images, self.augment.draw(count)[part])
+        return ImageBatch(images, self.labels[rows].to(self.device))
+
+    def state_dict(self) -> dict[str, Any]:
+        augment = {"augment": {"generator": self.augment.generator.get_state()}} if self.augment else {}
+        return {"position": self.position} | augment
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.position = int(state["position"])
+        if self.augment:
+            self.augment.generator.set_state(state["augment"]["generator"])
+
+
+def check_crop(bank: ImageBank, augment: Augment | None) -> None:
+    _, height, width = bank.image_shape
+    if augment and augment.crop >= min(height, width):
+        extent = f"{height} pixels high and {width} wide"
+        raise UserError(f"augment.crop={augment.crop} but the images are {extent}")
+
+
+def placed(images: Tensor, device: torch.device) -> Tensor:
+    """The images on the device, unless they are many: those stay where they are, and are copied batch by batch."""
+    return images.to(device) if images.numel() <= ON_DEVICE else images
+
+
+def rotated(bank: ImageBank, rotation: Rotation) -> Tensor:
+    """The images, uint8 [M, C, H, W]; with rotations [4 * M, C, H, W], so that a task is one gather."""
+    if rotation == "none":
+        return bank.images
+    return torch.cat([torch.rot90(bank.images, turns, (2, 3)) for turns in range(4)])
 
 
 class EpisodeList:

@@ -5,8 +5,10 @@ The module of a data set has a `SplitSpec`, a function that reads one image file
 """
 
 import csv
+import hashlib
 import json
 import operator
+import os
 import pickle
 import re
 import shutil
@@ -15,11 +17,11 @@ import tarfile
 import tempfile
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,12 +32,33 @@ from metacv.errors import UserError
 from metacv.files import rename_unless_there
 from metacv.text import first_line
 
+T = TypeVar("T")
 ARCHIVE = re.compile(r"\.(zip|tar|tgz|tbz2?|txz|tar\.(gz|bz2|xz))$", re.IGNORECASE)
 
 
 def split_classes(name: str) -> dict[str, list[str]]:
     """The class names of train, val and test, as the file splits/`name`.json lists them."""
-    return json.loads((Path(__file__).parent / "splits" / f"{name}.json").read_text())
+    content = json.loads((Path(__file__).parent / "splits" / f"{name}.json").read_text())
+    return {split: content[split] for split in SPLITS}
+
+
+def check_fractions(fractions: Mapping[str, float]) -> None:
+    """Raise a ValueError unless these are the shares of train, val and test for `random_split`."""
+    shares = fractions.values()
+    if fractions.keys() != set(SPLITS) or min(shares) < 0 or sum(shares) <= 0:
+        raise ValueError(f"fractions={dict(fractions)}: train, val and test, none below 0, and not all 0")
+
+
+def random_split(names: Iterable[str], fractions: Mapping[str, float], seed: int) -> dict[str, list[str]]:
+    """Split class names at random, by names and seed alone, so that a name that is added moves few others."""
+    order = sorted(names, key=lambda name: hashlib.sha256(os.fsencode(f"{seed} {name}")).digest())
+    sums = [sum(fractions[earlier] for earlier in SPLITS[:i]) for i in range(4)]
+    ends = [round(part / sums[-1] * len(order)) for part in sums]
+    return {split: sorted(order[ends[i] : ends[i + 1]]) for i, split in enumerate(SPLITS)}
+
+
+class Missing(UserError):
+    """Nothing below data_dir is a form of the data set."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +108,7 @@ class Source:
                 return bank
             hints += self._hints(folder, split)
         pickles = f"{', '.join(dict.fromkeys(map(self.pickle.format, SPLITS)))}; " if self.pickle else ""
-        raise UserError(
+        raise Missing(
             f"data_dir={data_dir}: the {split} split of {self.title} is missing ({self.download}). Put into "
             f"{data_dir / self.folder} one of: {pickles}train/, val/ and test/ with a folder of images for each class; "
             "images/ with train.csv, val.csv and test.csv; or a zip or tar archive of these"
@@ -96,12 +119,8 @@ class Source:
         """The images of a split in one folder; None if it does not have the split."""
         path = folder / self.pickle.format(split)
         if self.from_pickle and path.is_file():
-            try:
-                return self.from_pickle(read_pickle(path), path, split)
-            except UserError:
-                raise
-            except Exception as error:  # a damaged or malicious pickle may raise anything
-                raise UserError(f"{path} is not a pickle of {self.title} ({first_line(error)})") from None
+            from_pickle = self.from_pickle
+            return read_as(self.title, path, lambda content: from_pickle(content, path, split))
         if (files := self.files(folder, split)) is None:
             return None
         self.spec.check({name: len(paths) for name, paths in files.items()}, folder, split)
@@ -216,6 +235,29 @@ def extract(archive: Path, folder: Path) -> None:
             pass
 
 
+def download(url: str, target: Path, md5: str) -> None:
+    """Download a file by way of a temporary folder, so that it is complete when `target` exists.
+
+    Raises OSError or RuntimeError if it cannot be downloaded, or has another checksum.
+    """
+    from torchvision.datasets.utils import download_url  # importing torchvision takes a second
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary:
+        download_url(url, temporary, target.name, md5)
+        (Path(temporary) / target.name).replace(target)
+
+
+def read_as(title: str, path: Path, read: Callable[[Any], T]) -> T:
+    """What `read` makes of a pickle's content; UserError if the file is not a pickle of the data set `title`."""
+    try:
+        return read(read_pickle(path))
+    except UserError:
+        raise
+    except Exception as error:  # a damaged or malicious pickle may raise anything
+        raise UserError(f"{path} is not a pickle of {title} ({first_line(error)})") from None
+
+
 def read_pickle(path: Path) -> Any:
     """The content of a pickle, plain values and a `PickledArray` for each array, without running code; any error."""
     with path.open("rb") as file:
@@ -228,12 +270,17 @@ class PickledArray:
 
     code: str = ""  # of numpy, such as u1 for uint8
     shape: tuple[int, ...] = ()
-    raw: bytes = b""
+    content: Any = b""  # bytes, text in pickles of Python 2, or a list if it is an array of objects
     by_column: bool = False
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        _, self.shape, self.code, self.by_column, raw = state
-        self.raw = raw.encode("latin1") if isinstance(raw, str) else raw
+        _, self.shape, self.code, self.by_column, self.content = state
+
+    @property
+    def raw(self) -> bytes:
+        """The bytes. Text becomes bytes only here: while a pickle is read, the text stays in memory in any case."""
+        content: bytes = self.content.encode("latin1") if isinstance(self.content, str) else self.content
+        return content
 
     def tensor(self, *shape: int) -> Tensor:
         """Copy an array of type uint8 to a tensor [M, *shape]; any other array raises ValueError or RuntimeError."""
@@ -246,7 +293,8 @@ def integers(values: Any) -> list[int]:
     """Integers from a list, or from an array of 32 or 64 bits. Other types raise KeyError or TypeError."""
     if isinstance(values, PickledArray):
         width = {"i4": 4, "i8": 8, "u4": 4, "u8": 8}[values.code]
-        parts = (values.raw[start : start + width] for start in range(0, len(values.raw), width))
+        raw = values.raw
+        parts = (raw[start : start + width] for start in range(0, len(raw), width))
         return [int.from_bytes(part, "little", signed=values.code[0] == "i") for part in parts]
     return [operator.index(value) for value in values]
 

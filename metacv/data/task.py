@@ -1,6 +1,6 @@
-"""Tasks, as the sampler makes them and the algorithms take them."""
+"""Tasks and batches of images, as the samplers make them and the algorithms take them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,6 +31,16 @@ class TaskBatch:
         with torch.autocast(values.device.type, enabled=False):
             return (weights @ values.flatten(2)).unflatten(2, values.shape[2:])
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> "TaskBatch":
+        """The same tasks with `function` of their images or features."""
+        return replace(self, support_x=function(self.support_x), query_x=function(self.query_x))
+
+    def with_copies(self, copies: Tensor) -> "TaskBatch":
+        """The same tasks with V copies of each support image beside it: [T, S * V, ...], those of an image together."""
+        labels = self.support_y.repeat_interleave(copies.shape[1] // self.support_y.shape[1], dim=1)
+        support = torch.cat([self.support_x, copies], dim=1), torch.cat([self.support_y, labels], dim=1)
+        return replace(self, support_x=support[0], support_y=support[1])
+
     def split(self, size: int) -> "Iterator[TaskBatch]":
         """The tasks in batches of `size`; the last may have fewer."""
         chunks = {name: value.split(size) for name, value in vars(self).items() if isinstance(value, Tensor)}
@@ -41,3 +51,11 @@ class TaskBatch:
         """The tasks with one of their queries alone, for each query in turn."""
         queries = zip(self.query_x.split(1, dim=1), self.query_y.split(1, dim=1), strict=True)
         return [replace(self, query_x=x, query_y=y) for x, y in queries]
+
+
+@dataclass(frozen=True)
+class ImageBatch:
+    """Labelled images of all training classes."""
+
+    images: Tensor  # [B, C, H, W], from 0 to 1
+    labels: Tensor  # [B], from 0 to the number of classes - 1

@@ -12,7 +12,7 @@ LUMA = (0.299, 0.587, 0.114)  # weights of red, green and blue in grey: ITU-R 60
 class Augment:
     """Changes each image of a batch [B, C, H, W], from 0 to 1, at random, in this order:
 
-    crop    shift by up to `crop` pixels in each direction, and fill with zeros
+    crop    shift by up to `crop` pixels in each direction, and fill with the mirror image
     flip    mirror left to right, with probability 1/2
     jitter  multiply brightness, contrast and saturation by factors from 1 - jitter to 1 + jitter
     """
@@ -45,7 +45,8 @@ class Augment:
             image, channel, row, column = (torch.arange(n, device=images.device) for n in images.shape)
             down, right = changes[:, :2].long().T.unsqueeze(-1)
             rows, columns = (row + down).view(count, 1, height, 1), (column + right).view(count, 1, 1, width)
-            images = F.pad(images, [self.crop] * 4)[image.view(-1, 1, 1, 1), channel.view(-1, 1, 1), rows, columns]
+            padded = F.pad(images, [self.crop] * 4, "reflect")
+            images = padded[image.view(-1, 1, 1, 1), channel.view(-1, 1, 1), rows, columns]
         flip, brightness, contrast, saturation = changes[:, 2:].T.reshape(4, count, 1, 1, 1)
         if self.flip:
             images = torch.where(flip.bool(), images.flip(-1), images)

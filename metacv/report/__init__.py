@@ -9,7 +9,7 @@ from metacv import __version__
 from metacv.config import ReportConfig
 from metacv.errors import UserError
 from metacv.files import user_path, write_bytes_atomically
-from metacv.report.figures import CURVES, HUES, by_task, curves, sample_episodes
+from metacv.report.figures import CURVES, HUES, by_cost, by_task, curves, sample_episodes
 from metacv.report.gather import gather
 from metacv.report.table import BEST, NOTE, Row, as_markdown, rows_of, varied_settings
 from metacv.text import aligned, csv_text
@@ -64,5 +64,6 @@ def page(rows: list[Row], varied: list[str], cells: list[dict[str, str]], notes:
         curves=curves(runs[:CURVES]),
         curve_names=[run.name for run in runs[:CURVES]],
         charts=by_task(best_first, varied),
+        costs=by_cost(best_first),
         episodes=sample_episodes(runs),
     )

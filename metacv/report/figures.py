@@ -86,6 +86,23 @@ def by_task(rows: list[Row], varied: list[str]) -> list[Chart]:
     return charts
 
 
+def by_cost(rows: list[Row]) -> list[Chart]:
+    """Accuracy by the floating-point operations of training, a point for each run that was tested in the same way."""
+    groups: dict[Any, dict[str, list[Point]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        if (test := row.test) and test.train_flops:
+            name = f"{row.run.algorithm}{' + ' * bool(test.head)}{test.head}"
+            groups[row.heading][name].append((test.train_flops / 1e12, 100 * test.accuracy, 100 * test.ci95))
+    charts = []
+    for heading, lines in groups.items():
+        if sum(map(len, lines.values())) > 1:
+            shown = dict(list(lines.items())[: len(HUES)])
+            drawn = [sorted(points) for points in shown.values()]
+            caption = f"Accuracy by cost of training in TFLOP: {heading}"
+            charts.append(Chart(caption, [*shown], svg(draw(drawn, "TFLOP", joined=False))))
+    return charts
+
+
 def lines_of(row: Row, test: Result, varied: list[str]) -> Iterator[tuple[str, str]]:
     """Name and identity of a test's lines: one joins a training's tests, one joins runs trained for each task."""
     config = row.run.config
@@ -107,22 +124,24 @@ def point(x: float, tests: list[Result]) -> Point:
 
 
 @context(STYLE)
-def draw(lines: Sequence[Line], x_label: str) -> Figure:
-    """Lines with their intervals, on axes that fit them."""
+def draw(lines: Sequence[Line], x_label: str, joined: bool = True) -> Figure:
+    """Lines, or points that are not joined, with their intervals, on axes that fit them."""
     figure = Figure(figsize=(4.2, 2.5))
     axes = figure.add_axes((0.13, 0.2, 0.84, 0.75))
     for line, hue in zip(lines, HUES, strict=False):
         x, y, half = numpy.array(line).reshape(-1, 3).T
         y = y.clip(0, 100)
-        axes.plot(x, y, color=hue, marker="o" if len(line) <= 30 else None)
+        axes.plot(x, y, color=hue, marker="o" if len(line) <= 30 or not joined else None, ls="-" if joined else "")
         if len(line) <= 30:
             axes.errorbar(x, y, numpy.minimum(half, [y, 100 - y]), fmt="none", ecolor=hue, elinewidth=1)
     axes.set_xlabel(x_label)
+    if not joined:
+        axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_major_formatter("{x:g} %")
-    axes.locator_params(nbins=5)
+    axes.locator_params(axis="both" if joined else "y", nbins=5)
     ticks = sorted({point[0] for line in lines for point in line})
-    if 1 < len(ticks) < 6:
+    if joined and 1 < len(ticks) < 6:
         axes.set_xticks(ticks)
     return figure
 

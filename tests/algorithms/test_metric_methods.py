@@ -1,4 +1,4 @@
-"""ProtoNet and RelationNet, against values calculated by hand."""
+"""Methods that compare features, against values calculated by hand."""
 
 import math
 from dataclasses import replace
@@ -9,7 +9,11 @@ import torch.nn.functional as F
 from conftest import Identity, SmoothNet, random_tasks
 from torch import nn
 
+from metacv.algorithms.metric.dn4 import DN4
+from metacv.algorithms.metric.feat import FEAT
+from metacv.algorithms.metric.matchingnet import MatchingNet
 from metacv.algorithms.metric.protonet import ProtoNet
+from metacv.algorithms.metric.r2d2 import R2D2
 from metacv.algorithms.metric.relationnet import ConvRelation, RelationNet
 from metacv.backbones.conv4 import Conv4
 from metacv.data.task import TaskBatch
@@ -148,3 +152,83 @@ def test_scores_are_those_of_the_relation_module_on_concatenated_pairs(kind, tra
     expected = torch.stack([joined(task).view(4, 3) for task in range(2)])
     given = (left, right) if kind == "conv" else (left.flatten(2), right.flatten(2))
     torch.testing.assert_close(algorithm.scores(*given), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_learned_temperature_starts_without_effect_and_is_trained():
+    tasks = two_classes()
+    model = ProtoNet(Identity(), metric="cosine", temperature=0.1, learn_temperature=True).double()
+    torch.testing.assert_close(model(tasks), ProtoNet(Identity(), metric="cosine", temperature=0.1).double()(tasks))
+    model.training_step(tasks)
+    assert model.scale.grad.abs() > 0
+
+
+def test_matchingnet_weights_the_labels_of_the_support_by_a_softmax_over_cosines():
+    logits = MatchingNet(Identity(), scale=2.0).double()(two_classes())
+    # Cosines of (1,1) with (0,0), (2,0), (0,1), (0,3): 0 and three times 1 / sqrt(2).
+    weights = torch.tensor([0, *[2 / math.sqrt(2)] * 3], dtype=torch.float64).softmax(0)
+    expected = torch.stack([weights[:2].mean(), weights[2:].mean()]).log()
+    torch.testing.assert_close(logits[0, 0], expected)
+
+
+def test_r2d2_is_ridge_regression_with_a_learned_scale_and_shift():
+    model, tasks = R2D2(Identity(), penalty=2.0, scale=3.0, learn_penalty=True).double(), two_classes()
+    model.shift.data.fill_(0.5)
+    logits = model(tasks)
+    support, query = tasks.support_x.flatten(2)[0], tasks.query_x.flatten(2)[0]
+    targets = F.one_hot(tasks.support_y[0], 2).double()
+    weights = torch.linalg.inv(support.T @ support + 2 * torch.eye(2)) @ support.T @ targets
+    torch.testing.assert_close(logits[0], 3 * query @ weights + 0.5, rtol=1e-7, atol=1e-7)
+    model.training_step(tasks)
+    assert all(p.grad.abs() > 0 for p in (model.log_penalty, model.scale))
+    fixed = R2D2(Identity(), penalty=2.0, scale=3.0, learn_penalty=False)
+    assert not fixed.log_penalty.requires_grad
+
+
+def test_dn4_sums_the_cosines_to_the_nearest_places_over_all_places_of_the_query():
+    tasks = random_tasks(tasks=1, way=2, shot=2, query=3, shape=(5, 2, 3), dtype=torch.float64)
+    logits = DN4(Identity((5, 2, 3)), neighbours=2)(tasks)
+    for q in range(6):
+        for c in range(2):
+            total = 0.0
+            for place in tasks.query_x[0, q].flatten(1).T:
+                own = tasks.support_x[0, tasks.support_y[0] == c].flatten(2).permute(0, 2, 1).flatten(0, 1)
+                total += float(F.cosine_similarity(own, place.unsqueeze(0)).sort(descending=True).values[:2].sum())
+            assert float(logits[0, q, c]) == pytest.approx(total, rel=1e-9)
+
+
+def test_feat_adapts_prototypes_by_attention_and_classifies_by_distance():
+    tasks = random_tasks(tasks=2, way=3, shape=(1, 1, 4), dtype=torch.float64)
+    model = FEAT(Identity((1, 1, 4)), temperature=5.0, balance=0.1, dropout=0.5).double().eval()
+    logits = model(tasks)
+    for t in range(2):
+        support = tasks.support_x[t].flatten(1)
+        prototypes = torch.stack([support[tasks.support_y[t] == c].mean(0) for c in range(3)])
+        q, k, v = (prototypes @ layer.weight.T for layer in (model.query, model.key, model.value))
+        rows = []
+        for c in range(3):
+            weights = torch.stack([q[c] @ k[other] / 2 for other in range(3)]).softmax(0)
+            mixed = sum(weights[other] * v[other] for other in range(3))
+            rows.append(F.layer_norm(prototypes[c] + model.output(mixed), (4,)))
+        for i, query in enumerate(tasks.query_x[t].flatten(1)):
+            expected = torch.stack([-((query - row) ** 2).sum() / 5 for row in rows])
+            torch.testing.assert_close(logits[t, i], expected)
+
+
+def test_feat_adds_a_loss_that_compares_adapted_images_with_the_mean_of_their_class():
+    tasks = random_tasks(tasks=1, way=3, shot=1, query=2, shape=(1, 1, 4), dtype=torch.float64)
+    model = FEAT(Identity((1, 1, 4)), temperature=5.0, balance=0.1, dropout=0.0).double()
+    adapted = []
+    for c in range(3):
+        own = [tasks.support_x[0, tasks.support_y[0] == c], tasks.query_x[0, tasks.query_y[0] == c]]
+        adapted.append(model.adapt(torch.cat(own).flatten(1)))
+    means = torch.stack([one.mean(0) for one in adapted])
+    logits = torch.cat([-((one.unsqueeze(1) - means) ** 2).sum(-1) / 5 for one in adapted])
+    expected = F.cross_entropy(logits, torch.arange(3).repeat_interleave(3))
+    scalars = model.training_step(tasks)
+    assert float(scalars["contrast"]) == pytest.approx(float(expected.detach()), rel=1e-9)
+    plain = FEAT(Identity((1, 1, 4)), temperature=5.0, balance=0.0, dropout=0.0).double()
+    plain.load_state_dict(model.state_dict())
+    plain.training_step(tasks)
+    added = torch.autograd.grad(expected, [*model.parameters()], allow_unused=True)
+    for both, one, extra in zip(model.parameters(), plain.parameters(), added, strict=True):
+        torch.testing.assert_close(both.grad, one.grad + 0.1 * extra)

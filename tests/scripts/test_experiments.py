@@ -206,4 +206,4 @@ def test_omniglot_experiments_share_their_test_characters_and_train_on_none_of_t
 def test_every_file_is_an_experiment_of_the_table():
     files = {f"{path.parent.name}/{path.stem}" for path in (CONFIG_DIR / "experiment").glob("*/*.yaml")}
     assert files == {*EXPERIMENTS}
-    assert len(files) == 20 + 10
+    assert len([name for name in files if name.startswith(("omniglot/", "miniimagenet/"))]) == 20 + 10

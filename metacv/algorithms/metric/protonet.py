@@ -2,8 +2,9 @@
 
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from metacv.algorithms.base import MetricMethod
 from metacv.backbones.base import Backbone
@@ -11,21 +12,36 @@ from metacv.data.task import TaskBatch
 
 
 class ProtoNet(MetricMethod):
-    """Classify each query by its distance to the mean embedding of every class."""
+    """Classify each query by its distance to the mean embedding of every class.
+
+    With `learn_temperature` they are also multiplied by a trained scale (Chen et al. 2021, arXiv:2003.04390).
+    """
 
     def __init__(
-        self, backbone: Backbone, metric: Literal["sqeuclidean", "cosine"] = "sqeuclidean", temperature: float = 1.0
+        self,
+        backbone: Backbone,
+        metric: Literal["sqeuclidean", "cosine"] = "sqeuclidean",
+        temperature: float = 1.0,
+        learn_temperature: bool = False,
     ) -> None:
         super().__init__(backbone)
         if temperature <= 0:
             raise ValueError(f"temperature={temperature}: must be positive")
         self.metric, self.temperature = metric, temperature
+        self.scale = nn.Parameter(torch.ones(())) if learn_temperature else 1.0
 
     def head(self, tasks: TaskBatch) -> Tensor:
-        prototypes = tasks.class_means(tasks.support_x).unsqueeze(1)  # [T, 1, N, D], equation 1
-        query = tasks.query_x.unsqueeze(2)  # [T, Q, 1, D]
-        if self.metric == "cosine":
-            similarity = (F.normalize(query, dim=-1) * F.normalize(prototypes, dim=-1)).sum(dim=-1)
-        else:
-            similarity = -(query - prototypes).square().sum(dim=-1)
-        return similarity / self.temperature  # equation 2
+        prototypes = tasks.class_means(tasks.support_x)  # [T, N, D], equation 1
+        similarity = cosine_similarity if self.metric == "cosine" else negative_squared_distance
+        return similarity(tasks.query_x, prototypes) * self.scale / self.temperature  # equation 2
+
+
+def negative_squared_distance(query: Tensor, prototypes: Tensor) -> Tensor:
+    """Minus the squared distances, summed over D, of queries [T, Q, D] to prototypes [T, N, D]: [T, Q, N]."""
+    return -(query.unsqueeze(2) - prototypes.unsqueeze(1)).square().sum(dim=-1)
+
+
+def cosine_similarity(query: Tensor, prototypes: Tensor) -> Tensor:
+    """Cosines of the angles between queries [T, Q, D] and prototypes [T, N, D]: [T, Q, N]."""
+    query, prototypes = F.normalize(query, dim=-1), F.normalize(prototypes, dim=-1)
+    return (query.unsqueeze(2) * prototypes.unsqueeze(1)).sum(dim=-1)

@@ -1,0 +1,78 @@
+"""Classifiers of features that are made at test time, for the backbone of any method."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from metacv.algorithms.base import Algorithm, MetricMethod
+from metacv.config import AugmentConfig
+from metacv.data.task import TaskBatch
+from metacv.data.transforms import Augment
+
+
+class Head(nn.Module, ABC):
+    """Classifies queries by the features of a support set. It has no weights of its own.
+
+    augment  copies of every support image, augmented as in training, beside the image itself
+    flip     features are averaged with those of the mirror image, of support and query
+    """
+
+    centred = False  # subtracts the mean feature of training images, `centre`
+    centre: Tensor
+
+    def __init__(self, augment: int = 0, flip: bool = False) -> None:
+        super().__init__()
+        if not 0 <= augment <= 1000:
+            raise ValueError(f"augment={augment}: from 0 to 1000 copies")
+        self.augment, self.flip = augment, flip
+        self.register_buffer("centre", torch.zeros(()))
+
+    @abstractmethod
+    def forward(self, tasks: TaskBatch) -> Tensor:
+        """Query logits [T, Q, N] of tasks whose images are features [T, S, D]."""
+
+
+class WithHead(MetricMethod):
+    """The backbone of a method, with a head in place of the method's own way to classify."""
+
+    def __init__(self, algorithm: Algorithm, head: Head, augment: AugmentConfig) -> None:
+        super().__init__(algorithm.embedding)
+        self.classify, self.augment, self.copies = head, augment, head.augment
+        if self.copies and not Augment(**vars(augment)):
+            raise ValueError(f"augment={self.copies}: the copies are augmented as in training, which had no augment.*")
+
+    def head(self, tasks: TaskBatch) -> Tensor:
+        return self.classify(tasks)
+
+    def embed(self, images: Tensor) -> Tensor:
+        if not self.classify.flip:
+            return self.backbone.features(images)
+        return self.backbone.features(torch.cat([images, images.flip(-1)])).unflatten(0, (2, -1)).mean(0)
+
+    def embedded(self, tasks: TaskBatch, one_batch: bool) -> TaskBatch:
+        if self.copies:
+            support = tasks.support_x
+            copies = [self.augmented(images, range(support.shape[1])) for images in support]
+            tasks = tasks.with_copies(torch.stack(copies))
+        return super().embedded(tasks, one_batch)
+
+    def embed_copies(self, images: Tensor, seeds: Iterable[int]) -> Tensor:
+        return self.embed(self.augmented(images, seeds)).unflatten(0, (-1, self.copies))
+
+    def augmented(self, images: Tensor, seeds: Iterable[int]) -> Tensor:
+        """Copies [B * copies, C, H, W] of images [B, C, H, W], those of an image together, changed by its own seed."""
+        changes = [Augment(**vars(self.augment), seed=seed).draw(self.copies) for seed in seeds]
+        return Augment(**vars(self.augment))(images.repeat_interleave(self.copies, 0), torch.cat(changes))
+
+    @property
+    def needs_centre(self) -> bool:
+        return self.classify.centred and not self.classify.centre.dim()
+
+    def centre(self, images: Tensor) -> Tensor:
+        """Set what a `centred` head subtracts, the mean feature [D] of training images [B, C, H, W], and return it."""
+        self.eval()
+        with torch.no_grad():
+            self.classify.centre = torch.cat([self.embed(some) for some in images.split(200)]).mean(0)
+        return self.classify.centre

@@ -1,0 +1,56 @@
+"""A linear layer that is trained on the support set: Baseline and Baseline++ (Chen et al., 2019)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from metacv.algorithms.heads.base import Head
+from metacv.data.task import TaskBatch
+
+MOMENTUM, DECAY = 0.9, 0.001
+
+
+class Finetune(Head):
+    """Gradient descent with momentum on all support images, https://arxiv.org/abs/1904.04232
+
+    `cosine` (Baseline++): the logits are `scale` times the cosines between features and the weights of the classes.
+    """
+
+    def __init__(
+        self,
+        steps: int = 100,
+        lr: float = 0.01,
+        cosine: bool = False,
+        scale: float = 10.0,
+        augment: int = 0,
+        flip: bool = False,
+    ) -> None:
+        super().__init__(augment, flip)
+        if min(steps, lr, scale) <= 0:
+            raise ValueError(f"steps={steps}, lr={lr}, scale={scale}: all must be positive")
+        self.steps, self.lr, self.cosine, self.scale = steps, lr, cosine, scale
+
+    def forward(self, tasks: TaskBatch) -> Tensor:
+        if self.cosine:
+            tasks = tasks.map(lambda features: F.normalize(features, dim=-1))
+        support, query = tasks.support_x, tasks.query_x
+        weights = tasks.class_means(support)  # where training begins, without a random draw
+        bias = torch.zeros_like(weights[..., :1])
+        if not self.cosine:
+            weights = torch.zeros_like(weights)
+        targets = F.one_hot(tasks.support_y, tasks.way).to(support)
+        with torch.enable_grad():
+            weights, bias = (p.detach().requires_grad_() for p in (weights, bias))
+            optimizer = torch.optim.SGD([weights, bias], self.lr, MOMENTUM, weight_decay=DECAY)
+            for _ in range(self.steps):
+                loss = -(self.logits(weights, bias, support).log_softmax(-1) * targets).sum() / support.shape[1]
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        return self.logits(weights, bias, query).detach()
+
+    def logits(self, weights: Tensor, bias: Tensor, features: Tensor) -> Tensor:
+        """Logits [T, B, N] of features [T, B, D], for weights [T, N, D] and biases [T, N, 1]."""
+        if self.cosine:
+            return self.scale * features @ F.normalize(weights, dim=-1).mT
+        return features @ weights.mT + bias.mT

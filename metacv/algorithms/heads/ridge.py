@@ -1,0 +1,29 @@
+"""Ridge regression to one-hot labels, in closed form (Bertinetto et al., 2019), https://arxiv.org/abs/1805.08136"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from metacv.algorithms.heads.base import Head
+from metacv.data.task import TaskBatch
+
+
+class Ridge(Head):
+    """W = X' (X X' + penalty I)^-1 Y, of features X of length 1 and one-hot labels Y: S equations, not D."""
+
+    def __init__(self, penalty: float = 1.0, augment: int = 0, flip: bool = False) -> None:
+        super().__init__(augment, flip)
+        if penalty <= 0:
+            raise ValueError(f"penalty={penalty}: must be positive")
+        self.penalty = penalty
+
+    def forward(self, tasks: TaskBatch) -> Tensor:
+        return ridge(tasks.map(lambda features: F.normalize(features, dim=-1)), self.penalty)
+
+
+def ridge(tasks: TaskBatch, penalty: float | Tensor) -> Tensor:
+    """Predictions [T, Q, N] for the queries of tasks of features; differentiable."""
+    support, query = tasks.support_x, tasks.query_x  # [T, S, D], [T, Q, D]
+    targets = F.one_hot(tasks.support_y, tasks.way).to(support)
+    products = support @ support.mT + penalty * torch.eye(support.shape[1]).to(support)
+    return query @ support.mT @ torch.linalg.solve(products, targets)

@@ -1,0 +1,29 @@
+"""A linear support vector machine on the support set, scikit-learn's."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from metacv.algorithms.heads.base import Head
+from metacv.data.task import TaskBatch
+
+
+class SVM(Head):
+    """One against the rest (LinearSVC), on features of length 1; the logits are distances to the margins."""
+
+    def __init__(self, C: float = 1.0, augment: int = 0, flip: bool = False) -> None:
+        super().__init__(augment, flip)
+        if C <= 0:
+            raise ValueError(f"C={C}: must be positive")
+        self.C = C
+
+    def forward(self, tasks: TaskBatch) -> Tensor:
+        from sklearn.svm import LinearSVC  # takes a second to import
+
+        tasks = tasks.map(lambda features: F.normalize(features, dim=-1).cpu())
+        logits = []
+        for support, labels, query in zip(tasks.support_x, tasks.support_y.cpu(), tasks.query_x, strict=True):
+            machine = LinearSVC(C=self.C, dual=True, random_state=0, max_iter=10_000).fit(support, labels)
+            values = torch.from_numpy(machine.decision_function(query))
+            logits.append(values if tasks.way > 2 else torch.stack([-values, values], dim=1))
+        return torch.stack(logits).float()

@@ -1,0 +1,62 @@
+"""FEAT (Ye et al., 2020), https://arxiv.org/abs/1812.03664"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metacv.algorithms.base import MetricMethod, accuracies
+from metacv.algorithms.metric.protonet import negative_squared_distance
+from metacv.backbones.base import Backbone
+from metacv.data.task import TaskBatch
+
+
+class FEAT(MetricMethod):
+    """Prototypical Networks whose prototypes are first adapted to each other by self-attention (section 3.3).
+
+    In training, `balance` times a second loss draws the adapted features of all images of a class to their mean
+    (equation 8).
+    """
+
+    def __init__(self, backbone: Backbone, temperature: float, balance: float, dropout: float) -> None:
+        super().__init__(backbone)
+        if temperature <= 0 or balance < 0 or not 0 <= dropout < 1:
+            raise ValueError(f"temperature={temperature}, balance={balance}, dropout={dropout}: out of range")
+        dim = backbone.features_dim
+        self.query, self.key, self.value = (nn.Linear(dim, dim, bias=False) for _ in range(3))
+        for layer in (self.query, self.key, self.value):
+            nn.init.normal_(layer.weight, std=(1 / dim) ** 0.5)
+        self.output, self.norm, self.dropout = nn.Linear(dim, dim), nn.LayerNorm(dim), nn.Dropout(dropout)
+        nn.init.xavier_normal_(self.output.weight)
+        self.temperature, self.balance = temperature, balance
+
+    def head(self, tasks: TaskBatch) -> Tensor:
+        prototypes = self.adapt(tasks.class_means(tasks.support_x))
+        return negative_squared_distance(tasks.query_x, prototypes) / self.temperature
+
+    def adapt(self, features: Tensor) -> Tensor:
+        """Features [..., N, D] after self-attention among the N of them (equations 4 and 5)."""
+        scores = self.query(features) @ self.key(features).mT / features.shape[-1] ** 0.5
+        attended = self.dropout(self.output(scores.softmax(-1) @ self.value(features)))
+        return self.norm(features + attended)
+
+    def add_gradient(self, tasks: TaskBatch, share: float) -> dict[str, Tensor]:
+        embedded = self.embedded(tasks, self.one_batch)
+        logits = self.head(embedded)
+        loss = self.loss(logits, tasks.query_y)
+        scalars = {"loss": loss.detach() * share, "accuracy": accuracies(logits, tasks.query_y).mean() * share}
+        if self.balance:
+            contrast = self.contrast(embedded)
+            loss = loss + self.balance * contrast
+            scalars["contrast"] = contrast.detach() * share
+        (loss * share).backward()
+        return scalars
+
+    def contrast(self, tasks: TaskBatch) -> Tensor:
+        """The loss of support and query images against the means of their classes, adapted within each class."""
+        features = torch.cat([tasks.support_x, tasks.query_x], dim=1)
+        labels = torch.cat([tasks.support_y, tasks.query_y], dim=1)
+        order = labels.argsort(dim=1, stable=True)
+        grouped = features.gather(1, order.unsqueeze(-1).expand_as(features)).unflatten(1, (tasks.way, -1))
+        adapted = self.adapt(grouped)  # [T, N, K + Q, D]
+        logits = negative_squared_distance(adapted.flatten(1, 2), adapted.mean(2)) / self.temperature
+        return F.cross_entropy(logits.flatten(0, 1), labels.gather(1, order).flatten())

@@ -1,0 +1,22 @@
+"""Matching Networks, without context embeddings (Vinyals et al., 2016), https://arxiv.org/abs/1606.04080"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from metacv.algorithms.base import MetricMethod
+from metacv.backbones.base import Backbone
+from metacv.data.task import TaskBatch
+
+
+class MatchingNet(MetricMethod):
+    """A query gets the labels of the support images, weighted by a softmax over its similarity to them."""
+
+    def __init__(self, backbone: Backbone, scale: float) -> None:
+        super().__init__(backbone)
+        self.scale = scale
+
+    def head(self, tasks: TaskBatch) -> Tensor:
+        support = F.normalize(tasks.support_x, dim=-1)  # [T, S, D]
+        query = F.normalize(tasks.query_x, dim=-1)  # [T, Q, D]
+        attention = (self.scale * query @ support.mT).softmax(dim=-1)  # [T, Q, S]
+        return tasks.class_means(attention.mT).mT.log()  # [T, Q, N]

@@ -1,0 +1,26 @@
+"""R2D2 (Bertinetto et al., 2019), https://arxiv.org/abs/1805.08136, and MetaOptNet's ridge form (Lee et al., 2019)."""
+
+import torch
+from torch import Tensor, nn
+
+from metacv.algorithms.base import MetricMethod
+from metacv.algorithms.heads.ridge import ridge
+from metacv.backbones.base import Backbone
+from metacv.data.task import TaskBatch
+
+
+class R2D2(MetricMethod):
+    """Ridge regression from features to one-hot labels, solved in closed form, and trained through (section 3.2).
+
+    Scale, shift and, if `learn_penalty`, the penalty are trained too.
+    """
+
+    def __init__(self, backbone: Backbone, penalty: float, scale: float, learn_penalty: bool) -> None:
+        super().__init__(backbone)
+        if min(penalty, scale) <= 0:
+            raise ValueError(f"penalty={penalty}, scale={scale}: both must be positive")
+        self.log_penalty = nn.Parameter(torch.tensor(penalty).log(), requires_grad=learn_penalty)
+        self.scale, self.shift = nn.Parameter(torch.tensor(scale)), nn.Parameter(torch.zeros(()))
+
+    def head(self, tasks: TaskBatch) -> Tensor:
+        return self.scale * ridge(tasks, self.log_penalty.exp()) + self.shift  # equations 5 and 6

@@ -1,0 +1,77 @@
+"""`metacv evaluate features=FILE.npz`: a head on features that were computed elsewhere."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+
+from metacv import __version__
+from metacv.algorithms.base import accuracies
+from metacv.algorithms.heads.base import Head
+from metacv.config import EvaluateConfig, class_name
+from metacv.data.bank import ImageBank
+from metacv.data.sampler import EpisodeList, EpisodeSampler
+from metacv.errors import UserError
+from metacv.files import user_path
+from metacv.model import build_node, describe_device, pick_device
+from metacv.results import Result, summary
+from metacv.text import first_line
+
+DEFAULT_HEAD = {"_target_": "metacv.algorithms.heads.ncm.NearestMean"}
+TASK = {"way": 5, "shot": 1, "query": 15, "episodes": 600}  # where the settings are null
+TASKS_AT_ONCE = 100
+
+
+def evaluate_features(cfg: EvaluateConfig) -> tuple[Tensor, Result]:
+    """The accuracy of each episode, [E], and its record; UserError if a setting or the file is wrong."""
+    given = {"split": cfg.split != "test", "algo": cfg.algo, "dataset": cfg.dataset, "checkpoint": cfg.checkpoint}
+    if wrong := [name for name, value in given.items() if value]:
+        raise UserError(f"{wrong[0]}: not together with features, which have no {wrong[0]}")
+    node = cfg.head if "_target_" in cfg.head else DEFAULT_HEAD | cfg.head
+    head = build_node("head", node, Head)
+    if head.augment or head.flip or head.centred:
+        raise UserError("head: augment, flip and cl2n need images; features have none")
+    task = {name: value if (own := getattr(cfg, name)) is None else own for name, value in TASK.items()}
+    bank, device = read_features(user_path(str(cfg.features))), pick_device(cfg.device)
+    sampler = EpisodeSampler(bank, task["way"], task["shot"], task["query"], seed=cfg.seed, device=device)
+    episodes, start = EpisodeList(sampler, task["episodes"]), time.perf_counter()
+    with torch.no_grad():
+        batches = (tasks.map(lambda features: features.flatten(2)) for tasks in episodes.batches(TASKS_AT_ONCE))
+        accuracy = torch.cat([accuracies(head(tasks), tasks.query_y) for tasks in batches]).double().cpu()
+    known: dict[str, Any] = task | summary(accuracy)
+    return accuracy, Result(
+        **known,
+        dataset=str(cfg.features),
+        split="test",
+        rotation="none",
+        seed=cfg.seed,
+        batch_norm="inductive",
+        episodes_sha256=episodes.fingerprint,
+        images_sha256=bank.fingerprint,
+        method="features",
+        head=class_name(node),
+        device=describe_device(device),
+        tasks_per_second=len(accuracy) / (time.perf_counter() - start),
+        torch=str(torch.__version__),
+        metacv=__version__,
+    )
+
+
+def read_features(path: Path) -> ImageBank:
+    """`features` [M, D] and `labels` [M] of an .npz file as a bank, sorted by label, with float images [M, D, 1, 1]."""
+    try:
+        with numpy.load(path, allow_pickle=False) as file:
+            features, labels = torch.from_numpy(file["features"]), torch.from_numpy(file["labels"])
+        if features.dim() != 2 or labels.shape != features.shape[:1] or not features.is_floating_point():
+            raise ValueError(f"features {tuple(features.shape)} and labels {tuple(labels.shape)}, not [M, D] and [M]")
+        if labels.is_floating_point() or not features.isfinite().all():
+            raise ValueError("labels must be integers, and features finite")
+    except Exception as error:  # a damaged or foreign file may raise anything
+        raise UserError(f"features={path} cannot be used ({first_line(error)})") from None
+    classes, labels = labels.unique(return_inverse=True)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.long), labels.bincount().cumsum(0)])
+    images = features[labels.argsort(stable=True)].float().view(*features.shape, 1, 1)
+    return ImageBank(path.name, images, offsets, tuple(map(str, classes.tolist())))

@@ -1,0 +1,76 @@
+"""Features that were computed elsewhere: the same heads and episodes as for a checkpoint."""
+
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+
+from metacv.data.glyphs import Glyphs
+from metacv.model import load_checkpoint
+from metacv.results import read_results
+
+SMALL = ("dataset.classes={train:6,val:6,test:6}", "way=3", "query=3", "eval_episodes=4", "backbone.channels=8")
+
+
+def result(folder: str):
+    return read_results(Path(folder) / "result.json").results[0]
+
+
+@pytest.fixture
+def exported(metacv, data_dir) -> str:
+    """features.npz has the features of the test classes under the model in run/, the last three classes first."""
+    code, _, err = metacv(
+        "train", "algo=protonet", *SMALL, "steps=2", "eval_every=2", "device=cpu", "hydra.run.dir=run"
+    )
+    assert code == 0, err
+    checkpoint = load_checkpoint("run")
+    settings = {name: value for name, value in checkpoint.config.dataset.items() if name != "_target_"}
+    bank = Glyphs(data_dir, **settings).load("test")
+    with torch.no_grad():
+        features = checkpoint.build().eval().embedding.features(bank.images.float() / 255)
+    labels = torch.arange(6).repeat_interleave(20) * 7 - 3
+    order = torch.cat([torch.arange(60, 120), torch.arange(60)])
+    numpy.savez("features.npz", features=features[order].numpy(), labels=labels[order].numpy())
+    return "features.npz"
+
+
+@pytest.mark.parametrize("head", ["ncm", "logistic", "ridge", "svm", "finetune"])
+def test_a_head_on_features_scores_as_on_the_images_that_they_come_from(metacv, exported, head):
+    task = ("way=3", "shot=2", "query=3", "episodes=20", f"head={head}")
+    assert metacv("evaluate", f"features={exported}", *task, "hydra.run.dir=own")[0] == 0
+    assert metacv("evaluate", "checkpoint=run", *task, "hydra.run.dir=images")[0] == 0
+    own, images = result("own"), result("images")
+    assert own.accuracy == pytest.approx(images.accuracy, abs=2 / 180)
+    assert (own.head, own.dataset, own.way, own.episodes) == (images.head, exported, 3, 20)
+
+
+def test_tasks_are_the_usual_ones_unless_the_command_line_changes_them(metacv, exported):
+    code, out, _ = metacv("evaluate", f"features={exported}", "hydra.run.dir=own")
+    assert code == 0
+    assert "NearestMean, 5-way 1-shot, 15 queries per class, 600 episodes of features.npz" in out
+    assert (Path("own/accuracies.npy")).exists()
+
+
+def test_what_cannot_be_used_has_one_clear_line(metacv, exported):
+    numpy.savez("flat.npz", features=numpy.zeros(5), labels=numpy.zeros(5, dtype=int))
+    numpy.savez("nan.npz", features=numpy.full((5, 2), numpy.nan), labels=numpy.zeros(5, dtype=int))
+    numpy.savez("objects.npz", features=numpy.array([{}, []], dtype=object), labels=numpy.zeros(2, dtype=int))
+    numpy.savez("short.npz", features=numpy.zeros((5, 2)))
+    Path("text.npz").write_text("text")
+    for words, message in {
+        ("features=nowhere.npz",): "features=nowhere.npz cannot be used (",
+        ("features=text.npz",): "features=text.npz cannot be used (",
+        ("features=short.npz",): "features=short.npz cannot be used (",
+        ("features=objects.npz",): "features=objects.npz cannot be used (Object arrays cannot be loaded",
+        ("features=nan.npz",): "features=nan.npz cannot be used (labels must be integers, and features finite)",
+        ("features=flat.npz",): "features=flat.npz cannot be used (features (5,) and labels (5,), not [M, D] and [M])",
+        (f"features={exported}", "head=cl2n"): "head: augment, flip and cl2n need images; features have none",
+        (f"features={exported}", "head=ncm", "head.flip=true"): "head: augment, flip and cl2n need images",
+        (f"features={exported}", "checkpoint=run"): "checkpoint: not together with features",
+        (f"features={exported}", "way=9"): "way=9 but features.npz has only 6 classes",
+        (): "checkpoint is missing",
+    }.items():
+        code, _, err = metacv("evaluate", *words, "hydra.run.dir=failed")
+        assert (code, err.count("\n")) == (1, 1), err
+        assert err.startswith(f"metacv: {message}"), err
