@@ -57,7 +57,9 @@ class Evaluation:
         """Settings of algorithm and head that differ from those of training, without those that change speed only."""
         own, trained = self.config, self.checkpoint.config
         of_algo = {name: now for name, now, _ in differences(own.algo, trained.algo)}
-        of_head = {name: now for name, now, _ in differences(own.head, trained.head, "head") if "_target_" not in name}
+        of_head = {f"head.{name}": now for name, now, _ in differences(own.head, trained.head)}
+        if of_head.pop("head._target_", None):
+            of_head = {"head": class_name(own.head), **of_head}
         return {name: now for name, now in of_algo.items() if name not in self.algorithm.execution_settings} | of_head
 
     def run(self, batch_norm: str) -> tuple[Tensor, Result]:
@@ -124,7 +126,9 @@ def prepare(checkpoint: Checkpoint, given: TestConfig) -> Evaluation:
     episodes = EpisodeList(EpisodeSampler(bank, *task, config.seed, device), config.episodes)
     algorithm = with_head(checkpoint.build(config), config, checkpoint.centre).to(device)
     if isinstance(algorithm, WithHead) and algorithm.needs_centre:
-        centre(algorithm, build_dataset(checkpoint.config.dataset, given.data_dir).load("train"), device)
+        same = config.dataset["_target_"] == checkpoint.config.dataset["_target_"]
+        source = dataset if same else build_dataset(checkpoint.config.dataset, given.data_dir)
+        centre(algorithm, source.load("train"), device)
     if device.type == "cpu":
         keep_freed_memory()
     return Evaluation(checkpoint, config, episodes, given.split, algorithm)
@@ -176,10 +180,10 @@ def _from_features(
 
         def embedded(rows: Tensor, copies: int) -> Tensor | None:
             """Features [R, ...] of the images at `rows`, or of copies of each [R, copies, ...]."""
-            features = torch.empty(0)
-            for start in range(0, len(rows), IMAGES_AT_ONCE // (4 + 4 * copies)):
+            features, step = torch.empty(0), max(1, IMAGES_AT_ONCE // (4 + 4 * copies))
+            for start in range(0, len(rows), step):
                 check()
-                some = rows[start : start + IMAGES_AT_ONCE // (4 + 4 * copies)]
+                some = rows[start : start + step]
                 images = sampler.images_at(some)
                 own = algorithm.embed_copies(images, some.tolist()) if copies else algorithm.embed(images)
                 if start == 0:
@@ -194,7 +198,8 @@ def _from_features(
         copied = embedded(supports, algorithm.copies) if algorithm.copies else None
         if features is None or (algorithm.copies and copied is None):
             return None
-        each = (index[0].numel() + algorithm.copies * support_index[0].numel()) * features[0].numel()
+        support = algorithm.copies * support_index[0].numel()  # copies in an episode
+        each = max((index[0].numel() + support) * features[0].numel(), support**2)
         batches = (part.split(max(1, FEATURES_AT_ONCE // each)) for part in (episodes.rows, index, support_index))
         for some, places, support_places in zip(*batches, strict=True):
             check()

@@ -27,8 +27,8 @@ TASKS_AT_ONCE = 100
 
 def evaluate_features(cfg: EvaluateConfig) -> tuple[Tensor, Result]:
     """The accuracy of each episode, [E], and its record; UserError if a setting or the file is wrong."""
-    given = {"split": cfg.split != "test", "algo": cfg.algo, "dataset": cfg.dataset, "checkpoint": cfg.checkpoint}
-    if wrong := [name for name, value in given.items() if value]:
+    given = {name: getattr(cfg, name) for name in ("checkpoint", "batch_norm", "algo", "dataset")}
+    if wrong := [name for name, value in given.items() if value] + ["split"] * (cfg.split != "test"):
         raise UserError(f"{wrong[0]}: not together with features, which have no {wrong[0]}")
     node = cfg.head if "_target_" in cfg.head else DEFAULT_HEAD | cfg.head
     head = build_node("head", node, Head)
@@ -65,6 +65,7 @@ def read_features(path: Path) -> ImageBank:
     try:
         with numpy.load(path, allow_pickle=False) as file:
             features, labels = torch.from_numpy(file["features"]), torch.from_numpy(file["labels"])
+            features = features.float() if features.is_floating_point() else features
         if features.dim() != 2 or labels.shape != features.shape[:1] or not features.is_floating_point():
             raise ValueError(f"features {tuple(features.shape)} and labels {tuple(labels.shape)}, not [M, D] and [M]")
         if labels.is_floating_point() or not features.isfinite().all():
@@ -73,5 +74,5 @@ def read_features(path: Path) -> ImageBank:
         raise UserError(f"features={path} cannot be used ({first_line(error)})") from None
     classes, labels = labels.unique(return_inverse=True)
     offsets = torch.cat([torch.zeros(1, dtype=torch.long), labels.bincount().cumsum(0)])
-    images = features[labels.argsort(stable=True)].float().view(*features.shape, 1, 1)
+    images = features[labels.argsort(stable=True)].view(*features.shape, 1, 1)
     return ImageBank(path.name, images, offsets, tuple(map(str, classes.tolist())))

@@ -105,7 +105,9 @@ def load_checkpoint(place: str | Path, name: str = "best.pt") -> Checkpoint:
         channels, height, width = content["image_shape"]
         step, tensors = content["step"], content["algorithm"].values()
         training, centre = from_dict(Training, content.get("training", {})), content.get("centre")
-        if centre is not None and not (isinstance(centre, Tensor) and centre.dim() == 1 and centre.is_floating_point()):
+        if centre is not None and not (isinstance(centre, Tensor) and centre.dim() == 1 and centre.isfinite().all()):
+            raise ValueError
+        if max(training.classes, training.images, training.flops, training.seconds) > 1e24:
             raise ValueError
         whole = all(type(number) is int for number in (channels, height, width, step))
         if not whole or any(not isinstance(value, Tensor) or value.is_complex() for value in tensors):
@@ -160,6 +162,8 @@ def with_head(algorithm: Algorithm, config: TrainConfig, centre: Tensor | None =
         return algorithm
     head = build_node("head", config.head, Head)
     if centre is not None and head.centred:
+        if len(centre) != algorithm.embedding.features_dim:
+            raise UserError(f"head: the mean feature has {len(centre)} numbers: the checkpoint is damaged")
         head.centre = centre
     try:
         return WithHead(algorithm, head, config.augment)
@@ -209,7 +213,7 @@ def target_class(name: str, node: dict[str, Any], base: type[T]) -> type[T]:
 def settings(config: TrainConfig) -> dict[str, Any]:
     """The settings as plain values, where one that a class got after a checkpoint was written has its default."""
     content = to_dict(config)
-    for group, base in (("algo", Algorithm), ("backbone", Backbone)):
+    for group, base in (("algo", Algorithm), ("backbone", Backbone), ("schedule", LRScheduler)):
         parameters = inspect.signature(target_class(group, content[group], base)).parameters.values()
         content[group] = {own.name: own.default for own in parameters if own.default is not own.empty} | content[group]
     return content

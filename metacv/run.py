@@ -137,7 +137,8 @@ class Run:
             "random": {"python": random.getstate(), "cpu": torch.get_rng_state(), "cuda": cuda},
             "window": {name: torch.stack([scalars[name] for scalars in self.window]).cpu() for name in names},
         }
-        return self.weights() | {name: getattr(self, name) for name in plain} | own
+        weights = {name: value for name, value in self.weights().items() if name != "centre"}  # of an earlier step
+        return weights | {name: getattr(self, name) for name in plain} | own
 
     def load(self, source: Checkpoint) -> None:
         """Continue from a last.pt; UserError if it does not fit the settings, or the data set is split otherwise."""

@@ -1,7 +1,6 @@
 """The outer loop: one plain loop for every algorithm."""
 
 import contextlib
-import copy
 import json
 import random
 import time
@@ -40,7 +39,7 @@ from metacv.model import (
 from metacv.precision import check_precision, keep_freed_memory, precision
 from metacv.results import ResultFile, summary
 from metacv.run import Run, Stopped, StopSignals, lock_folder, start, warn_of_few_test_classes
-from metacv.text import first_line, percent, setting
+from metacv.text import percent, setting
 
 DIAGNOSED_TASKS = 20
 PROJECTED_IMAGES = 1000
@@ -173,6 +172,8 @@ def finish(run: Run, validation: EpisodeList, logger: Logger) -> None:
 def check_finite(run: Run, folder: Path, ranks: Ranks) -> None:
     """Average the running statistics of the ranks; UserError if weights or scalars not logged yet are not finite."""
     ranks.average(running_statistics(run.algorithm), 1 / ranks.size)
+    if run.average:
+        ranks.average(running_statistics(run.average), 1 / ranks.size)
     finite = [all(value.isfinite() for value in scalars.values()) for scalars in run.window]
     if not all(finite):
         what = f"the loss is not finite at step {run.step - len(finite) + 1 + finite.index(False)}"
@@ -209,9 +210,13 @@ def prepare(config: TrainConfig, overrides: list[str], ranks: Ranks) -> tuple[Ru
     if ranks.size > 1 and algorithm.sequential_because:
         raise UserError(f"algo.{algorithm.sequential_because}, which {ranks.size} processes cannot share")
     optimizer, schedule = build_optimizer(config, algorithm) or (None, None)
-    flops = flops_of_a_step(algorithm, training, config.meta_batch, ranks) if optimizer else 0.0
     if teacher := config.algo.get("teacher"):
-        algorithm.learn_from(load_checkpoint(teacher).build().to(device))
+        learned = load_checkpoint(teacher)
+        if learned.image_shape != training.bank.image_shape:
+            raise UserError(f"algo.teacher={teacher}: was trained on images of another shape, {learned.image_shape}")
+        algorithm.learn_from(learned.build().to(device))
+    with_head(algorithm, config)  # reports its errors before the training
+    flops = flops_of_a_step(algorithm, training, config.meta_batch, ranks) if optimizer else 0.0
     if config.compile:
         algorithm.compile_training()
     splits = dataset.splits()
@@ -229,7 +234,7 @@ def flops_of_a_step(algorithm: Algorithm, sampler: EpisodeSampler | ImageSampler
     sampler.load_state_dict(state)
     devices = [sampler.device] if sampler.device.type == "cuda" else []
     with torch.random.fork_rng(devices), FlopCounterMode(display=False) as counter:
-        copy.deepcopy(algorithm).train().training_step(batch)
+        algorithm.counted().train().training_step(batch)
     return counter.get_total_flops() * count / (own.stop - own.start)
 
 
@@ -258,10 +263,13 @@ def initialize(run: Run) -> None:
     backbone.load_pretrained()
     if run.config.init:
         first = load_checkpoint(run.config.init)
+        if first.config.normalize != run.config.normalize:
+            raise UserError(f"init={run.config.init}: was trained with {first.config.normalize}: set normalize to it")
         try:
             backbone.load_state_dict(first.build().embedding.state_dict())
         except RuntimeError as error:
-            raise UserError(f"init={run.config.init}: its backbone does not fit ({first_line(error)})") from None
+            reason = str(error).splitlines()[-1].strip()
+            raise UserError(f"init={run.config.init}: its backbone does not fit ({reason})") from None
         run.begin_after(first)
     if run.average:
         run.average = averaged(run.algorithm, run.config.ema)
@@ -280,8 +288,9 @@ def clip(algorithm: Algorithm, norm: float | None, value: float | None) -> None:
 def report(run: Run, validation: EpisodeList, folder: Path) -> None:
     """Write result.json, and print the best validation and the next commands."""
     config, best = run.config, run.best
+    images = validation.sampler.bank.fingerprint
     known = {"split": "val", "seed": 0, "batch_norm": config.batch_norm, "device": run.hardware}
-    result = record(config, validation, **known, **best, **run.training.of_result())
+    result = record(config, validation, **known, **best, **run.training.of_result(), images_sha256=images)
     training = {"steps": run.step, "seconds": round(run.seconds, 1), "seed": config.seed, "overrides": run.overrides}
     ResultFile([result], training).write(folder / "result.json")
     if run.steps == 0:

@@ -27,7 +27,7 @@ from results_table import COMMON_EPISODES, EXPERIMENTS, NOT_SHOWN, REFERENCE, RO
 from metacv.config import TrainConfig, differences, is_resumable, to_dict
 from metacv.errors import UserError
 from metacv.files import sha256, write_bytes_atomically
-from metacv.model import build_dataset, execution_settings, load_checkpoint, save_checkpoint
+from metacv.model import build_dataset, execution_settings, load_checkpoint, save_checkpoint, settings
 from metacv.results import ResultFile, read_results
 from metacv.run import load_state, lock_folder
 
@@ -115,7 +115,7 @@ def adopt(other: Path, name: str, run: Path, config: TrainConfig, asked: list[st
     """
     last = load_checkpoint(other, "last.pt")
     execution = execution_settings(config.algo)
-    for setting, asked_value, trained in differences(to_dict(config), to_dict(last.config)):
+    for setting, asked_value, trained in differences(settings(config), settings(last.config)):
         group = setting.split(".")[0]
         if setting not in execution and group not in TESTED and not is_resumable(group):
             raise UserError(f"--run-of {name}: {setting} is {asked_value} but was trained with {trained}")

@@ -257,6 +257,11 @@ def test_any_head_gives_on_cached_features_what_it_gives_on_episodes(head, monke
     assert sum(passed) == len(episodes.rows.unique()) * (2 if head.flip else 1)
 
 
+def test_many_copies_pass_one_image_at_a_time():
+    algorithm = with_head(NearestMean(augment=300), AugmentConfig(crop=1))
+    assert len(evaluate_episodes(algorithm, rotated_episodes(2), "inductive")) == 2
+
+
 def test_each_copy_of_a_support_image_passes_once_and_is_the_same_in_every_episode(monkeypatch):
     algorithm, episodes = with_head(NearestMean(augment=3), AugmentConfig(crop=2)), rotated_episodes()
     seen = []

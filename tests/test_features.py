@@ -57,6 +57,7 @@ def test_what_cannot_be_used_has_one_clear_line(metacv, exported):
     numpy.savez("nan.npz", features=numpy.full((5, 2), numpy.nan), labels=numpy.zeros(5, dtype=int))
     numpy.savez("objects.npz", features=numpy.array([{}, []], dtype=object), labels=numpy.zeros(2, dtype=int))
     numpy.savez("short.npz", features=numpy.zeros((5, 2)))
+    numpy.savez("huge.npz", features=numpy.full((5, 2), 1e300), labels=numpy.zeros(5, dtype=int))
     Path("text.npz").write_text("text")
     for words, message in {
         ("features=nowhere.npz",): "features=nowhere.npz cannot be used (",
@@ -64,6 +65,8 @@ def test_what_cannot_be_used_has_one_clear_line(metacv, exported):
         ("features=short.npz",): "features=short.npz cannot be used (",
         ("features=objects.npz",): "features=objects.npz cannot be used (Object arrays cannot be loaded",
         ("features=nan.npz",): "features=nan.npz cannot be used (labels must be integers, and features finite)",
+        ("features=huge.npz",): "features=huge.npz cannot be used (labels must be integers, and features finite)",
+        (f"features={exported}", "batch_norm=inductive"): "batch_norm: not together with features",
         ("features=flat.npz",): "features=flat.npz cannot be used (features (5,) and labels (5,), not [M, D] and [M])",
         (f"features={exported}", "head=cl2n"): "head: augment, flip and cl2n need images; features have none",
         (f"features={exported}", "head=ncm", "head.flip=true"): "head: augment, flip and cl2n need images",

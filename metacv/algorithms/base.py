@@ -1,5 +1,6 @@
 """What training and evaluation ask of an algorithm: tasks in, gradients or logits out."""
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -60,6 +61,10 @@ class Algorithm(nn.Module, ABC):
         loss = self.loss(logits, tasks.query_y) * share
         loss.backward()
         return {"loss": loss.detach(), "accuracy": accuracies(logits, tasks.query_y).mean() * share}
+
+    def counted(self) -> "Algorithm":
+        """A copy whose operations torch counts right."""
+        return copy.deepcopy(self)
 
     def learn_from(self, teacher: "Algorithm") -> None:
         """Train with another model's predictions as a target, where the method can."""

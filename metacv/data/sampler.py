@@ -138,8 +138,9 @@ class ImageSampler:
         self, bank: ImageBank, rotation: Rotation, seed: int, device: torch.device, augment: Augment | None = None
     ) -> None:
         check_crop(bank, augment)
+        if rotation not in ("none", "as_classes"):
+            raise UserError(f"dataset.train_rotation={rotation} is of tasks; images allow none and as_classes")
         self.bank, self.device, self.augment, self.seed = bank, device, augment, seed
-        rotation = "as_classes" if rotation == "as_classes" else "none"
         self.images = placed(rotated(bank, rotation), device)
         self.classes = len(bank.sizes) * (4 if rotation == "as_classes" else 1)
         labels = torch.arange(len(bank.sizes)).repeat_interleave(bank.sizes)
@@ -155,7 +156,7 @@ class ImageSampler:
         while count:
             epoch, start = divmod(self.position, len(self.labels))
             if self.order[0] != epoch:
-                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+                generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
                 self.order = epoch, torch.randperm(len(self.labels), generator=generator)
             rows.append(self.order[1][start : start + count])
             self.position += len(rows[-1])
@@ -175,7 +176,9 @@ class ImageSampler:
         return {"position": self.position} | augment
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.position = int(state["position"])
+        if (position := int(state["position"])) < 0:
+            raise ValueError(f"position {position}")
+        self.position = position
         if self.augment:
             self.augment.generator.set_state(state["augment"]["generator"])
 

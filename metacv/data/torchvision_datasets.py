@@ -12,7 +12,7 @@ from filelock import FileLock
 from PIL import Image
 from torch import Tensor
 
-from metacv.data.bank import Dataset, ImageBank, cached_bank
+from metacv.data.bank import SPLITS, Dataset, ImageBank, cached_bank
 from metacv.data.image_files import as_tensor, map_on_threads, open_image, to_square
 from metacv.data.sources import check_fractions, random_split
 from metacv.errors import UserError
@@ -62,6 +62,9 @@ class Torchvision(Dataset):
 
     def read(self, path: Path) -> Tensor:
         return self._square(open_image(path))
+
+    def splits(self) -> dict[str, list[str]]:
+        return {split: list(self.load(split).class_names) for split in SPLITS}
 
     def _square(self, image: Image.Image) -> Tensor:
         return as_tensor(to_square(image.convert("RGB"), self.size, "crop"))

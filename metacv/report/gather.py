@@ -136,7 +136,7 @@ def read_run(path: Path, files: dict[Path, ResultFile]) -> RunRecord:
 def printable_result(test: Result) -> Result:
     texts: dict[str, Any] = {own.name: printable(getattr(test, own.name)) for own in fields(Result) if own.type is str}
     changes = {
-        printable(name if name.startswith("head.") else f"algo.{name}"): printable(str(value))
+        printable(name if name.split(".")[0] == "head" else f"algo.{name}"): printable(str(value))
         for name, value in test.changes.items()
     }
     return replace(test, **texts, changes=changes)

@@ -184,3 +184,50 @@ def test_chance_is_the_loss_of_weights_that_know_nothing(metacv):
     torch.nn.init.zeros_(model.linear.weight)
     torch.nn.init.zeros_(model.linear.bias)
     assert float(model.training_step(batch())["loss"]) == pytest.approx(math.log(3))
+
+
+def test_flops_of_an_inner_loop_are_the_same_task_by_task_and_together(metacv):
+    words = ("train", "algo=maml", *SHORT[2:], "meta_batch=2", "eval_every=6")
+    for batching in ("loop", "vmap"):
+        assert metacv(*words, f"algo.task_batching={batching}", f"hydra.run.dir={batching}")[0] == 0
+    assert load_checkpoint("loop").training.flops == load_checkpoint("vmap").training.flops > 0
+
+
+def test_a_second_stage_prepares_images_as_the_first_and_a_head_is_checked_before_the_training(metacv, monkeypatch):
+    assert metacv(*SHORT, "hydra.run.dir=first")[0] == 0
+    code, _, err = metacv(*SHORT, "init=first", "normalize.mean=[0.5]", "hydra.run.dir=second")
+    assert (code, err.count("\n")) == (1, 1)
+    assert "init=first: was trained with NormalizeConfig(mean=[0.0], std=[1.0]): set normalize to it" in err
+    monkeypatch.setattr("metacv.train.training_step", lambda *_: pytest.fail("trained"))
+    code, _, err = metacv(*SHORT, "head=logistic", "head.C=-1", "hydra.run.dir=third")
+    assert (code, err) == (1, "metacv: head: C=-1: must be above 0, and at most 1000\n")
+
+
+def test_results_name_the_head_that_an_evaluation_changes(metacv):
+    assert metacv(*SHORT, "hydra.run.dir=run")[0] == 0
+    for head in ("logistic", "svm"):
+        assert metacv("evaluate", "checkpoint=run", "episodes=4", f"head={head}", f"hydra.run.dir={head}")[0] == 0
+    changes = [read_results(Path(head) / "result.json").results[0].changes for head in ("logistic", "svm")]
+    assert [change["head"] for change in changes] == ["Logistic", "SVM"]
+    code, out, _ = metacv("report", "run", "logistic", "svm", "hydra.run.dir=report")
+    assert code == 0
+    assert "Logistic" in out
+    assert "SVM" in out
+
+
+def test_damaged_parts_of_a_checkpoint_have_one_clear_line(metacv):
+    assert metacv(*SHORT, "head=cl2n", "hydra.run.dir=run")[0] == 0
+    best, last = (torch.load(f"run/{name}.pt", weights_only=True) for name in ("best", "last"))
+    damages = {
+        "centre": [torch.full((8,), float("nan")), torch.zeros(3), [0.0] * 8],
+        "training": [{"images": 10**26}, {"flops": 1e100}, {"classes": "6"}, {"other": 1}, []],
+    }
+    for name, values in damages.items():
+        for value in values:
+            torch.save(best | {name: value}, "damaged.pt")
+            code, _, err = metacv("evaluate", "checkpoint=damaged.pt", "episodes=4", "hydra.run.dir=test")
+            assert (code, err.count("\n")) == (1, 1), err
+            assert "damaged" in err
+    torch.save(last | {"sampler": {"position": -5}}, "run/last.pt")
+    code, _, err = metacv("train", "resume=run", "steps=6")
+    assert (code, err) == (1, "metacv: run/last.pt: its state does not fit its config (position -5)\n")

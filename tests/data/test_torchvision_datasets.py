@@ -297,3 +297,10 @@ def test_the_random_split_is_the_one_of_own_images(tmp_path):
         (tmp_path / name).mkdir()
     own = ImageFolder(tmp_path, str(tmp_path), 8, True, "crop", False, FRACTIONS, 3, None)
     assert own.splits() == random_split(names, FRACTIONS, 3)
+
+
+def test_a_run_keeps_the_classes_of_each_split_so_that_another_split_of_them_is_refused(tmp_path, fake):
+    splits = dataset(tmp_path).splits()
+    assert {split: list(bank.class_names) for split, bank in load_all(tmp_path).items()} == splits
+    assert not {*splits["train"], *splits["val"]} & {*splits["test"]}
+    assert dataset(tmp_path, seed=1).splits() != splits

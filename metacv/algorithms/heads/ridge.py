@@ -23,7 +23,9 @@ class Ridge(Head):
 
 def ridge(tasks: TaskBatch, penalty: float | Tensor) -> Tensor:
     """Predictions [T, Q, N] for the queries of tasks of features; differentiable."""
-    support, query = tasks.support_x, tasks.query_x  # [T, S, D], [T, Q, D]
-    targets = F.one_hot(tasks.support_y, tasks.way).to(support)
-    products = support @ support.mT + penalty * torch.eye(support.shape[1]).to(support)
-    return query @ support.mT @ torch.linalg.solve(products, targets)
+    with torch.autocast(tasks.support_x.device.type, enabled=False):
+        full = torch.promote_types(tasks.support_x.dtype, torch.float32)
+        support, query = tasks.support_x.to(full), tasks.query_x.to(full)  # [T, S, D], [T, Q, D]
+        targets = F.one_hot(tasks.support_y, tasks.way).to(support)
+        products = support @ support.mT + penalty * torch.eye(support.shape[1]).to(support)
+        return query @ support.mT @ torch.linalg.solve(products, targets)

@@ -26,4 +26,4 @@ class SVM(Head):
             machine = LinearSVC(C=self.C, dual=True, random_state=0, max_iter=10_000).fit(support, labels)
             values = torch.from_numpy(machine.decision_function(query))
             logits.append(values if tasks.way > 2 else torch.stack([-values, values], dim=1))
-        return torch.stack(logits).float()
+        return torch.stack(logits).float().to(tasks.query_y.device)
