@@ -323,7 +323,7 @@ norm differ as on Omniglot.
 
 Classification of the 64 training classes, then a head on the features (`algo=classifier`, `head=...`), as in RFS (Tian
 et al. 2020), whose numbers for the same network are in the column *paper*. The head and its settings were chosen on the
-validation classes.
+validation classes. One training served both rows.
 
 {cifar_fs}
 

@@ -52,7 +52,7 @@ def test_a_kept_model_is_small_complete_and_has_the_settings_of_its_config_file(
     assert (folder / "best.pt").stat().st_size < 1_000_000
     assert (folder / "metrics.jsonl").stat().st_size > 0
     checkpoint = load_checkpoint(folder)
-    assert checkpoint.content.keys() - {"splits", "format"} == WEIGHTS | {"validation"}
+    assert checkpoint.content.keys() - {"splits", "format", "training"} == WEIGHTS | {"validation"}
     assert checkpoint.content.get("splits") is None  # only data sets of users have them
     content = torch.load(folder / "best.pt", weights_only=True)
     assert yaml.safe_load((folder / "config.yaml").read_text()) == content["config"]
