@@ -25,6 +25,7 @@ from metacv.upgrade import upgrade_config
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "outputs/reference"
 CELLS = {"omniglot": ["5w1s", "5w5s", "20w1s", "20w5s"], "miniimagenet": ["5w1s", "5w5s"], "cifar_fs": ["5w1s", "5w5s"]}
+CELLS |= {"fc100": CELLS["cifar_fs"]}
 PAPERS = {"omniglot", "miniimagenet"}  # data sets with all of the methods, and a protocol that they share
 METHODS = {
     "maml": "MAML",
@@ -323,9 +324,15 @@ norm differ as on Omniglot.
 
 Classification of the 64 training classes, then a head on the features (`algo=classifier`, `head=...`), as in RFS (Tian
 et al. 2020), whose numbers for the same network are in the column *paper*. The head and its settings were chosen on the
-validation classes. One training served both rows.
+validation classes. One training served both rows of a data set.
 
 {cifar_fs}
+
+## FC100
+
+As for CIFAR-FS, with the 60 training classes of FC100.
+
+{fc100}
 
 ## The scale of MAML's inner loss
 

@@ -454,7 +454,7 @@ def test_every_scalar_of_a_training_step_is_averaged_over_the_processes_and_logg
 def test_every_experiment_composes_and_builds(experiment):
     cfg = settings(f"experiment={experiment}")
     build_dataset(cfg.dataset, "unused")
-    shapes = {"miniimagenet": (3, 84, 84), "cifar_fs": (3, 32, 32)}
+    shapes = {"miniimagenet": (3, 84, 84), "cifar_fs": (3, 32, 32), "fc100": (3, 32, 32)}
     shape = shapes.get(experiment.split("/")[0], (1, 28, 28))
     assert build_optimizer(cfg, build(cfg, shape, classes=64)) is not None
 
