@@ -135,12 +135,16 @@ def draw(lines: Sequence[Line], x_label: str, joined: bool = True) -> Figure:
         if len(line) <= 30:
             axes.errorbar(x, y, numpy.minimum(half, [y, 100 - y]), fmt="none", ecolor=hue, elinewidth=1)
     axes.set_xlabel(x_label)
-    if not joined:
+    ticks = sorted({point[0] for line in lines for point in line})
+    wide = not joined and ticks[-1] > 10 * ticks[0] > 0
+    if wide:
         axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter("")
+    elif not joined:
+        axes.set_xlim(0, 1.1 * ticks[-1])
     axes.xaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_major_formatter("{x:g} %")
-    axes.locator_params(axis="both" if joined else "y", nbins=5)
-    ticks = sorted({point[0] for line in lines for point in line})
+    axes.locator_params(axis="y" if wide else "both", nbins=5)
     if joined and 1 < len(ticks) < 6:
         axes.set_xticks(ticks)
     return figure

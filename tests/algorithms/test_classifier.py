@@ -213,6 +213,8 @@ def test_results_name_the_head_that_an_evaluation_changes(metacv):
     assert code == 0
     assert "Logistic" in out
     assert "SVM" in out
+    page = Path("report/report.html").read_text()
+    assert "Accuracy by cost of training in TFLOP: 3-way 1-shot, 4 episodes of Glyphs test" in page
 
 
 def test_damaged_parts_of_a_checkpoint_have_one_clear_line(metacv):
