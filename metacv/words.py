@@ -4,6 +4,7 @@ import os
 import re
 from pathlib import Path
 
+from metacv import CONFIG_DIR
 from metacv.errors import UserError
 from metacv.upgrade import RENAMED
 
@@ -19,6 +20,8 @@ def hydra_overrides(command: str, words: list[str]) -> list[str]:
         name, equals, _ = word.partition("=")
         if equals and (new := RENAMED.get(name.lstrip("+~"))):
             raise UserError(f"{word}: this setting is called {new} now")
+        if word == f"{name}=null" and (CONFIG_DIR / name).is_dir():
+            raise UserError(f"{word}: choose one of the files in configs/{name}, or leave it out")
     sweeps = not {"-m", "--multirun"}.isdisjoint(words)
     if command in ("compare", "report"):  # `compare A B` becomes `compare runs=[A,B]`
         runs = [i for i in _plain(words) if "=" not in words[i] or os.path.exists(words[i])]

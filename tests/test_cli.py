@@ -107,6 +107,7 @@ def assert_one_line(answer: tuple[int, str, str], message: str) -> None:
     [
         (("wya=5",), "Key 'wya' not in 'TrainConfig'"),
         (("algo=foo",), "Could not find 'algo/foo' Available options in 'algo': baseline"),
+        (("head=null",), "head=null: choose one of the files in configs/head, or leave it out"),
         (("way=many",), "Value 'many' of type 'str' could not be converted to Integer"),
         (("train_way=1000",), "train_way=1000 but glyphs train has only 30 classes"),
         (("shot=15", "query=10"), "train_shot=15 + train_query=10 needs 25 images a class but"),
