@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metacv.algorithms.base import Algorithm, MetricMethod
-from metacv.algorithms.metric.protonet import negative_squared_distance
+from metacv.algorithms.heads.ncm import nearest_mean
 from metacv.backbones.base import Backbone
 from metacv.data.task import ImageBatch, TaskBatch
 from metacv.errors import UserError
@@ -48,8 +48,7 @@ class Classifier(MetricMethod):
         self.teacher: list[Classifier] = []  # a list, so that it is neither trained nor saved
 
     def head(self, tasks: TaskBatch) -> Tensor:
-        tasks = tasks.map(lambda features: F.normalize(features, dim=-1))
-        return negative_squared_distance(tasks.query_x, tasks.class_means(tasks.support_x))
+        return nearest_mean(tasks.normalized())
 
     def logits(self, features: Tensor) -> Tensor:
         """Logits [B, classes] of features [B, D]."""

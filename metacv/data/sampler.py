@@ -23,7 +23,26 @@ from metacv.errors import UserError
 ON_DEVICE = 2**32  # bytes
 
 
-class EpisodeSampler:
+class Sampler:
+    """Draws from the images of a bank, and augments them by a random stream of its own."""
+
+    device: torch.device
+    augment: Augment | None
+    images: Tensor  # uint8 [M, C, H, W], or [4 * M, C, H, W] with rotations
+
+    def images_at(self, rows: Tensor) -> Tensor:
+        """The images of `rows`, from 0 to 1."""
+        return self.images[rows.to(self.images.device)].to(self.device).float().div_(255)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"augment": {"generator": self.augment.generator.get_state()}} if self.augment else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.augment:
+            self.augment.generator.set_state(state["augment"]["generator"])
+
+
+class EpisodeSampler(Sampler):
     """An endless stream of random tasks, the same for every batch size, algorithm, device and machine."""
 
     def __init__(
@@ -108,10 +127,6 @@ class EpisodeSampler:
             seeds=rows.flatten(1) @ torch.arange(1, rows[0].numel() + 1),
         )
 
-    def images_at(self, rows: Tensor) -> Tensor:
-        """The images of `rows`, from 0 to 1."""
-        return self.images[rows.to(self.images.device)].to(self.device).float().div_(255)
-
     def sample(self, tasks: int, part: slice = slice(None)) -> TaskBatch:
         """The next `tasks` tasks, augmented; with `part` only those of them, which is how ranks share a batch."""
         rows = self.draw(tasks)
@@ -119,16 +134,14 @@ class EpisodeSampler:
         return self.tasks(self.images, rows[part], changes=changes)
 
     def state_dict(self) -> dict[str, Any]:
-        augment = {"augment": {"generator": self.augment.generator.get_state()}} if self.augment else {}
-        return {"generator": self.generator.get_state()} | augment
+        return {"generator": self.generator.get_state()} | super().state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
         self.generator.set_state(state["generator"])
-        if self.augment:
-            self.augment.generator.set_state(state["augment"]["generator"])
 
 
-class ImageSampler:
+class ImageSampler(Sampler):
     """An endless stream of batches of images, in epochs: each image once, in random order.
 
     With `rotation` as_classes an image counts four times, as an image of four classes.
@@ -166,21 +179,19 @@ class ImageSampler:
     def sample(self, count: int, part: slice = slice(None)) -> ImageBatch:
         """The next `count` images, augmented; with `part` only those of them, which is how ranks share a batch."""
         rows = self.draw(count)[part]
-        images = self.images[rows.to(self.images.device)].to(self.device).float().div_(255)
+        images = self.images_at(rows)
         if self.augment:
             images = self.augment(images, self.augment.draw(count)[part])
         return ImageBatch(images, self.labels[rows].to(self.device))
 
     def state_dict(self) -> dict[str, Any]:
-        augment = {"augment": {"generator": self.augment.generator.get_state()}} if self.augment else {}
-        return {"position": self.position} | augment
+        return {"position": self.position} | super().state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if (position := int(state["position"])) < 0:
             raise ValueError(f"position {position}")
         self.position = position
-        if self.augment:
-            self.augment.generator.set_state(state["augment"]["generator"])
+        super().load_state_dict(state)
 
 
 def check_crop(bank: ImageBank, augment: Augment | None) -> None:

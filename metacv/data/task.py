@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -34,6 +35,10 @@ class TaskBatch:
     def map(self, function: Callable[[Tensor], Tensor]) -> "TaskBatch":
         """The same tasks with `function` of their images or features."""
         return replace(self, support_x=function(self.support_x), query_x=function(self.query_x))
+
+    def normalized(self) -> "TaskBatch":
+        """The same tasks of features, each scaled to length 1."""
+        return self.map(lambda features: F.normalize(features, dim=-1))
 
     def with_copies(self, copies: Tensor) -> "TaskBatch":
         """The same tasks with V copies of each support image beside it: [T, S * V, ...], those of an image together."""

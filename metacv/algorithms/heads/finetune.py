@@ -32,7 +32,7 @@ class Finetune(Head):
 
     def forward(self, tasks: TaskBatch) -> Tensor:
         if self.cosine:
-            tasks = tasks.map(lambda features: F.normalize(features, dim=-1))
+            tasks = tasks.normalized()
         support, query = tasks.support_x, tasks.query_x
         weights = tasks.class_means(support)  # where training begins, without a random draw
         bias = torch.zeros_like(weights[..., :1])

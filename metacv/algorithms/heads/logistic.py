@@ -25,7 +25,7 @@ class Logistic(Head):
         self.C = C
 
     def forward(self, tasks: TaskBatch) -> Tensor:
-        tasks = tasks.map(lambda features: F.normalize(features, dim=-1))
+        tasks = tasks.normalized()
         support, query = tasks.support_x, tasks.query_x
         coefficients, bias = fit(support @ support.mT, F.one_hot(tasks.support_y, tasks.way).to(support), self.C)
         return query @ support.mT @ coefficients + bias

@@ -1,6 +1,5 @@
 """Nearest class mean, as Prototypical Networks classify (Snell et al., 2017), and SimpleShot's variant of it."""
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from metacv.algorithms.heads.base import Head
@@ -16,9 +15,7 @@ class NearestMean(Head):
         self.normalize = normalize
 
     def forward(self, tasks: TaskBatch) -> Tensor:
-        if self.normalize:
-            tasks = tasks.map(lambda features: F.normalize(features, dim=-1))
-        return negative_squared_distance(tasks.query_x, tasks.class_means(tasks.support_x))
+        return nearest_mean(tasks.normalized() if self.normalize else tasks)
 
 
 class CL2N(NearestMean):
@@ -28,3 +25,8 @@ class CL2N(NearestMean):
 
     def forward(self, tasks: TaskBatch) -> Tensor:
         return super().forward(tasks.map(lambda features: features - self.centre))
+
+
+def nearest_mean(tasks: TaskBatch) -> Tensor:
+    """Minus the squared distances [T, Q, N] of queries to class means, of tasks of features."""
+    return negative_squared_distance(tasks.query_x, tasks.class_means(tasks.support_x))

@@ -18,7 +18,7 @@ class Ridge(Head):
         self.penalty = penalty
 
     def forward(self, tasks: TaskBatch) -> Tensor:
-        return ridge(tasks.map(lambda features: F.normalize(features, dim=-1)), self.penalty)
+        return ridge(tasks.normalized(), self.penalty)
 
 
 def ridge(tasks: TaskBatch, penalty: float | Tensor) -> Tensor:
