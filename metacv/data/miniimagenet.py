@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
 from metacv.data.bank import Dataset, ImageBank, cached_bank
 from metacv.data.image_files import as_tensor, open_exactly, open_image, to_square
@@ -21,6 +22,11 @@ class MiniImageNet(Dataset):
     """Images of 84x84 pixels in colour, from class folders, Ravi's CSV lists, pickles or archives (see Source)."""
 
     resize: bool  # accept files of another size, and resize them
+    size: int = SIZE  # 42, 28, 21, ...: images whose pixels are means of 2x2, 3x3, 4x4, ... of these
+
+    def __post_init__(self) -> None:
+        if self.size < 4 or SIZE % self.size:
+            raise ValueError(f"size={self.size}: must be {SIZE}, or {SIZE} divided by a whole number, and at least 4")
 
     def load(self, split: str) -> ImageBank:
         source = Source(
@@ -35,10 +41,11 @@ class MiniImageNet(Dataset):
         )
         settings, name = {"resize": self.resize}, f"miniimagenet-{split}"
         bank = cached_bank(self.data_dir, name, settings, lambda: source.load(self.data_dir, split))
-        return replace(bank, name=f"miniimagenet {split}")
+        return replace(bank, name=f"miniimagenet {split}", images=shrink(bank.images, SIZE // self.size))
 
     def read(self, path: Path) -> Tensor:
-        return as_tensor(to_square(open_image(path, SIZE).convert("RGB"), SIZE, "crop"))
+        image = as_tensor(to_square(open_image(path, SIZE).convert("RGB"), SIZE, "crop"))
+        return shrink(image[None], SIZE // self.size)[0]
 
     def _read_own(self, path: Path) -> Tensor:
         image = open_exactly(path, ("JPEG", "PNG"), "RGB")
@@ -46,6 +53,14 @@ class MiniImageNet(Dataset):
             size = "x".join(map(str, image.size))
             raise UserError(f"{path} is {size}, not {SIZE}x{SIZE}; dataset.resize=true would resize it")
         return as_tensor(to_square(image, SIZE, "stretch"))
+
+
+def shrink(images: Tensor, factor: int) -> Tensor:
+    """Means of factor x factor pixels, rounded: uint8 [M, C, H, W] to [M, C, H / factor, W / factor]."""
+    if factor == 1:
+        return images
+    parts = images.split(256)  # as floats, all would take four times the memory
+    return torch.cat([avg_pool2d(part.float(), factor).round().to(torch.uint8) for part in parts])
 
 
 def read_content(content: Any, path: Path, split: str) -> ImageBank:

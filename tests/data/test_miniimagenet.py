@@ -252,3 +252,23 @@ def test_two_processes_at_once_unpack_and_decode_the_same(tmp_path, folders):
         "cache", "mini-imagenet.zip", "mini-imagenet.zip.unpacked",
     ]  # fmt: skip
     assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+@pytest.mark.parametrize("size", [42, 28])
+def test_a_smaller_size_takes_means_of_pixels_from_the_same_cache(tmp_path, folders, size):
+    write_folders(folders, tmp_path / "miniimagenet")
+    whole = load(tmp_path).images.permute(0, 2, 3, 1).double().numpy()
+    small = MiniImageNet(tmp_path, resize=False, size=size)
+    k = 84 // size
+    means = np.round(whole.reshape(-1, size, k, size, k, 3).mean((2, 4))).astype(np.uint8)
+    assert np.array_equal(small.load("train").images.permute(0, 2, 3, 1).numpy(), means)
+    assert len([*(tmp_path / "cache").iterdir()]) == 1
+    Image.fromarray(pixels("n04", 1)).save(tmp_path / "photo.png")
+    expected = np.round(pixels("n04", 1).reshape(size, k, size, k, 3).mean((1, 3)))
+    assert np.array_equal(small.read(tmp_path / "photo.png").permute(1, 2, 0).numpy(), expected)
+
+
+@pytest.mark.parametrize("size", [0, -42, 2, 83, 168])
+def test_a_size_that_does_not_divide_84_is_refused(tmp_path, size):
+    with pytest.raises(ValueError, match=f"size={size}: must be 84, or 84 divided by a whole number, and at least 4"):
+        MiniImageNet(tmp_path, resize=False, size=size)
