@@ -28,10 +28,11 @@ def compare(cfg: CompareConfig, folder: Path) -> None:
         raise UserError(f"compare {' '.join(places)}: name two runs or more, each once")
     check_same_tasks(checkpoints, cfg)
     measured: list[tuple[Tensor, Result]] = []
-    for place, checkpoint in checkpoints.items():
-        evaluation = prepare(checkpoint, cfg)
-        if measured and evaluation.episodes.fingerprint != measured[0][1].episodes_sha256:
+    evaluations = {place: prepare(own, cfg, checkpoints.values()) for place, own in checkpoints.items()}
+    for place, evaluation in evaluations.items():
+        if evaluation.episodes.fingerprint != evaluations[places[0]].episodes.fingerprint:
             raise UserError(f"{place} is tested on other images than {places[0]}: set dataset=...")
+    for evaluation in evaluations.values():
         measured.append(evaluation.run(evaluation.config.batch_norm))
         print(measured[-1][1].describe())
     accuracies = [accuracy for accuracy, _ in measured]

@@ -83,6 +83,7 @@ class TestConfig:
     """What evaluate and compare share. Settings that are None are those that the model was trained with."""
 
     split: str = MISSING
+    unseen_only: bool = MISSING
     way: int | None = None
     shot: int | None = None
     query: int | None = None

@@ -3,7 +3,7 @@
 import dataclasses
 import io
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from metacv import __version__
+from metacv import __version__, seen
 from metacv.algorithms.base import Algorithm, MetricMethod, accuracies, evaluating
 from metacv.algorithms.heads.base import WithHead
 from metacv.config import CHOICES, EvaluateConfig, TestConfig, TrainConfig, class_name, differences, merged
@@ -31,8 +31,7 @@ from metacv.model import (
     with_head,
 )
 from metacv.precision import keep_freed_memory
-from metacv.results import Result, ResultFile, summary
-from metacv.text import setting
+from metacv.results import Result, ResultFile, check_finite, summary
 
 CHANGEABLE = ("way", "shot", "query", "episodes", "batch_norm", "seed")
 CLASSES = {"dataset": "dataset", "method": "algo", "head": "head"}  # fields of a result: groups of the settings
@@ -51,6 +50,7 @@ class Evaluation:
     episodes: EpisodeList
     split: str
     algorithm: Algorithm
+    left_out: int  # classes of the split
 
     @property
     def changes(self) -> dict[str, Any]:
@@ -67,11 +67,13 @@ class Evaluation:
         start = time.perf_counter()
         accuracy = evaluate_episodes(self.algorithm, self.episodes, batch_norm)
         seconds = time.perf_counter() - start
+        check_finite(accuracy, learning_rates(self.config))
         return accuracy, record(
             self.config,
             self.episodes,
             batch_norm=batch_norm,
             split=self.split,
+            left_out=self.left_out,
             seed=self.config.seed,
             episodes_sha256=self.episodes.fingerprint,
             images_sha256=self.episodes.sampler.bank.fingerprint,
@@ -111,8 +113,11 @@ def evaluate_checkpoint(cfg: EvaluateConfig) -> list[tuple[Tensor, Result]]:
     return [evaluation.run(mode or evaluation.config.batch_norm) for mode in modes]
 
 
-def prepare(checkpoint: Checkpoint, given: TestConfig) -> Evaluation:
-    """Load data and model; UserError if the data set does not fit, or has test classes that were used in training."""
+def prepare(checkpoint: Checkpoint, given: TestConfig, others: Iterable[Checkpoint] = ()) -> Evaluation:
+    """Load data and model; UserError if the data set does not fit, or has classes that training used.
+
+    `others` are evaluated on the same episodes, whose classes must be new to them too.
+    """
     config = with_changes(checkpoint, given)
     device = pick_device(given.device)
     dataset = build_dataset(config.dataset, given.data_dir)
@@ -120,8 +125,8 @@ def prepare(checkpoint: Checkpoint, given: TestConfig) -> Evaluation:
     if bank.image_shape != checkpoint.image_shape:
         own, trained = ("x".join(map(str, shape)) for shape in (bank.image_shape, checkpoint.image_shape))
         raise UserError(f"{bank.name} has images of {own} but {checkpoint.path} was trained on {trained}")
-    if given.split == "test":
-        check_unseen(bank, config, checkpoint)
+    unseen = seen.unseen(dataset, bank, given.split, (checkpoint, *others), given.unseen_only)
+    left_out, bank = len(bank.class_names) - len(unseen.class_names), unseen
     task = config.way, config.shot, config.query, dataset.rotation(given.split)
     episodes = EpisodeList(EpisodeSampler(bank, *task, config.seed, device), config.episodes)
     algorithm = with_head(checkpoint.build(config), config, checkpoint.centre).to(device)
@@ -131,7 +136,7 @@ def prepare(checkpoint: Checkpoint, given: TestConfig) -> Evaluation:
         centre(algorithm, source.load("train"), device)
     if device.type == "cpu":
         keep_freed_memory()
-    return Evaluation(checkpoint, config, episodes, given.split, algorithm)
+    return Evaluation(checkpoint, config, episodes, given.split, algorithm, left_out)
 
 
 def centre(algorithm: WithHead, bank: ImageBank, device: torch.device) -> Tensor:
@@ -210,6 +215,13 @@ def _from_features(
     return torch.cat(results).double().cpu()
 
 
+def learning_rates(config: TrainConfig) -> str:
+    """For messages that predictions are not finite: the rates by which evaluation adapts to a task, if it does."""
+    group = "head" if config.head else "algo"
+    rates = [f"{group}.{name}={value}" for name, value in getattr(config, group).items() if name.endswith("lr")]
+    return f": adaptation diverged with {', '.join(rates)}" if rates else ""
+
+
 def with_changes(checkpoint: Checkpoint, given: Any, names: tuple[str, ...] = CHANGEABLE) -> TrainConfig:
     """The settings of a checkpoint, with those of `names`, algo and dataset that `given` does not leave null."""
     changes = {name: value for name in names if (value := getattr(given, name, None)) is not None}
@@ -222,18 +234,6 @@ def with_changes(checkpoint: Checkpoint, given: Any, names: tuple[str, ...] = CH
             raise UserError(f"{group}.{min(unknown)}: {checkpoint.path} has no such setting")
         changes[group] = merged(trained, changed)
     return dataclasses.replace(checkpoint.config, **changes)
-
-
-def check_unseen(bank: ImageBank, config: TrainConfig, checkpoint: Checkpoint) -> None:
-    """Refuse test classes with names of training: a folder of images may have changed since, or be split otherwise."""
-    trained = checkpoint.content.get("splits") or {"train": [], "val": []}
-    same_kind = config.dataset["_target_"] == checkpoint.config.dataset["_target_"]
-    if same_kind and (seen := sorted({*trained["train"], *trained["val"]} & {*bank.class_names})):
-        split_file = setting("dataset.split_file", checkpoint.path.with_name("split.json"))
-        raise UserError(
-            f"{bank.name}: {len(seen)} of its classes ({seen[0]}, ...) were used in training or validation; "
-            f"{split_file} keeps the split of the training, and classes that are new need other names"
-        )
 
 
 def write_evaluation(

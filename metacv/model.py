@@ -9,7 +9,7 @@ import platform
 import re
 import typing
 import warnings
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,13 +37,27 @@ OPTIONAL = {"training", "centre"}  # missing in older checkpoints, and where the
 
 @dataclass(frozen=True)
 class Training:
-    """What it took to train a model, together with the runs whose weights it started from."""
+    """What it took to train a model, together with the runs whose weights or predictions it used."""
 
     classes: int = 0  # in training
     images: int = 0  # drawn in training
     flops: float = 0.0  # floating-point operations, forward and backward
     seconds: float = 0.0
     stages: list[str] = field(default_factory=list)  # the earlier runs
+    trained_on: list[str] = field(default_factory=list)  # names of classes, see Dataset.identities
+    validated_on: list[str] = field(default_factory=list)
+
+    def after(self, earlier: "Training") -> "Training":
+        """Both together."""
+        return replace(
+            self,
+            images=earlier.images + self.images,
+            flops=earlier.flops + self.flops,
+            seconds=earlier.seconds + self.seconds,
+            stages=earlier.stages + self.stages,
+            trained_on=sorted({*earlier.trained_on, *self.trained_on}),
+            validated_on=sorted({*earlier.validated_on, *self.validated_on}),
+        )
 
     def of_result(self) -> dict[str, Any]:
         """The fields of a Result."""

@@ -27,6 +27,7 @@ class Result:
     dataset: str  # class name of the data set
     split: str
     rotation: str
+    left_out: int = field(default=0, kw_only=True)  # classes of the split, since training or validation used them
     way: int
     shot: int
     query: int
@@ -55,13 +56,15 @@ class Result:
     metacv: str = ""
 
     def describe(self) -> str:
-        """One line for the terminal."""
+        """For the terminal: a line, and one for each earlier stage."""
         method = f"{self.method} + {self.head}" if self.head else self.method
-        return (
+        without = f" without {plural(self.left_out, 'class', 'classes')} of training" if self.left_out else ""
+        line = (
             f"accuracy {percent(self.accuracy, self.ci95)} %: {method}, {self.way}-way {self.shot}-shot, "
             f"{plural(self.query, 'query', 'queries')} per class, {self.episodes} episodes of "
-            f"{self.dataset} {self.split}, {self.batch_norm} ({self.tasks_per_second:.3g} tasks/s)"
+            f"{self.dataset} {self.split}{without}, {self.batch_norm} ({self.tasks_per_second:.3g} tasks/s)"
         )
+        return "\n".join([line, *(f"  after: {stage}" for stage in self.stages)])
 
 
 @dataclass
@@ -107,3 +110,10 @@ def summary(accuracies: Tensor) -> dict[str, float]:
     """Mean of the accuracies [E] of E episodes, and half its 95 % interval, 1.96 * std(ddof=1) / sqrt(E)."""
     ci95 = 1.96 * accuracies.std(correction=1) / len(accuracies) ** 0.5
     return {"accuracy": float(accuracies.mean()), "ci95": float(ci95)}
+
+
+def check_finite(accuracy: Tensor, settings: str) -> None:
+    """UserError if an episode [E] has no accuracy; `settings` say what may be the reason."""
+    if len(diverged := accuracy.isnan().nonzero()):
+        which = f"{len(diverged)} of {len(accuracy)} episodes, first in episode {int(diverged[0])}"
+        raise UserError(f"predictions are not finite in {which} (counted from 0){settings}")

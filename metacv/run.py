@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -55,10 +55,12 @@ class Run:
     sampler: EpisodeSampler | ImageSampler
     hardware: str
     splits: dict[str, list[str]] | None  # classes of each split, of a data set that changes from user to user
+    trained_on: list[str] = field(default_factory=list)  # names of classes
+    validated_on: list[str] = field(default_factory=list)
     flops: float = 0.0  # of a step
     average: AveragedModel | None = None  # of the algorithm, if `ema` is set
     centre: Tensor | None = None  # mean feature of training images, for heads that subtract it
-    earlier: Training = field(default_factory=Training)  # the runs whose weights this one started from
+    earlier: Training = field(default_factory=Training)  # the runs whose weights or predictions this one uses
     step: int = 0
     validated: int = -1  # the step of the last validation
     best: dict[str, float] = field(default_factory=lambda: {"accuracy": -1.0})
@@ -98,17 +100,22 @@ class Run:
         """What training took so far, with the runs that it started from."""
         return Training(
             classes=self.sampler.classes,
-            images=self.earlier.images + self.step * self.config.meta_batch * self.sampler.images_each,
-            flops=self.earlier.flops + self.step * self.flops,
-            seconds=self.earlier.seconds + round(self.seconds, 1),
-            stages=self.earlier.stages,
-        )
+            images=self.step * self.config.meta_batch * self.sampler.images_each,
+            flops=self.step * self.flops,
+            seconds=round(self.seconds, 1),
+            trained_on=self.trained_on,
+            validated_on=self.validated_on,
+        ).after(self.earlier)
 
-    def begin_after(self, first: Checkpoint) -> None:
-        """Record that the backbone's weights come from another run."""
-        what = f"{class_name(first.config.algo)} on {class_name(first.config.dataset)}, step {first.step}"
-        stages = [*first.training.stages, f"{what}, sha256 {first.sha256[:16]}"]
-        self.earlier = replace(first.training, stages=stages)
+    def begin_after(self, first: Checkpoint, role: str = "") -> None:
+        """Record that the backbone's weights, or what it learns from, come from another run, which counts once."""
+        what = f"{role}{class_name(first.config.algo)} on {class_name(first.config.dataset)}, step {first.step}"
+        known = any(first.sha256[:16] in stage for stage in self.earlier.stages)
+        own = Training(stages=[f"{what}, sha256 {first.sha256[:16]}"]).after(Training() if known else first.training)
+        self.earlier = own.after(self.earlier)
+        if both := {*first.training.trained_on} & {*self.validated_on}:
+            text = f"{first.path} was trained on {len(both)} classes of this run's validation ({min(both)}, ...)"
+            print(f"metacv: {text}: accuracies of these are not those of new classes", file=sys.stderr)
 
     def weights(self) -> dict[str, Any]:
         """What evaluation needs."""

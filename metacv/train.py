@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import math
 import random
+import sys
 import time
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from metacv import seen
 from metacv.algorithms.base import Algorithm
 from metacv.algorithms.heads.base import WithHead
 from metacv.backbones.batch_norm import running_statistics
@@ -23,10 +26,11 @@ from metacv.data.transforms import Augment
 from metacv.distributed import Ranks, connect
 from metacv.drawing import episode_picture
 from metacv.errors import UserError
-from metacv.evaluate import centre, evaluate_episodes, record
+from metacv.evaluate import centre, evaluate_episodes, learning_rates, record
 from metacv.files import write_bytes_atomically
 from metacv.logger import Logger
 from metacv.model import (
+    Training,
     build,
     build_dataset,
     build_optimizer,
@@ -81,6 +85,9 @@ def train(cfg: DictConfig, folder: Path, overrides: list[str]) -> float:
                 bar.close()
                 print(f"stopped at step {run.step}; continue with: metacv train {setting('resume', folder)}")
                 raise SystemExit(128 + received)
+        if "step" not in run.best:
+            text = f"every validation had predictions that are not finite{learning_rates(run.config)}"
+            raise UserError(f"{text}; there is no best.pt, and {folder / 'last.pt'} has the last weights")
         finish(run, validation, logger)
     report(run, validation, folder)
     if signals.received:  # after the last step
@@ -134,21 +141,27 @@ def validate(run: Run, episodes: EpisodeList, folder: Path, logger: Logger, sign
             run.centre = centre(tested, run.sampler.bank, run.sampler.device)
         accuracy[own] = evaluate_episodes(tested, episodes.part(own), mode, "validating", signals.check)
     except Stopped:
-        accuracy += torch.nan  # which the sum passes on to the other ranks
-    if ranks.sum(accuracy).isnan().any():
+        accuracy += torch.inf  # which the sum passes on to the other ranks
+    if ranks.sum(accuracy).isposinf().any():
         return
     measured = summary(accuracy)
-    better = measured["accuracy"] > run.best["accuracy"]
+    better = measured["accuracy"] > run.best["accuracy"]  # False for NaN, of adaptation that diverged
+    diverged = int(accuracy.isnan().sum())
     run.validated = run.step
     run.best, run.since_best = (measured | {"step": run.step}, 0) if better else (run.best, run.since_best + 1)
     if ranks.rank > 0:
         return
+    if diverged:
+        text = f"validation at step {run.step}: predictions are not finite in {diverged} of {len(accuracy)} episodes"
+        tqdm.write(f"metacv: {text}{learning_rates(run.config)}", file=sys.stderr)
+        measured = {"diverged": diverged / len(accuracy)}
     logger.scalars(run.step, {f"val/{name}": value for name, value in measured.items()})
     episode = next(episodes.batches(1))
     logger.picture(run.step, "val/episode", episode_picture(episode, tested.predict(episode, mode)))
     (some,) = episodes.part(slice(DIAGNOSED_TASKS)).batches(DIAGNOSED_TASKS)
-    if diagnostics := run.tested.diagnostics(some, mode):
-        logger.scalars(run.step, diagnostics)
+    diagnostics = run.tested.diagnostics(some, mode)
+    if finite := {name: value for name, value in diagnostics.items() if math.isfinite(value)}:
+        logger.scalars(run.step, finite)
     run.save(folder, logger, better)
 
 
@@ -202,6 +215,7 @@ def prepare(config: TrainConfig, overrides: list[str], ranks: Ranks) -> tuple[Ru
     task = config.way, config.shot, config.query, dataset.rotation("val")
     unseen = EpisodeSampler(dataset.load("val"), *task, device=device)
     validation = EpisodeList(unseen, config.eval_episodes, "eval_episodes")
+    classes = seen.names(dataset, training.bank), seen.names(dataset, unseen.bank)
     if device.type == "cpu":
         keep_freed_memory()  # only now: decoding a data set frees much memory
     torch.manual_seed(config.seed)
@@ -210,8 +224,8 @@ def prepare(config: TrainConfig, overrides: list[str], ranks: Ranks) -> tuple[Ru
     if ranks.size > 1 and algorithm.sequential_because:
         raise UserError(f"algo.{algorithm.sequential_because}, which {ranks.size} processes cannot share")
     optimizer, schedule = build_optimizer(config, algorithm) or (None, None)
-    if teacher := config.algo.get("teacher"):
-        learned = load_checkpoint(teacher)
+    learned = load_checkpoint(teacher) if (teacher := config.algo.get("teacher")) else None
+    if learned:
         if learned.image_shape != training.bank.image_shape:
             raise UserError(f"algo.teacher={teacher}: was trained on images of another shape, {learned.image_shape}")
         algorithm.learn_from(learned.build().to(device))
@@ -223,7 +237,9 @@ def prepare(config: TrainConfig, overrides: list[str], ranks: Ranks) -> tuple[Ru
     warn_of_few_test_classes(config, splits)
     average = averaged(algorithm, config.ema)
     hardware = describe_device(device)
-    run = Run(config, overrides, algorithm, optimizer, schedule, training, hardware, splits, flops, average)
+    run = Run(config, overrides, algorithm, optimizer, schedule, training, hardware, splits, *classes, flops, average)
+    if learned:
+        run.begin_after(learned, "learned from ")
     return run, validation
 
 
@@ -260,7 +276,8 @@ def check_counts(config: TrainConfig, ranks: Ranks) -> None:
 def initialize(run: Run) -> None:
     """Load the weights that a new run starts from: pre-trained ones, or those of another run's backbone."""
     backbone = run.algorithm.embedding
-    backbone.load_pretrained()
+    if source := backbone.load_pretrained():
+        run.earlier = Training(stages=[source]).after(run.earlier)
     if run.config.init:
         first = load_checkpoint(run.config.init)
         if first.config.normalize != run.config.normalize:

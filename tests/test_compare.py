@@ -179,7 +179,15 @@ def test_own_images_with_another_split_are_not_compared(metacv):
     for seed in (0, 1):
         assert metacv("train", *words, f"dataset.split_seed={seed}", f"hydra.run.dir=split{seed}")[0] == 0
     code, _, err = metacv("compare", "split0", "split1", "episodes=4")
-    assert (code, err) == (1, "metacv: split1 is tested on other images than split0: set dataset=...\n")
-    code, _, err = metacv("compare", "split0", "split1", "episodes=4", "dataset.split_seed=0")
     assert code == 1
-    assert "were used in training or validation" in err
+    assert "were used in training or validation of split1/best.pt; unseen_only=true leaves them out" in err
+    code, out, _ = metacv("compare", "split0", "split1", "episodes=4", "unseen_only=true")
+    assert code == 0  # on the classes that are in the test split of both
+    assert out.count(" without ") == 2
+
+
+def test_runs_that_are_tested_on_other_images_are_not_compared(metacv, trained):
+    other = ("algo=protonet", *TRAIN, "dataset.seed=1", "hydra.run.dir=other")
+    assert metacv("train", *other)[0] == 0
+    code, _, err = metacv("compare", str(trained("protonet")), "other", "episodes=4")
+    assert (code, err) == (1, f"metacv: other is tested on other images than {trained('protonet')}: set dataset=...\n")

@@ -153,8 +153,13 @@ def evaluating(algorithm: Algorithm, batch_norm: str, device: torch.device) -> I
 
 
 def accuracies(logits: Tensor, labels: Tensor) -> Tensor:
-    """The share of correct queries of each task: logits [T, Q, N], labels [T, Q] -> [T]."""
-    return (logits.detach().argmax(dim=-1) == labels).float().mean(dim=1)
+    """The share of correct queries of each task: logits [T, Q, N], labels [T, Q] -> [T].
+
+    NaN for a task with logits that are not finite: the class that argmax finds there means nothing.
+    """
+    logits = logits.detach()
+    correct = (logits.argmax(dim=-1) == labels).float()
+    return correct.where(logits.isfinite().all(dim=-1), torch.nan).mean(dim=1)
 
 
 def per_task(network: nn.Module, function: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:

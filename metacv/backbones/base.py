@@ -44,8 +44,9 @@ class Backbone(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
 
-    def load_pretrained(self) -> None:
-        """Load the weights that a new training run starts from, if the network has any."""
+    def load_pretrained(self) -> str | None:
+        """Load the weights that a new training run starts from, if the network has any; returns where they are from."""
+        return None
 
 
 class GlobalMean(nn.Module):

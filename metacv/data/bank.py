@@ -70,6 +70,15 @@ class Dataset(ABC):
         """Prepare any image file like the data set's own images: uint8 [C, H, W]; UserError if it cannot be read."""
         raise UserError(f"{type(self).__name__} does not define how image files are read (method `read`)")
 
+    @property
+    def namespace(self) -> str:
+        """Of the names of its classes. Data sets with the same one share classes, which have the same names."""
+        return type(self).__name__.lower()
+
+    def identities(self, bank: ImageBank) -> list[set[str]]:
+        """Names of each class of a bank that hold across data sets. Classes are the same if they share one."""
+        return [{f"{self.namespace}:{name}"} for name in bank.class_names]
+
     def splits(self) -> dict[str, list[str]] | None:
         """The class names of each split, which a run saves; None if they follow from the settings alone."""
         return None

@@ -25,6 +25,10 @@ class CIFAR100(Dataset):
     lists: ClassVar[str]  # the file in splits/
     title: ClassVar[str]  # for messages
 
+    @property
+    def namespace(self) -> str:
+        return "cifar100"
+
     def load(self, split: str) -> ImageBank:
         spec = SplitSpec(split_classes(self.lists), IMAGES)
         download = "cifar-100-python.tar.gz from https://www.cs.toronto.edu/~kriz/cifar.html, or its folder"

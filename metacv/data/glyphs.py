@@ -38,6 +38,10 @@ class Glyphs(Dataset):
         if self.classes.keys() != set(SPLITS) or min(*self.classes.values(), self.images) < 1:
             raise ValueError(f"classes={self.classes}, images={self.images}: train, val and test, and all at least 1")
 
+    @property
+    def namespace(self) -> str:
+        return f"glyphs{self.seed}"
+
     def load(self, split: str) -> ImageBank:
         total = sum(self.classes.values())
         program = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # changed code makes a new cache

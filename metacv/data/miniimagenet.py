@@ -28,6 +28,10 @@ class MiniImageNet(Dataset):
         if self.size < 4 or SIZE % self.size:
             raise ValueError(f"size={self.size}: must be {SIZE}, or {SIZE} divided by a whole number, and at least 4")
 
+    @property
+    def namespace(self) -> str:
+        return "imagenet"
+
     def load(self, split: str) -> ImageBank:
         source = Source(
             title="miniImageNet",

@@ -49,6 +49,10 @@ class Torchvision(Dataset):
             raise ValueError(f"size={self.size}: must lie between 4 and 4096")
         check_fractions(self.fractions)
 
+    @property
+    def namespace(self) -> str:
+        return self.name.lower()
+
     def load(self, split: str) -> ImageBank:
         label = f"torchvision-{self.name}-{self.size}"
         everything = cached_bank(self.data_dir, label, {"size": self.size}, self._decode)

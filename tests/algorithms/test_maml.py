@@ -1,5 +1,7 @@
 """MAML's outer gradient, against finite differences, an independent implementation and tasks in a loop."""
 
+from dataclasses import replace
+
 import higher
 import pytest
 import torch
@@ -213,13 +215,32 @@ def test_first_order_keeps_no_second_order_graph():
             assert grad is None
 
 
-def test_with_another_way_every_class_starts_from_the_mean_row_of_the_head():
+def test_with_fewer_classes_than_trained_the_head_keeps_its_first_rows():
     algorithm = smooth_maml().eval()
-    params = algorithm.for_way(dict(algorithm.net.named_parameters()), 5)
-    assert params["head.weight"].shape[0] == 5
-    torch.testing.assert_close(params["head.weight"][4], algorithm.net.head.weight.mean(0))
-    torch.testing.assert_close(params["head.bias"][0], algorithm.net.head.bias.mean())
-    assert algorithm.predict(random_tasks(way=5, dtype=torch.float64), "transductive").shape == (2, 20, 5)
+    params = algorithm.for_way(dict(algorithm.net.named_parameters()), 2)
+    assert torch.equal(params["head.weight"], algorithm.net.head.weight[:2])
+    assert torch.equal(params["head.bias"], algorithm.net.head.bias[:2])
+    tasks = random_tasks(way=2, dtype=torch.float64)
+    with torch.no_grad():
+        algorithm.net.head.bias[2] = -1e6  # takes the third class out of a task of three
+    expected = algorithm.predict(replace(tasks, way=3), "transductive")[..., :2]
+    torch.testing.assert_close(algorithm.predict(tasks, "transductive"), expected, rtol=1e-9, atol=0)
+
+
+def test_with_more_classes_than_trained_the_rows_of_the_head_are_drawn_like_the_trained_ones():
+    algorithm = smooth_maml().eval()
+    params = algorithm.for_way(dict(algorithm.net.named_parameters()), 2000)
+    weight, rows = params["head.weight"], algorithm.net.head.weight
+    assert weight.shape == (2000, rows.shape[1])
+    assert ((weight.mean(0) - rows.mean(0)).abs() < 0.1 * rows.std(0)).all()
+    torch.testing.assert_close(weight.std(0), rows.std(0), rtol=0.1, atol=0)
+    again = algorithm.for_way(dict(algorithm.net.named_parameters()), 2000)
+    assert torch.equal(again["head.weight"], weight)
+    assert torch.equal(again["head.bias"], params["head.bias"])
+    tasks = random_tasks(way=5, dtype=torch.float64)
+    logits = algorithm.predict(tasks, "transductive")
+    assert logits.shape == (2, 20, 5)
+    assert torch.equal(algorithm.predict(tasks, "transductive"), logits)
 
 
 @pytest.mark.parametrize("batching", ["loop", "vmap"])

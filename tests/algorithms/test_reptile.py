@@ -121,3 +121,14 @@ def test_inner_batches_use_every_support_image_before_any_repeats():
     assert [len(batch) for batch in batches] == [2] * 6
     for half in (batches[:3], batches[3:]):
         assert sorted(torch.cat(half).tolist()) == list(range(6))
+
+
+@pytest.mark.parametrize("way", [2, 7])
+def test_moments_fit_a_head_for_another_way_and_stay_positive(way):
+    algorithm = reptile(inner_optimizer="adam", inner_lr=1e-3)
+    algorithm.train().training_step(random_tasks(tasks=1, dtype=torch.float64))
+    algorithm.eval()
+    tasks = random_tasks(way=way, dtype=torch.float64)
+    logits = algorithm.predict(tasks, "transductive")
+    assert logits.shape == (2, 4 * way, way)
+    assert logits.isfinite().all()  # a moment below zero has no root

@@ -59,7 +59,8 @@ class Reptile(InnerLoop):
         params = {name: p.detach() for name, p in self.initial(tasks).items()}
         moments, count = {name: torch.zeros_like(p[0]) for name, p in params.items()}, 0  # Adam's moments, their steps
         if self.moments_pass:
-            moments = self.for_way({name: self.get_buffer(_buffer(name)) for name in self.adapted}, tasks.way)
+            moments = {name: self.get_buffer(_buffer(name)) for name in self.adapted}
+            moments = self.for_way(moments, tasks.way, more=lambda own, way: torch.stack([own.mean(0)] * way))
             count = int(self.get_buffer("moment_steps"))
         gradients = self.training_gradients if self.training else self.gradients
         seeds = tasks.seeds.tolist() if self.training and tasks.seeds is not None else [0] * len(tasks)
