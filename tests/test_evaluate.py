@@ -1,6 +1,8 @@
 """Evaluation: independent queries, unchanged models, cached features, and the interval."""
 
 import hashlib
+import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -323,6 +325,14 @@ def test_accuracy_is_counted_within_each_episode():
     assert accuracies(logits, torch.tensor([[0, 1], [1, 1]])).tolist() == [1.0, 0.0]
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_task_with_a_logit_that_is_not_finite_has_no_accuracy(value):
+    logits = torch.tensor([[[2.0, 1], [0, 1]], [[2, 1], [1, value]]])
+    first, second = accuracies(logits, torch.tensor([[0, 1], [0, 0]])).tolist()
+    assert first == 1.0
+    assert math.isnan(second)
+
+
 @pytest.mark.parametrize("running_stats", [True, False], ids=["cached", "not cached"])
 def test_accuracy_on_noise_is_chance(running_stats):
     """3-way accuracy must be 1/3 within three intervals."""
@@ -352,3 +362,25 @@ def test_batch_norm_of_any_dimension_is_seen():
     backbone.norm = torch.nn.BatchNorm1d(2, track_running_stats=False)
     assert not ProtoNet(backbone).embeds_each_image_alone("inductive")
     assert uses_batch_statistics(backbone)
+
+
+def test_commands_refuse_predictions_that_are_not_finite_and_name_the_rate(metacv, trained):
+    maml, reptile, protonet = (str(trained(algo)) for algo in ("maml", "reptile", "protonet"))
+    test = ("episodes=8", "query=5", "device=cpu")
+    commands = {
+        "algo.inner_lr=1e+20": (
+            ("evaluate", f"checkpoint={maml}", "algo.inner_lr=1e20"),
+            ("evaluate", f"checkpoint={maml}", "algo.inner_lr=1e20", "batch_norm=inductive"),
+            ("evaluate", f"checkpoint={reptile}", "algo.inner_lr=1e20"),
+            ("compare", maml, reptile, "algo.inner_lr=1e20"),
+        ),
+        "head.lr=1e+30": (("evaluate", f"checkpoint={protonet}", "head=finetune", "head.lr=1e30"),),
+    }
+    for rate, words in [(rate, one) for rate, several in commands.items() for one in several]:
+        code, out, err = metacv(*words, *test)
+        assert (code, out) == (1, ""), words
+        assert re.fullmatch(
+            rf"metacv: predictions are not finite in \d of 8 episodes, first in episode \d \(counted from 0\): "
+            rf"adaptation diverged with {re.escape(rate)}\n",
+            err,
+        ), words

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import re
 import shlex
@@ -329,6 +330,35 @@ def test_best_is_the_best_validation_and_patience_ends_the_run(metacv, monkeypat
     assert (best["step"], best["validation"]["accuracy"]) == (4, pytest.approx(0.6))
     assert (state["step"], state["since_best"], state["best"]["step"]) == (8, 2, 4)
     assert "optimizer" not in best
+
+
+def test_a_validation_that_diverged_is_logged_as_such_and_never_the_best(metacv, monkeypatch):
+    values = iter([float("nan"), 0.3, float("nan"), 0.2])
+
+    def accuracy(*_):
+        some = torch.full((8,), 0.3).double()
+        some[2:4] = next(values)
+        return some
+
+    monkeypatch.setattr("metacv.train.evaluate_episodes", accuracy)
+    code, out, err = metacv(*PROTONET, "steps=8", "eval_every=2", "eval_episodes=8", RUN)
+    assert code == 0
+    assert "at step 4 " in out
+    lines = [line for line in metrics("run") if any(name.startswith("val/") for name in line)]
+    assert [line.get("val/diverged") for line in lines] == [0.25, None, 0.25, None]
+    assert ["val/accuracy" in line for line in lines] == [False, True, False, True]
+    assert "metacv: validation at step 6: predictions are not finite in 2 of 8 episodes\n" in err
+
+
+def test_a_run_whose_validations_all_diverged_fails_and_names_the_rate(metacv):
+    code, out, err = metacv("train", *quick("maml"), "algo.inner_lr=1e20", RUN)
+    assert (code, out) == (1, "")
+    assert err.splitlines()[-1] == (
+        "metacv: every validation had predictions that are not finite: adaptation diverged with algo.inner_lr=1e+20; "
+        "there is no best.pt, and run/last.pt has the last weights"
+    )
+    assert not Path("run/best.pt").exists()
+    assert all(math.isfinite(value) for line in metrics("run") for value in line.values())
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_the_step_and_the_last_good_checkpoint(metacv, monkeypatch):
