@@ -132,3 +132,10 @@ def test_moments_fit_a_head_for_another_way_and_stay_positive(way):
     logits = algorithm.predict(tasks, "transductive")
     assert logits.shape == (2, 4 * way, way)
     assert logits.isfinite().all()  # a moment below zero has no root
+
+
+def test_with_more_classes_than_trained_every_class_starts_from_the_mean_row():
+    algorithm = reptile().eval()
+    head = algorithm.for_way(dict(algorithm.net.named_parameters()), 5)
+    torch.testing.assert_close(head["head.weight"], algorithm.net.head.weight.mean(0).expand(5, -1))
+    torch.testing.assert_close(head["head.bias"], algorithm.net.head.bias.mean().expand(5))

@@ -1,6 +1,6 @@
 """A classifier whose parameters are adapted to each task by gradient steps: what MAML and Reptile share."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from copy import copy, deepcopy
 from functools import partial
 from typing import Literal
@@ -33,15 +33,6 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.backbone.features(images))
-
-
-def rows_like(rows: Tensor, count: int) -> Tensor:
-    """`count` rows with the mean and the standard deviation of `rows` [N, ...], always the same ones.
-
-    Trained on 5 classes, MAML separates 10 or 20 far better from these than from the mean, or the trained rows in turn.
-    """
-    drawn = torch.randn(count, *rows.shape[1:], generator=torch.Generator().manual_seed(0))
-    return rows.mean(0) + rows.std(0) * drawn.to(rows)
 
 
 class InnerLoop(Algorithm):
@@ -89,17 +80,24 @@ class InnerLoop(Algorithm):
             params = {name: p.detach().requires_grad_() for name, p in params.items()}
         return {name: p.expand(len(tasks), *p.shape) for name, p in self.for_way(params, tasks.way).items()}
 
-    def for_way(self, params: Params, way: int, more: Callable[[Tensor, int], Tensor] = rows_like) -> Params:
+    def for_way(self, params: Params, way: int) -> Params:
         """Parameters of one network, with a head for `way` classes; UserError in training if the head does not fit.
 
-        For fewer classes than in training it has the first rows; for more, `more` makes them of the trained ones.
+        For fewer classes than in training it has the first rows.
         """
         if way == self.way:
             return params
         if self.training:
             raise UserError(f"algo.way={self.way}, but the training tasks have {way} classes")
         rows = {name: params.get(name, self.net.get_parameter(name)) for name in ("head.weight", "head.bias")}
-        return params | {name: own[:way] if way < self.way else more(own, way) for name, own in rows.items()}
+        return params | {name: own[:way] if way < self.way else self.more_rows(own, way) for name, own in rows.items()}
+
+    def more_rows(self, rows: Tensor, count: int) -> Tensor:
+        """Rows [count, ...] of a head for more classes than the trained `rows`: with their mean and deviation, always
+        the same. One gradient step separates them better than rows that are all the mean, or the trained ones in turn.
+        """
+        drawn = torch.randn(count, *rows.shape[1:], generator=torch.Generator().manual_seed(0))
+        return rows.mean(0) + rows.std(0) * drawn.to(rows)
 
     def forward(self, tasks: TaskBatch) -> Tensor:
         return torch.cat([self.classify(self.adapt(group), group.query_x) for group in self.groups(tasks)])

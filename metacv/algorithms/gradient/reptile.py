@@ -59,8 +59,7 @@ class Reptile(InnerLoop):
         params = {name: p.detach() for name, p in self.initial(tasks).items()}
         moments, count = {name: torch.zeros_like(p[0]) for name, p in params.items()}, 0  # Adam's moments, their steps
         if self.moments_pass:
-            moments = {name: self.get_buffer(_buffer(name)) for name in self.adapted}
-            moments = self.for_way(moments, tasks.way, more=lambda own, way: torch.stack([own.mean(0)] * way))
+            moments = self.for_way({name: self.get_buffer(_buffer(name)) for name in self.adapted}, tasks.way)
             count = int(self.get_buffer("moment_steps"))
         gradients = self.training_gradients if self.training else self.gradients
         seeds = tasks.seeds.tolist() if self.training and tasks.seeds is not None else [0] * len(tasks)
@@ -80,6 +79,10 @@ class Reptile(InnerLoop):
             for name, moment in moments.items():
                 self.get_buffer(_buffer(name)).copy_(moment.squeeze(0))
         return params
+
+    def more_rows(self, rows: Tensor, count: int) -> Tensor:
+        """The mean, which prefers no class (Ye & Chao 2022, arXiv:2106.16245): many steps separate such rows best."""
+        return torch.stack([rows.mean(0)] * count)
 
     def _moved(self, weight: Tensor, grad: Tensor, moments: Params, name: str, count: int) -> Tensor:
         """The weight after one step of the inner optimizer; changes `moments`."""
