@@ -15,7 +15,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 
 from metacv import CONFIG_DIR
-from metacv.config import TrainConfig, from_dict, register, typed
+from metacv.config import TrainConfig, class_name, from_dict, register, typed
 from metacv.errors import UserError
 from metacv.files import sha256
 from metacv.results import Result, ResultFile, read_results
@@ -34,6 +34,8 @@ METHODS = {
     "protonet": "ProtoNet",
     "relationnet": "RelationNet",
     "classifier": "Classifier",
+    "meta_baseline": "Meta-Baseline",
+    "r2d2": "R2D2",
 }
 EXPERIMENTS = [
     name
@@ -41,7 +43,7 @@ EXPERIMENTS = [
     for cell in cells
     for name in (f"{data}/{method}_{cell}" for method in METHODS)
     if (CONFIG_DIR / "experiment" / f"{name}.yaml").exists()
-]
+] + ["miniimagenet/classifier_42px", "quick/cifar_fs"]
 COLUMNS = ["method", "task", "protocol", "paper", "ours", "difference", "reproduced", "steps", "time", "hardware"]
 # Folders of outputs/reference/omniglot with runs that differ in the inner loss: with the mean, with the sum.
 LOSS_SCALE = {
@@ -138,14 +140,15 @@ class Experiment:
         return [self._row(paper) for paper in published(self.config)]
 
     def _row(self, paper: Published) -> list[str]:
-        method, cell = self.name.split("/")[1].split("_")
+        method = self.name.split("/")[1].rpartition("_")[0]
         tested = self.kept.config if self.kept.complete else self.config
         head = f", head {tested.head['_target_'].rpartition('.')[2]}" if tested.head else ""
         protocol = (
             f"{tested.query} {'query' if tested.query == 1 else 'queries'} per class, {paper.batch_norm}, "
             f"rotation {tested.dataset['test_rotation']}, {tested.episodes} episodes{head}"
         )
-        start = [METHODS[method], cell, protocol, str(paper)]
+        title = METHODS.get(method) or class_name(self.config.algo)
+        start = [title, f"{self.config.way}w{self.config.shot}s", protocol, str(paper)]
         if not self.kept.complete:
             return [*start, "not run", *[""] * 5]
         result, training = self.kept.results[paper.batch_norm], self.kept.training
@@ -191,7 +194,7 @@ def page() -> str:
     """The text of RESULTS.md."""
     experiments = {name: Experiment(name, config) for name, config in experiment_configs().items()}
     sections: dict[str, str] = {}
-    for data, cells in CELLS.items():
+    for data, cells in [*CELLS.items(), ("quick", [])]:
         own = [experiment for name, experiment in experiments.items() if name.startswith(f"{data}/")]
         common = [
             [title, *(experiments[f"{data}/{method}_{cell}"].common() for cell in cells)]
@@ -327,6 +330,10 @@ et al. 2020), whose numbers for the same network are in the column *paper*. The 
 validation classes. One training served both rows of a data set.
 
 {cifar_fs}
+
+The same training with fewer steps, `experiment=quick/cifar_fs`:
+
+{quick}
 
 ## FC100
 

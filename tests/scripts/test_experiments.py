@@ -179,9 +179,9 @@ def test_relationnet_miniimagenet_settings_are_those_of_the_paper(shot, query):
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_has_the_number_of_its_own_paper(experiment):
     config = experiment_configs()[experiment]
-    first, *others = config.paper
-    assert first["batch_norm"] == config.batch_norm
-    assert [entry["batch_norm"] for entry in others] == ["inductive"] * ("/reptile" in experiment)
+    modes = [entry["batch_norm"] for entry in config.paper]
+    if experiment != "miniimagenet/classifier_42px":  # a first stage, which no paper has
+        assert modes == [config.batch_norm] + ["inductive"] * ("/reptile" in experiment)
     for entry in config.paper:
         assert entry.keys() == {"accuracy", "ci95", "batch_norm", "source"}
         assert 20 < entry["accuracy"] < 100  # in %
@@ -206,4 +206,5 @@ def test_omniglot_experiments_share_their_test_characters_and_train_on_none_of_t
 def test_every_file_is_an_experiment_of_the_table():
     files = {f"{path.parent.name}/{path.stem}" for path in (CONFIG_DIR / "experiment").glob("*/*.yaml")}
     assert files == {*EXPERIMENTS}
-    assert len([name for name in files if name.startswith(("omniglot/", "miniimagenet/"))]) == 20 + 10
+    papers = [name for name in files if name.startswith(("omniglot/", "miniimagenet/")) and "classifier" not in name]
+    assert len(papers) == 20 + 10
