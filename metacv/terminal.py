@@ -7,6 +7,8 @@ import sys
 import tempfile
 from collections.abc import Iterator
 
+from tqdm import tqdm
+
 from metacv.errors import UserError
 from metacv.text import printable
 
@@ -34,6 +36,12 @@ def silent_unless_rank_zero() -> Iterator[str | None]:
         contextlib.redirect_stderr(nowhere),
     ):
         yield folder
+
+
+def say(text: str) -> None:
+    """Print a line at once, above a progress bar if there is one, and into a pipe or a file too."""
+    tqdm.write(text)
+    sys.stdout.flush()
 
 
 def error_line(error: Exception) -> str:

@@ -42,6 +42,13 @@ def percent(accuracy: float, ci95: float) -> str:
     return f"{100 * accuracy:.2f} ± {100 * ci95:.2f}"
 
 
+def duration(seconds: float) -> str:
+    """`40 s`, `25 min` or `3.5 h`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
 def first_line(error: Exception) -> str:
     """The first line of an error's text, or the name of its class if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -20,7 +20,7 @@ from metacv import seen
 from metacv.algorithms.base import Algorithm
 from metacv.algorithms.heads.base import WithHead
 from metacv.backbones.batch_norm import running_statistics
-from metacv.config import TrainConfig, to_dict
+from metacv.config import TrainConfig, class_name, to_dict
 from metacv.data.sampler import EpisodeList, EpisodeSampler, ImageSampler
 from metacv.data.transforms import Augment
 from metacv.distributed import Ranks, connect
@@ -43,7 +43,8 @@ from metacv.model import (
 from metacv.precision import check_precision, keep_freed_memory, precision
 from metacv.results import ResultFile, summary
 from metacv.run import Run, Stopped, StopSignals, lock_folder, start, warn_of_few_test_classes
-from metacv.text import percent, setting
+from metacv.terminal import say
+from metacv.text import duration, percent, plural, setting
 
 DIAGNOSED_TASKS = 20
 PROJECTED_IMAGES = 1000
@@ -61,6 +62,7 @@ def train(cfg: DictConfig, folder: Path, overrides: list[str]) -> float:
             write_bytes_atomically(folder / "split.json", json.dumps(run.splits, indent=1).encode())
         if ranks.rank:  # random draws in training, such as DropBlock's masks, differ between ranks
             torch.manual_seed(int(torch.randint(2**62, (ranks.rank,))[-1]))
+        say(header(run, folder))
         logger = stack.enter_context(Logger(folder, run.step, run.validated))
         signals = stack.enter_context(StopSignals())
         bar = stack.enter_context(tqdm(total=run.steps, initial=run.step, unit="step", disable=None))
@@ -93,6 +95,14 @@ def train(cfg: DictConfig, folder: Path, overrides: list[str]) -> float:
     if signals.received:  # after the last step
         raise SystemExit(128 + signals.received)
     return run.best["accuracy"]
+
+
+def header(run: Run, folder: Path) -> str:
+    """What is trained, on what, and where it is kept."""
+    config, start = run.config, f", from step {run.step}" if run.step else ""
+    method, network, data = (class_name(node) for node in (config.algo, config.backbone, config.dataset))
+    task = f"{config.way}-way {config.shot}-shot"
+    return f"{method}, {network}, {data}, {task}: {plural(run.steps, 'step')}{start} on {run.hardware}, into {folder}"
 
 
 def training_step(run: Run, ranks: Ranks) -> dict[str, Tensor]:
@@ -155,6 +165,10 @@ def validate(run: Run, episodes: EpisodeList, folder: Path, logger: Logger, sign
         text = f"validation at step {run.step}: predictions are not finite in {diverged} of {len(accuracy)} episodes"
         tqdm.write(f"metacv: {text}{learning_rates(run.config)}", file=sys.stderr)
         measured = {"diverged": diverged / len(accuracy)}
+    else:
+        left = run.seconds * (run.steps - run.step) / max(1, run.step)
+        notes = (", best so far" if better else "") + (f", {duration(left)} left" if run.step < run.steps else "")
+        say(f"step {run.step} of {run.steps}: validation {percent(measured['accuracy'], measured['ci95'])} %{notes}")
     logger.scalars(run.step, {f"val/{name}": value for name, value in measured.items()})
     episode = next(episodes.batches(1))
     logger.picture(run.step, "val/episode", episode_picture(episode, tested.predict(episode, mode)))

@@ -34,6 +34,7 @@ from metacv.logger import Logger
 from metacv.model import build, build_dataset, build_optimizer, load_checkpoint, save_checkpoint
 from metacv.results import read_results
 from metacv.run import Run
+from metacv.text import duration
 from metacv.train import clip, log_window, training_step
 
 RUN = "hydra.run.dir=run"
@@ -320,6 +321,21 @@ def test_gradients_are_clipped_by_value_and_by_the_norm_of_each_network():
     assert all((p.grad == -2).all() for p in algorithm.parameters())
 
 
+def test_a_run_says_into_a_pipe_what_it_trains_and_each_validation_at_once(tmp_path, data_dir):
+    process = start(tmp_path, data_dir, *PROTONET[1:], "steps=400", "eval_every=2", RUN)
+    assert process.stdout is not None
+    first, second = process.stdout.readline(), process.stdout.readline()
+    process.terminate()
+    assert re.fullmatch(r"ProtoNet, Conv4, Glyphs, 5-way 1-shot: 400 steps on .*, into run\n", first)
+    assert re.fullmatch(r"step 2 of 400: validation \d+\.\d\d ± \d+\.\d\d %, best so far, \d+ (s|min) left\n", second)
+    process.communicate(timeout=60)
+
+
+def test_durations_have_a_unit_that_suits_them():
+    texts = {0: "0 s", 99.4: "99 s", 100: "2 min", 5400: "90 min", 6000: "1.7 h", 360000: "100.0 h"}
+    assert {seconds: duration(seconds) for seconds in texts} == texts
+
+
 def test_best_is_the_best_validation_and_patience_ends_the_run(metacv, monkeypatch):
     accuracies = iter([0.3, 0.6, 0.5, 0.55, 0.9])
     monkeypatch.setattr("metacv.train.evaluate_episodes", lambda *_: torch.full((8,), next(accuracies)).double())
@@ -352,7 +368,8 @@ def test_a_validation_that_diverged_is_logged_as_such_and_never_the_best(metacv,
 
 def test_a_run_whose_validations_all_diverged_fails_and_names_the_rate(metacv):
     code, out, err = metacv("train", *quick("maml"), "algo.inner_lr=1e20", RUN)
-    assert (code, out) == (1, "")
+    assert code == 1
+    assert "best in validation" not in out
     assert err.splitlines()[-1] == (
         "metacv: every validation had predictions that are not finite: adaptation diverged with algo.inner_lr=1e+20; "
         "there is no best.pt, and run/last.pt has the last weights"
