@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from os.path import relpath
@@ -15,7 +16,7 @@ from torch import Tensor
 from metacv.algorithms.base import Algorithm
 from metacv.algorithms.heads.base import WithHead
 from metacv.config import PredictConfig, is_path, to_dict
-from metacv.data.bank import SPLITS, Dataset
+from metacv.data.bank import SPLITS, Dataset, pictures, report_copies
 from metacv.data.image_files import files_below, folders_in, has_only_folders, read_readable, report_skipped
 from metacv.data.task import TaskBatch
 from metacv.drawing import LINE, RIGHT, WRONG, captioned_picture, legible
@@ -88,6 +89,11 @@ def predict(cfg: PredictConfig, folder: Path) -> Predictions:
     algorithm = with_head(checkpoint.build(config), config, checkpoint.centre).to(device)
     if isinstance(algorithm, WithHead) and algorithm.needs_centre:
         raise UserError(f"head: {path} has no mean feature of training images; choose another head")
+    report_copies("support", support.images.split(support.shots), {})
+    known = {*pictures(support.images)}
+    if copies := sum(picture in known for picture in pictures(images)):
+        text = "copies of images in support; their labels say nothing about the model"
+        print(f"metacv: query: {copies} of {len(images)} images are {text}", file=sys.stderr)
     logits = label(algorithm, support, images, config.batch_norm, device)
     probabilities = algorithm.probabilities(logits).cpu()
     if not probabilities.isfinite().all():

@@ -165,7 +165,7 @@ class Run:
             torch.set_rng_state(state["random"]["cpu"])
             if (cuda := state["random"]["cuda"]) and len(cuda) == torch.cuda.device_count():
                 torch.cuda.set_rng_state_all(cuda)
-            self.earlier = from_dict(Training, state.get("earlier", {}))
+            used, self.earlier = self.earlier, from_dict(Training, state.get("earlier", {}))
             self.step, self.validated = int(state["step"]), int(state["validated"])
             self.best, self.since_best = dict(state["best"]), int(state["since_best"])
             self.began = time.perf_counter() - float(state.get("seconds", 0))
@@ -175,6 +175,8 @@ class Run:
                 self.hardware = str(state.get("hardware", self.hardware))
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise UserError(f"{path}: its state does not fit its config ({error})") from error
+        if not {*used.stages} <= {*self.earlier.stages}:  # a path may lead to another run now
+            raise UserError(f"algo.teacher={self.config.algo['teacher']} is not the run that {path} learned from")
         if self.step > self.config.steps:
             raise UserError(f"steps={self.config.steps}, but {path} is at step {self.step}")
 

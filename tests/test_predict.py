@@ -353,3 +353,17 @@ def test_photographs_of_any_mode_and_name_get_labels(metacv, trained):
                           "query=any/a b=c,(1).jpg", "hydra.run.dir=out")  # fmt: skip
     assert (code, err) == (0, "")
     assert [row["file"] for row in table("out")] == ["any/a b=c,(1).jpg"]
+
+
+def test_copies_within_the_examples_and_of_examples_among_the_queries_are_counted(metacv, trained):
+    lay_out(Path("own"), [2, 2, 2], query=2)
+    words = (f"checkpoint={trained('protonet')}", "support=own/support", "query=own/query")
+    assert metacv("predict", *words, "hydra.run.dir=one")[2] == ""
+    shutil.copy("own/support/alpha/00.png", "own/support/beta 2/copy.png")
+    shutil.copy("own/support/alpha/01.png", "own/query/alpha/copy.png")
+    code, _, err = metacv("predict", *words, "hydra.run.dir=two")
+    assert code == 0
+    assert err.splitlines() == [
+        "metacv: support: 1 of 7 images are copies: 1 of images in another class; accuracies may be too high",
+        "metacv: query: 1 of 7 images are copies of images in support; their labels say nothing about the model",
+    ]

@@ -159,3 +159,14 @@ def test_training_adds_up_with_the_runs_before_it():
     )
     both = second.after(first)
     assert both == Training(5, 11, 3.0, 2.5, ["a", "b"], ["x:0", "x:1"], ["x:2"])
+
+
+def test_a_run_does_not_go_on_with_another_teacher_at_the_same_path(metacv, trained, tmp_path):
+    shutil.copytree(trained("classifier"), "teacher")
+    words = ("algo=classifier", *TRAIN, "schedule=constant", "algo.teacher=teacher", "hydra.run.dir=run")
+    assert metacv("train", *words, "steps=2")[0] == 0
+    assert metacv("train", "resume=run", "steps=4")[0] == 0
+    content = torch.load("teacher/best.pt", weights_only=True)
+    torch.save(content | {"step": 3}, "teacher/best.pt")
+    code, _, err = metacv("train", "resume=run", "steps=6")
+    assert (code, err) == (1, "metacv: algo.teacher=teacher is not the run that run/last.pt learned from\n")

@@ -4,8 +4,9 @@ import hashlib
 import json
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from metacv.errors import UserError
 from metacv.files import read_checked, write_atomically
+from metacv.text import printable
 
 Rotation = Literal["none", "per_class", "per_episode", "as_classes"]  # explained in sampler.py
 SPLITS = ("train", "val", "test")
@@ -85,6 +87,39 @@ class Dataset(ABC):
 
     def rotation(self, split: str) -> Rotation:
         return self.train_rotation if split == "train" else self.test_rotation
+
+
+def pictures(images: Tensor) -> list[bytes]:
+    """The content of each image [M, C, H, W], by which equal images are found."""
+    return [image.tobytes() for image in images.numpy()]
+
+
+def digests(bank: ImageBank) -> ImageBank:
+    """The bank with SHA-256 of each image in its place, which is faster to read and compare: uint8 [M, 1, 1, 32]."""
+    content = b"".join(hashlib.sha256(image).digest() for image in bank.images.numpy())
+    return replace(bank, images=torch.frombuffer(bytearray(content), dtype=torch.uint8).view(-1, 1, 1, 32))
+
+
+def report_copies(label: str, classes: Iterable[Tensor], others: Mapping[str, Tensor]) -> None:
+    """Print a line if images of `classes` equal earlier ones there, or images of `others`, which have names.
+
+    A picture in both support and query, or in both training and test, makes accuracies too high.
+    """
+    seen: dict[bytes, str | int] = {picture: name for name, images in others.items() for picture in pictures(images)}
+    found: Counter[str] = Counter()
+    total = 0
+    for c, images in enumerate(classes):
+        total += len(images)
+        for picture in pictures(images):
+            if picture in seen:
+                place = seen[picture]
+                found["the same class" if place == c else str(place) if place in others else "another class"] += 1
+            else:
+                seen[picture] = c
+    if found:
+        places = ", ".join(f"{count} of images in {place}" for place, count in found.items())
+        text = f"{label}: {found.total()} of {total} images are copies: {places}; accuracies may be too high"
+        print(printable(f"metacv: {text}"), file=sys.stderr)
 
 
 def cached_bank(data_dir: Path, name: str, settings: dict[str, Any], make: Callable[[], ImageBank]) -> ImageBank:

@@ -5,12 +5,13 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Literal, TypeVar
 
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
@@ -18,7 +19,7 @@ from metacv.data.bank import ImageBank
 from metacv.errors import UserError
 from metacv.text import printable
 
-DECODING = 1  # part of the key of caches: increase it when `open_image` decodes a file differently
+DECODING = 2  # part of the key of caches: increase it when `open_image` decodes a file differently
 Fit = Literal["crop", "stretch"]
 T = TypeVar("T")
 # Pillow warns of large files and damaged EXIF. We print a line of our own for a file that cannot be read.
@@ -26,6 +27,15 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 HIDDEN = (".", "__")  # how names of hidden files begin; macOS adds folders that begin with __ to archives
 EXTERNAL = {"EPS", "WMF"}  # formats that Pillow opens with another program (Ghostscript), or on Windows alone
+UPRIGHT = {  # by the orientation in EXIF
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def open_image(path: Path, side: int | None = None) -> Image.Image:
@@ -37,11 +47,13 @@ def open_image(path: Path, side: int | None = None) -> Image.Image:
                 image.draft(None, (2 * side, 2 * side))
                 if (factor := min(image.size) // (2 * side)) > 1 and image.mode in ("L", "RGB", "RGBA", "CMYK"):
                     image = image.reduce(factor)
-            try:
-                image = ImageOps.exif_transpose(image)
+            image.load()  # a PNG may have its EXIF after the pixels
+            try:  # ImageOps.exif_transpose would also write the EXIF anew, and fail where a tag has a wrong type
+                turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
             except Exception:  # damaged EXIF: without a rotation
-                image.load()
-            return _to_8_bits(image)
+                turn = None
+            pixels = _to_8_bits(image)
+            return pixels if turn is None else pixels.transpose(turn)
     except OSError as error:
         heic = path.suffix.lower() in (".heic", ".heif")
         reason = "Pillow does not read HEIC: convert it to JPEG or PNG" if heic else "not an image, or damaged"
@@ -62,7 +74,8 @@ def open_exactly(path: Path, formats: tuple[str, ...], mode: str) -> Image.Image
 def _to_8_bits(image: Image.Image) -> Image.Image:
     if ";16" in image.mode or image.mode in ("I", "F"):  # 16-bit or 32-bit integers, or floats
         pixels = torch.frombuffer(bytearray(image.convert("F").tobytes()), dtype=torch.float32).nan_to_num(0, 0, 0)
-        top = 65535 if ";16" in image.mode else float(pixels.max())
+        pgm = image.mode == "I" and image.format == "PPM"  # of 16 bits
+        top = 65535 if pgm or ";16" in image.mode else float(pixels.max())
         if image.mode == "F" and top <= 2:  # a range from 0 to 1, which resampling may have exceeded
             top = 1
         pixels = pixels * (255 / top if top > 255 or top == 1 else 1)
@@ -136,17 +149,54 @@ def report_skipped(label: str, readable: int, files: int) -> None:
 
 def folders_in(folder: Path) -> list[Path]:
     """The folders in a folder, sorted by name, without hidden ones; none if it cannot be listed."""
-    _, names, _ = next(os.walk(folder), ("", [], []))  # faster than glob where there are many files
-    return sorted(folder / name for name in names if not name.startswith(HIDDEN))
+    place, names, _ = next(_walk(folder), (folder, [], []))  # faster than glob where there are many files
+    return sorted(Path(place, name) for name in names)
 
 
 def has_only_folders(folder: Path) -> bool:
     """Whether a folder has folders in it and no file, hidden ones aside."""
-    visible = [path for path in folder.glob("*") if not path.name.startswith(HIDDEN)]
-    return any(path.is_dir() for path in visible) and not any(path.is_file() for path in visible)
+    _, folders, files = next(_walk(folder), (folder, [], []))
+    return bool(folders) and not files
 
 
 def files_below(folder: Path) -> list[Path]:
     """All files in a folder and in its folders at any depth, sorted by path, without hidden ones."""
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return sorted(path for path in files if not any(name.startswith(HIDDEN) for name in path.relative_to(folder).parts))
+    return sorted(Path(place, name) for place, _, names in _walk(folder) for name in names)
+
+
+def _walk(folder: Path) -> Iterator[tuple[str | Path, list[str], list[str]]]:
+    """os.walk that follows links, without hidden names, and with a line for everything else that it leaves out."""
+
+    def visible(place: str, names: list[str]) -> list[str]:
+        shown = [name for name in names if not name.startswith(HIDDEN)]
+        return [name for name in shown if not _left_out(os.path.join(place, name))]
+
+    def report(error: OSError) -> None:
+        if Path(error.filename).exists():
+            _report_left_out(Path(error.filename), f"it cannot be listed ({error.strerror})")
+
+    for place, folders, files in os.walk(folder, followlinks=True, onerror=report):
+        folders[:] = visible(place, folders)
+        yield place, folders, visible(place, files)
+
+
+def _left_out(place: str) -> bool:
+    """Whether a path is neither a file nor a folder, or a link to a folder that it lies in, which would never end."""
+    if os.path.isfile(place):  # faster than with a Path
+        return False
+    path = Path(place)
+    if not path.is_dir():
+        _report_left_out(path, "a link to nothing" if path.is_symlink() else "neither a file nor a folder")
+        return True
+    if not path.is_symlink():
+        return False
+    target = path.resolve()
+    loop = any(above.resolve().is_relative_to(target) for above in Path(os.path.abspath(path)).parents)
+    if loop:
+        _report_left_out(path, "a link to a folder that it lies in")
+    return loop
+
+
+@cache  # once for each path, as folders are listed several times
+def _report_left_out(path: Path, reason: str) -> None:
+    print(printable(f"metacv: {path} is left out: {reason}"), file=sys.stderr)

@@ -4,7 +4,8 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain, combinations
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from metacv.data import image_files
-from metacv.data.bank import SPLITS, Dataset, ImageBank, cached_bank
+from metacv.data.bank import SPLITS, Dataset, ImageBank, cached_bank, digests, pictures, report_copies
 from metacv.data.sources import check_fractions, random_split
 from metacv.errors import UserError
 from metacv.files import user_path
@@ -47,21 +48,31 @@ class ImageFolder(Dataset):
         return user_path(self.root)
 
     def load(self, split: str) -> ImageBank:
-        files = {folder: image_files.files_below(folder) for folder in self._folders(split)}
+        name, files = f"{self.folder.resolve().name} {split}", self._files(split)
+        bank = replace(self._cached(split, files, lambda: self._decode(name, files)), name=name)
+        image_files.report_skipped(name, len(bank.images), sum(map(len, files.values())))
+        own, others = self._cached(f"{split}-digests", files, lambda: digests(bank)), {}
+        for other in SPLITS[: SPLITS.index(split)]:
+            with suppress(UserError):  # earlier splits are compared if training has decoded them
+                others[other] = self._cached(f"{other}-digests", self._files(other), _refuse).images
+        report_copies(name, own.images.split(own.sizes.tolist()), others)
+        return bank
+
+    def _files(self, split: str) -> dict[Path, list[Path]]:
+        """The files in the folder of each class of a split."""
+        return {folder: image_files.files_below(folder) for folder in self._folders(split)}
+
+    def _cached(self, kind: str, files: dict[Path, list[Path]], make: Callable[[], ImageBank]) -> ImageBank:
         stats = [(os.path.abspath(path), path.stat()) for path in chain(*files.values())]
         settings = {name: getattr(self, name) for name in ("size", "color", "fit", "invert")}
         settings["decoding"] = image_files.DECODING
         settings["files"] = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
-        name = f"{self.folder.resolve().name} {split}"
-        bank = cached_bank(self.data_dir, f"image_folder-{split}", settings, lambda: self._decode(name, files))
-        image_files.report_skipped(name, len(bank.images), len(stats))
-        return replace(bank, name=name)
+        return cached_bank(self.data_dir, f"image_folder-{kind}", settings, make)
 
     def identities(self, bank: ImageBank) -> list[set[str]]:
         """Its name, and a hash of its images in any order: renamed, it is still the same class."""
-        ends = zip(bank.offsets.tolist(), bank.offsets.tolist()[1:], strict=False)
-        digests = [sorted(hashlib.sha256(image.numpy().data).digest() for image in bank.images[i:j]) for i, j in ends]
-        hashes = [f"pixels:{hashlib.sha256(b''.join(own)).hexdigest()[:32]}" for own in digests]
+        classes = [sorted(pictures(own)) for own in digests(bank).images.split(bank.sizes.tolist())]
+        hashes = [f"pixels:{hashlib.sha256(b''.join(own)).hexdigest()[:32]}" for own in classes]
         return [own | {digest} for own, digest in zip(super().identities(bank), hashes, strict=True)]
 
     def read(self, path: Path) -> Tensor:
@@ -73,12 +84,15 @@ class ImageFolder(Dataset):
         folders = self._class_folders()
         if self.split_file:
             return self._read_split(user_path(self.split_file), folders.keys())
-        if self._has_split_folders():
+        if self._split_folders():
             return {split: [name for name in folders if folders[name].parent.name == split] for split in SPLITS}
         return random_split(folders, self.fractions, self.split_seed)
 
-    def _has_split_folders(self) -> bool:
-        return (self.folder / "train").is_dir() and any((self.folder / split).is_dir() for split in ("val", "test"))
+    def _split_folders(self) -> list[Path]:
+        """The folders of the splits in root, if it has train and another one; otherwise none."""
+        known = image_files.folders_in(self.folder)
+        folders = [self.folder / split for split in SPLITS if self.folder / split in known]
+        return folders if len(folders) > 1 and folders[0].name == "train" else []
 
     def _class_folders(self) -> dict[str, Path]:
         """The folder of each class, of all splits."""
@@ -89,8 +103,7 @@ class ImageFolder(Dataset):
             if split in SPLITS and split != folder.name and image_files.has_only_folders(folder):
                 raise UserError(f"dataset.root={self.folder}: rename its folder {folder.name} to {split}")
         classes: dict[str, Path] = {}
-        places = [self.folder / split for split in SPLITS] if self._has_split_folders() else [self.folder]
-        for own in chain(*map(image_files.folders_in, places)):
+        for own in chain(*map(image_files.folders_in, self._split_folders() or [self.folder])):
             if (other := classes.setdefault(own.name, own)) != own:
                 both = f"{other.parent.name} and {own.parent.name}"
                 raise UserError(f"{self.folder}: the class {own.name} is in both {both}")
@@ -101,9 +114,9 @@ class ImageFolder(Dataset):
         folders, names = self._class_folders(), self.splits()[split]
         content = f"{self.folder} has {len(folders)} class folders, {len(names)} of them in the split {split}"
         advice = "" if self.split_file else "; dataset.fractions sets the share of each split"
-        if self._has_split_folders() and not self.split_file:
+        if (split_folders := self._split_folders()) and not self.split_file:
             content, advice = f"{self.folder / split} has {len(names)} class folders", ""
-            if not (self.folder / split).is_dir():
+            if self.folder / split not in split_folders:
                 raise UserError(f"dataset.root={self.folder} has no folder {split}")
         if len(names) < 2:
             raise UserError(f"{content}: a task needs 2 classes{advice}")
@@ -133,3 +146,7 @@ class ImageFolder(Dataset):
         if empty := [name for name, size in sizes.items() if not size]:
             raise UserError(f"{label}: the class {empty[0]} has no readable image")
         return ImageBank(label, torch.stack(images), torch.tensor([0, *sizes.values()]).cumsum(0), tuple(sizes))
+
+
+def _refuse() -> ImageBank:
+    raise UserError("these images are not decoded yet")

@@ -1,11 +1,13 @@
 """Image files of any format, size and mode."""
 
+import os
+import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import EpsImagePlugin, Image
+from PIL import EpsImagePlugin, Image, ImageOps
 
 from metacv.data.image_files import (
     as_tensor,
@@ -192,3 +194,69 @@ def test_hidden_files_and_folders_are_not_listed(tmp_path):
     assert folders_in(tmp_path) == [tmp_path / "a", tmp_path / "b"]
     assert files_below(tmp_path) == [tmp_path / "a/1.png", tmp_path / "b/c/2.png"]
     assert [has_only_folders(tmp_path / name) for name in (".", "a", "b", "b/c")] == [True, False, True, False]
+
+
+def raw_exif(*entries: tuple[int, int, int, bytes]) -> bytes:
+    """EXIF with these tags: number, type, count, value of 4 bytes."""
+    body = b"".join(struct.pack("<HHI4s", *entry) for entry in entries)
+    return b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + body + bytes(4)
+
+
+WRONG_TAGS = {  # all of which Pillow reads, and some of which it cannot write
+    "resolution as text": (0x011A, 2, 4, b"abc\0"),
+    "width as text": (0x0100, 2, 3, b"ab\0\0"),
+    "unit as a float": (0x0128, 11, 1, struct.pack("<f", 1.5)),
+    "a folder of tags beyond the end": (0x8769, 4, 1, struct.pack("<I", 99999)),
+    "an unknown tag": (0x9C9B, 7, 4, b"abcd"),
+}
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp"])
+@pytest.mark.parametrize("wrong", WRONG_TAGS)
+def test_an_image_is_turned_whatever_its_other_exif_tags_are(tmp_path, wrong, kind):
+    orientation = (0x0112, 3, 1, struct.pack("<HH", RIGHT_IS_TOP, 0))
+    tags = sorted([orientation, WRONG_TAGS[wrong]])
+    noise().save(tmp_path / f"a.{kind}", exif=raw_exif(*tags), lossless=True)
+    noise().save(tmp_path / f"b.{kind}", lossless=True)
+    turned, straight = (np.array(open_image(tmp_path / f"{name}.{kind}")) for name in "ab")
+    assert np.array_equal(turned, np.rot90(straight, -1))
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_every_orientation_is_that_of_pillow(tmp_path, orientation):
+    noise().save(tmp_path / "a.png", exif=raw_exif((0x0112, 3, 1, struct.pack("<HH", orientation, 0))))
+    with Image.open(tmp_path / "a.png") as image:
+        assert np.array_equal(np.array(open_image(tmp_path / "a.png")), np.array(ImageOps.exif_transpose(image)))
+
+
+def test_links_to_folders_and_files_are_followed(tmp_path):
+    (tmp_path / "elsewhere/deep").mkdir(parents=True)
+    for place in ("elsewhere/1.png", "elsewhere/deep/2.png"):
+        noise().save(tmp_path / place)
+    (tmp_path / "root/cat").mkdir(parents=True)
+    os.symlink(tmp_path / "elsewhere", tmp_path / "root/cat/more")
+    os.symlink(tmp_path / "elsewhere/1.png", tmp_path / "root/cat/0.png")
+    os.symlink(tmp_path / "elsewhere", tmp_path / "root/dog")
+    found = [path.relative_to(tmp_path / "root").as_posix() for path in files_below(tmp_path / "root")]
+    assert found == ["cat/0.png", "cat/more/1.png", "cat/more/deep/2.png", "dog/1.png", "dog/deep/2.png"]
+    assert [path.name for path in folders_in(tmp_path / "root")] == ["cat", "dog"]
+
+
+@pytest.mark.parametrize("target", [".", "..", "../cat", "../.."])
+def test_a_link_to_a_folder_that_it_lies_in_is_left_out_with_a_line(tmp_path, capsys, target):
+    (tmp_path / "root/cat").mkdir(parents=True)
+    noise().save(tmp_path / "root/cat/1.png")
+    os.symlink(target, tmp_path / "root/cat/loop")
+    assert [path.name for path in files_below(tmp_path / "root/cat")] == ["1.png"]
+    message = f"metacv: {tmp_path / 'root/cat/loop'} is left out: a link to a folder that it lies in\n"
+    assert capsys.readouterr().err == message
+
+
+def test_a_link_to_nothing_and_a_pipe_are_left_out_with_a_line(tmp_path, capsys):
+    noise().save(tmp_path / "1.png")
+    os.symlink("missing", tmp_path / "2.png")
+    os.mkfifo(tmp_path / "3.png")
+    assert [path.name for path in files_below(tmp_path)] == ["1.png"]
+    err = capsys.readouterr().err
+    assert f"{tmp_path / '2.png'} is left out: a link to nothing\n" in err
+    assert f"{tmp_path / '3.png'} is left out: neither a file nor a folder\n" in err

@@ -175,12 +175,12 @@ def test_a_split_folder_with_another_name_is_to_be_renamed(tmp_path):
 
 
 def test_images_in_folders_of_a_class_belong_to_it_and_a_line_says_so(tmp_path, capsys):
-    for alphabet in ("Greek", "Latin"):
-        fill(tmp_path / "alphabets" / alphabet, 3)
+    fill(tmp_path / "alphabets/Greek", 3)
+    fill(tmp_path / "alphabets/Latin", 3, images=2)
     bank = dataset(tmp_path / "alphabets", tmp_path, **ALL_FOR_TRAINING).load("train")
-    assert bank.sizes.tolist() == [3, 3]
+    assert bank.sizes.tolist() == [3, 6]
     message = "2 of 2 classes have folders and no images (Greek, ...); all images below are one class"
-    assert capsys.readouterr().err == f"metacv: alphabets train: {message}\n"
+    assert capsys.readouterr().err.startswith(f"metacv: alphabets train: {message}\n")
 
 
 @pytest.fixture
@@ -243,3 +243,44 @@ def test_a_missing_split_file_is_named(split_folders, place):
 def test_invalid_settings_are_refused(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         dataset(tmp_path, tmp_path, **changes)
+
+
+def copies(tmp_path: Path, capsys, split: str = "train", **changes) -> str:
+    """What loading a split says of copies, the second time too, from the cache."""
+    said = []
+    for _ in range(2):
+        dataset(tmp_path / "own", tmp_path, **changes).load(split)
+        said.append(capsys.readouterr().err)
+    assert said[0] == said[1]
+    return said[0]
+
+
+def test_images_without_copies_are_loaded_without_a_word(tmp_path, capsys):
+    fill(tmp_path / "own", 4, images=3)
+    assert copies(tmp_path, capsys, **ALL_FOR_TRAINING) == ""
+
+
+def test_copies_of_an_image_in_a_class_and_in_other_classes_are_counted(tmp_path, capsys):
+    fill(tmp_path / "own", 4, images=3)
+    for name in ("a.png", "b.bmp"):
+        noise(0).save(tmp_path / "own/class 0" / name)  # the pixels of class 0/0.png, in another format too
+    noise(1).save(tmp_path / "own/class 3/copy.png")  # those of class 0/1.png
+    message = copies(tmp_path, capsys, **ALL_FOR_TRAINING)
+    counted = "2 of images in the same class, 1 of images in another class"
+    assert message == f"metacv: own train: 3 of 15 images are copies: {counted}; accuracies may be too high\n"
+
+
+def test_copies_of_images_of_training_in_the_test_are_counted(tmp_path, capsys):
+    for split in SPLITS:
+        for c in range(2):
+            (tmp_path / "own" / split / f"{split}{c}").mkdir(parents=True)
+            for i in range(2):
+                noise(100 * SPLITS.index(split) + 10 * c + i).save(
+                    tmp_path / "own" / split / f"{split}{c}" / f"{i}.png"
+                )
+    first = Image.open(tmp_path / "own/train/train0/0.png")
+    first.save(tmp_path / "own/test/test1/copy.png")
+    assert copies(tmp_path, capsys, "train") == ""
+    counted = "1 of images in train"
+    message = copies(tmp_path, capsys, "test")
+    assert message == f"metacv: own test: 1 of 5 images are copies: {counted}; accuracies may be too high\n"
