@@ -19,7 +19,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from metacv import CONFIG_DIR, config
+from metacv import CONFIG_DIR
 from metacv import run as run_module
 from metacv.algorithms.metric.protonet import ProtoNet
 from metacv.algorithms.metric.relationnet import RelationNet
@@ -45,7 +45,6 @@ EXPERIMENTS = sorted(
 
 def settings(*overrides: str) -> TrainConfig:
     """The settings that a command line gives, without the folder of a run."""
-    config.register()
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         return typed(compose("train", [*overrides]), TrainConfig)
 
