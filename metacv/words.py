@@ -12,6 +12,7 @@ from metacv.upgrade import RENAMED
 PATHS = re.compile(
     r"\+*(checkpoint|features|init|algo\.teacher|support|adapted|save|resume|data_dir|hydra\.(run|sweep)\.dir|dataset\.(root|\w+_dir|\w+_file))"
 )
+NO_NAME = re.compile(r"true|false|[+-]?([\d.]+(e[+-]?\d+)?|inf|nan)", re.IGNORECASE)  # hardly a file's
 OPTIONS_WITH_VALUE = {"-c", "--cfg", "-p", "--package"}
 
 
@@ -87,8 +88,8 @@ def _quoted_path(command: str, word: str, sweeps: bool) -> str:
     special = ("${", ",", "(") if sweeps else ("${",)  # an interpolation, or several values of a sweep
     if any(mark in value for mark in special) and not os.path.exists(place):
         return word
-    if re.fullmatch(r"[+-]?([\d.]+(e[+-]?\d+)?|inf|nan)", value, re.IGNORECASE) and not os.path.exists(place):
-        raise UserError(f"{word}: a number, not a path; ./{value} is one")
+    if NO_NAME.fullmatch(value) and not os.path.exists(place):
+        raise UserError(f"{word}: not a path; ./{value} is one")
     return f"{name}={quoted(place)}"
 
 
