@@ -40,7 +40,7 @@ def _with_errors_in_one_line(arguments: list[str]) -> int:
         if traceback_wanted or isinstance(error, BrokenPipeError):
             raise
         if error not in reported:
-            report_error(error)
+            report_error(error, arguments)
         return 1
 
 
@@ -97,9 +97,6 @@ def _train(words: list[str], reported: list[Exception]) -> int:
     from hydra.types import RunMode
     from omegaconf import DictConfig
 
-    from metacv import config
-
-    config.register()
     sys.argv = ["metacv train", *hydra_overrides("train", words)]
     failed: list[Exception] = []
 
@@ -114,7 +111,7 @@ def _train(words: list[str], reported: list[Exception]) -> int:
         except Exception as error:
             if hydra_config.mode == RunMode.MULTIRUN:  # Hydra continues with the other jobs, and raises this in the end
                 reported.append(error)
-                report_error(error)
+                report_error(error, hydra_config.overrides.task)
                 raise
             failed.append(error)  # raised below, where Hydra does not print it too
             return math.nan

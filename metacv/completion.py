@@ -21,9 +21,6 @@ def complete(arguments: list[str]) -> int:
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
-    from metacv import config
-
-    config.register()
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         hydra: Any = GlobalHydra.instance().hydra
         plugin = hydra.get_shell_to_plugin_map(hydra.config_loader)[shell][0]

@@ -2,38 +2,47 @@
 
 import dataclasses
 import os
-import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from metacv import CONFIG_DIR
+from metacv.bounds import (
+    Count,
+    Episodes,
+    Images,
+    Positive,
+    Range,
+    Seed,
+    Share,
+    ShareBelowOne,
+    Way,
+    checked,
+)
 from metacv.errors import UserError
 
 T = TypeVar("T")
-CHOICES = {
-    "batch_norm": ("inductive", "transductive"),
-    "precision": ("fp32", "tf32", "bf16"),
-    "split": ("train", "val", "test"),
-}
+BatchNormMode = Literal["inductive", "transductive"]
+Precision = Literal["fp32", "tf32", "bf16"]
+Split = Literal["train", "val", "test"]
 LOCAL = {"device", "data_dir", "resume", "log_every", "projector"}  # do not change what a run computes
 RESUMABLE = LOCAL | {"steps", "compile", "eval_every", "patience", "paper"}  # do not change what a step computes
 
 
 @dataclass
 class AugmentConfig:
-    crop: int = 0
+    crop: Annotated[int, Range(0, 4096)] = 0  # pixels
     flip: bool = False
-    jitter: float = 0.0
+    jitter: Share = 0.0
 
 
 @dataclass
 class NormalizeConfig:
     mean: list[float] = field(default_factory=lambda: [0.0])
-    std: list[float] = field(default_factory=lambda: [1.0])
+    std: list[Positive] = field(default_factory=lambda: [1.0])
 
 
 @dataclass
@@ -45,35 +54,35 @@ class TrainConfig:
     schedule: dict[str, Any] = MISSING
     head: dict[str, Any] = field(default_factory=dict)
 
-    way: int = MISSING
-    shot: int = MISSING
-    query: int = MISSING
-    episodes: int = MISSING
-    train_way: int = MISSING
-    train_shot: int = MISSING
-    train_query: int = MISSING
+    way: Way = MISSING
+    shot: Images = MISSING
+    query: Images = MISSING
+    episodes: Episodes = MISSING
+    train_way: Way = MISSING
+    train_shot: Images = MISSING
+    train_query: Images = MISSING
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     normalize: NormalizeConfig = field(default_factory=NormalizeConfig)
 
-    steps: int = MISSING
-    meta_batch: int = MISSING
-    clip_norm: float | None = None
-    clip_value: float | None = None
-    precision: str = MISSING
+    steps: Count = MISSING
+    meta_batch: Images = MISSING
+    clip_norm: Positive | None = None
+    clip_value: Positive | None = None
+    precision: Precision = MISSING
     compile: bool = MISSING
 
-    eval_every: int = MISSING
-    eval_episodes: int = MISSING
-    batch_norm: str = MISSING
-    patience: int | None = None
+    eval_every: Count = MISSING
+    eval_episodes: Episodes = MISSING
+    batch_norm: BatchNormMode = MISSING
+    patience: Count | None = None
 
     init: str | None = None
-    ema: float | None = None
-    seed: int = MISSING
+    ema: ShareBelowOne | None = None
+    seed: Seed = MISSING
     device: str = "auto"
     data_dir: str = ""
     resume: bool | str = False
-    log_every: int = 10
+    log_every: Count = 10
     projector: bool = False
     paper: list[dict[str, Any]] = field(default_factory=list)
 
@@ -82,14 +91,13 @@ class TrainConfig:
 class TestConfig:
     """What evaluate and compare share. Settings that are None are those that the model was trained with."""
 
-    split: str = MISSING
+    split: Split = MISSING
     unseen_only: bool = MISSING
-    way: int | None = None
-    shot: int | None = None
-    query: int | None = None
-    episodes: int | None = None
-    batch_norm: str | None = None
-    seed: int = MISSING
+    way: Way | None = None
+    shot: Images | None = None
+    query: Images | None = None
+    episodes: Episodes | None = None
+    seed: Seed = MISSING
     device: str = MISSING
     data_dir: str = MISSING
     algo: dict[str, Any] = field(default_factory=dict)
@@ -99,12 +107,14 @@ class TestConfig:
 
 @dataclass
 class EvaluateConfig(TestConfig):
+    batch_norm: Literal[BatchNormMode, "both"] | None = None
     checkpoint: str | None = None
     features: str | None = None
 
 
 @dataclass
 class CompareConfig(TestConfig):
+    batch_norm: BatchNormMode | None = None
     runs: list[str] = MISSING
 
 
@@ -120,7 +130,7 @@ class PredictConfig:
     adapted: str | None = None
     query: str = MISSING
     save: str | None = None
-    batch_norm: str | None = None
+    batch_norm: BatchNormMode | None = None
     algo: dict[str, Any] = field(default_factory=dict)
     dataset: dict[str, Any] = field(default_factory=dict)
     head: dict[str, Any] = field(default_factory=dict)
@@ -129,7 +139,8 @@ class PredictConfig:
 
 def typed(cfg: DictConfig, schema: type[T]) -> T:
     """The composed settings as an object of `schema`; UserError or OmegaConf's error if one is invalid or missing."""
-    if deleted := typing.get_type_hints(schema).keys() - cfg.keys():
+    hints = typing.get_type_hints(schema, include_extras=True)
+    if deleted := {name for name in hints if getattr(schema, name, None) == MISSING} - cfg.keys():
         raise UserError(f"~{min(deleted)}: this setting cannot be deleted")
     content: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
     try:
@@ -143,29 +154,21 @@ def typed(cfg: DictConfig, schema: type[T]) -> T:
     return config
 
 
-def from_dict(schema: type[T], content: Mapping[str, Any]) -> T:
+def from_dict(schema: type[T], content: Mapping[str, Any], prefix: str = "") -> T:
     """Settings from plain values, where `${...}` stays text; ValueError if one is unknown, missing or invalid."""
-    hints = typing.get_type_hints(schema)
+    hints = typing.get_type_hints(schema, include_extras=True)
     values: dict[str, Any] = {}
     for name, value in content.items():
         if name not in hints:
-            raise ValueError(f"{name}: there is no such setting")
+            raise ValueError(f"{prefix}{name}: there is no such setting")
         hint = hints[name]
-        words, fits = allowed(hint)
         if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-            value = from_dict(hint, value)
-        elif not fits(value) and not (hint is int and type(value) is int):  # of any size, such as a seed
-            raise ValueError(f"{name}={value}: not {words}")
-        values[name] = value
+            values[name] = from_dict(hint, checked(name, value, dict[str, Any]), f"{prefix}{name}.")
+        else:
+            values[name] = checked(f"{prefix}{name}", value, hint)
     config = schema(**values)
-    for name in hints:
-        value, choices = getattr(config, name), CHOICES.get(name, ())
-        if value == MISSING:
-            raise ValueError(f"{name} is missing")
-        if name == "batch_norm" and schema is EvaluateConfig:
-            choices = (*choices, "both")
-        if choices and value not in (None, *choices):
-            raise ValueError(f"{name}={value}: one of {', '.join(choices)}")
+    if missing := [name for name in hints if getattr(config, name) == MISSING]:
+        raise ValueError(f"{prefix}{missing[0]} is missing")
     return config
 
 
@@ -216,42 +219,9 @@ def differences(one: Any, other: Any, name: str = "") -> Iterator[tuple[str, Any
         yield name, one, other
 
 
-def register() -> None:
-    """Make the dataclasses known to Hydra, under the names that configs/*.yaml use."""
-    from hydra.core.config_store import ConfigStore
-
-    for path in CONFIG_DIR.glob("*.yaml"):
-        ConfigStore.instance().store(f"{path.stem}_schema", globals()[f"{path.stem.capitalize()}Config"])
-
-
 def composed(command: str, overrides: list[str]) -> DictConfig:
     """The settings of a command, with those of Hydra itself."""
     from hydra import compose, initialize_config_dir
 
-    register()
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         return compose(command, overrides, return_hydra_config=True)
-
-
-def allowed(hint: Any) -> tuple[str, Callable[[Any], bool]]:
-    """The values of a YAML file that a parameter with this annotation takes: in words, and as a check."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is typing.Literal:
-        return f"one of {', '.join(map(str, args))}", lambda value: value in args
-    if origin in (typing.Union, types.UnionType):
-        kinds = [allowed(arg) for arg in args]
-        return " or ".join(words for words, _ in kinds), lambda value: any(fits(value) for _, fits in kinds)
-    if origin is list:
-        words, fits = allowed(args[0])
-        return f"a list of {words}", lambda value: isinstance(value, list) and all(map(fits, value))
-    if origin is dict:
-        words, fits = allowed(args[1])
-        return f"all {words}", lambda value: isinstance(value, dict) and all(map(fits, value.values()))
-    if hint is int:
-        return "a whole number", lambda value: type(value) is int and abs(value) < 2**31
-    if hint is float:
-        return "a finite number", lambda value: type(value) in (int, float) and abs(value) < 1e300
-    if hint is Any or origin or not isinstance(hint, type):
-        return str(hint), lambda value: True
-    names = {bool: "true or false", str: "text", type(None): "null"}
-    return names.get(hint, hint.__name__), lambda value: isinstance(value, hint)

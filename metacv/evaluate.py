@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import time
+import typing
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from tqdm import tqdm
 from metacv import __version__, seen
 from metacv.algorithms.base import Algorithm, MetricMethod, accuracies, evaluating
 from metacv.algorithms.heads.base import WithHead
-from metacv.config import CHOICES, EvaluateConfig, TestConfig, TrainConfig, class_name, differences, merged
+from metacv.config import BatchNormMode, EvaluateConfig, TestConfig, TrainConfig, class_name, differences, merged
 from metacv.data.bank import ImageBank
 from metacv.data.sampler import EpisodeList, EpisodeSampler
 from metacv.errors import UserError
@@ -108,7 +109,7 @@ def evaluate_checkpoint(cfg: EvaluateConfig) -> list[tuple[Tensor, Result]]:
     """Accuracies and record for each batch-norm mode that is asked for."""
     if not cfg.checkpoint:
         raise UserError("checkpoint is missing")
-    modes = CHOICES["batch_norm"] if cfg.batch_norm == "both" else (cfg.batch_norm,)
+    modes = typing.get_args(BatchNormMode) if cfg.batch_norm == "both" else (cfg.batch_norm,)
     evaluation = prepare(load_checkpoint(cfg.checkpoint), dataclasses.replace(cfg, batch_norm=modes[0]))
     return [evaluation.run(mode or evaluation.config.batch_norm) for mode in modes]
 

@@ -22,7 +22,8 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from metacv.algorithms.base import Algorithm
 from metacv.algorithms.heads.base import Head, WithHead
 from metacv.backbones.base import Backbone
-from metacv.config import NormalizeConfig, TrainConfig, allowed, from_dict, to_dict
+from metacv.bounds import TORCH, checked
+from metacv.config import NormalizeConfig, TrainConfig, from_dict, to_dict
 from metacv.data.bank import Dataset
 from metacv.errors import UserError
 from metacv.files import read_checked, sha256, user_path, write_atomically, written_or_refused
@@ -172,7 +173,7 @@ def with_head(algorithm: Algorithm, config: TrainConfig, centre: Tensor | None =
 
     `centre`: the mean feature [D] of training images, for heads that subtract it.
     """
-    if not config.head:
+    if "_target_" not in config.head:  # at most settings that an experiment has for the head that head=null removes
         return algorithm
     head = build_node("head", config.head, Head)
     if centre is not None and head.centred:
@@ -202,6 +203,8 @@ def build_optimizer(config: TrainConfig, algorithm: Algorithm) -> tuple[Optimize
     schedule = build_node("schedule", config.schedule, LRScheduler, optimizer=optimizer)
     if isinstance(schedule, ReduceLROnPlateau):
         raise UserError("schedule: ReduceLROnPlateau is not a function of the step; use another")
+    if (total := getattr(schedule, "total_steps", config.steps)) < config.steps:
+        raise UserError(f"schedule.total_steps={total}, but steps={config.steps}")
     return optimizer, schedule
 
 
@@ -243,19 +246,22 @@ def build_node(name: str, node: dict[str, Any], base: type[T], **given: Any) -> 
     cls = target_class(name, node, base)
     settings = {key: value for key, value in node.items() if key != "_target_"}
     try:
-        hints = typing.get_type_hints(cls.__init__)
+        hints = typing.get_type_hints(cls.__init__, include_extras=True)
     except NameError:  # some classes have annotations for type checkers only
         hints = {}
+    if cls.__module__.startswith("torch."):
+        hints |= TORCH
     parameters = inspect.signature(cls).parameters
     for key, value in settings.items():
         if key in given or key not in parameters:
             raise UserError(f"{name}.{key}: is not a setting")
-        words, fits = allowed(hints.get(key, Any))
-        if not fits(value):
-            raise UserError(f"{name}.{key}={value}: not {words}")
+        try:
+            settings[key] = checked(f"{name}.{key}", value, hints.get(key, Any))
+        except ValueError as error:
+            raise UserError(str(error)) from None
     try:
         return cls(**given, **settings)
-    except (TypeError, ValueError, ArithmeticError, AssertionError, RuntimeError) as error:
+    except (TypeError, ValueError, ArithmeticError, LookupError, AssertionError, RuntimeError) as error:
         raise UserError(f"{name}: {first_line(error)}") from error
 
 

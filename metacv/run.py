@@ -241,7 +241,7 @@ def start(cfg: DictConfig, folder: Path, overrides: list[str]) -> tuple[TrainCon
     own = load_state(last) if last.exists() else None
     if own:
         show_config(folder, own.content["config"], own.content["overrides"])
-    if cfg.resume is False:
+    if cfg.resume is not True and not isinstance(cfg.resume, str):  # false, or a value that is refused
         if own:
             raise UserError(f"hydra.run.dir={folder} holds a run; resume=true continues it")
         return typed(cfg, TrainConfig), overrides, None

@@ -5,12 +5,12 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from tqdm import tqdm
 
 from metacv.errors import UserError
-from metacv.text import printable
+from metacv.text import printable, short
 
 
 def world_size() -> int:
@@ -44,10 +44,10 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
-def error_line(error: Exception) -> str:
-    """What the command line prints of an error: one line, without what only the program's authors need."""
+def error_line(error: Exception, words: Sequence[str] = ()) -> str:
+    """What the command line prints of an error in `words`: one line, without what only the program's authors need."""
     from hydra.errors import HydraException, OverrideParseException
-    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+    from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 
     text = " ".join(str(error).split())
     if isinstance(error, UserError):
@@ -64,15 +64,22 @@ def error_line(error: Exception) -> str:
         text = " ".join(line for line in kept if line)
         if found := re.search(r"not find 'hydra/(?:launcher|sweeper)/\w*?(joblib|slurm|ray|optuna)'", text):
             return f"the extra {found[1]} is not installed; in a checkout: pip install '.[{found[1]}]'"
+        if unknown := re.match(r"Could not override '(.+?)'\..*is not in struct", text):
+            return f"{unknown[1]}: there is no such setting"
+        if isinstance(error, InterpolationResolutionError) or "Error resolving interpolation" in text:
+            text = text.replace('KeyError raised while resolving interpolation: "', "").rstrip('"')
+            missing = (re.findall("'(.+?)'", text) or [""])[0]
+            word = next((word for word in words if "${" in word and missing in word), "")
+            return f"{word or getattr(error, 'full_key', '')}: {text}"
         return text
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return f"{type(error).__name__}: {text[:200]} (HYDRA_FULL_ERROR=1 shows the traceback)"
 
 
-def report_error(error: Exception) -> None:
+def report_error(error: Exception, words: Sequence[str] = ()) -> None:
     """Print an error in one line. Ranks other than 0 print only what rank 0 does not know."""
-    line = f"metacv: {printable(error_line(error))}"
+    line = f"metacv: {short(printable(error_line(error, words)))}"
     if rank() == 0:
         print(line, file=sys.stderr)
     elif line.endswith("traceback)") or isinstance(error, OSError):

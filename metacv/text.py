@@ -13,6 +13,12 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
+def short(line: str, word: int = 200, length: int = 1000) -> str:
+    """The line without the middle of a word, or of the line, that is longer than this many characters."""
+    line = re.sub(rf"\S{{{word + 1},}}", lambda match: f"{match[0][: word // 2]}...{match[0][-word // 4 :]}", line)
+    return line if len(line) <= length else f"{line[: length // 2]} ... {line[-length // 4 :]}"
+
+
 def csv_safe(text: str) -> str:
     """Text that a spreadsheet would compute gets a ' in front; numbers stay numbers."""
     computed = re.match(r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]|[\t\r\n]", text)
@@ -35,6 +41,11 @@ def aligned(lines: list[list[str]]) -> str:
 def plural(count: int, noun: str, nouns: str = "") -> str:
     """`1 run`, `2 runs`."""
     return f"{count} {noun if count == 1 else nouns or noun + 's'}"
+
+
+def in_bytes(count: int) -> str:
+    """`1.5 GB`, of 10**9 bytes."""
+    return f"{count / 1e9:,.1f} GB"
 
 
 def percent(accuracy: float, ci95: float) -> str:

@@ -21,7 +21,7 @@ from metacv.algorithms.base import Algorithm
 from metacv.algorithms.heads.base import WithHead
 from metacv.backbones.batch_norm import running_statistics
 from metacv.config import TrainConfig, class_name, to_dict
-from metacv.data.sampler import EpisodeList, EpisodeSampler, ImageSampler
+from metacv.data.sampler import MOST, EpisodeList, EpisodeSampler, ImageSampler
 from metacv.data.transforms import Augment
 from metacv.distributed import Ranks, connect
 from metacv.drawing import episode_picture
@@ -44,7 +44,7 @@ from metacv.precision import check_precision, keep_freed_memory, precision
 from metacv.results import ResultFile, summary
 from metacv.run import Run, Stopped, StopSignals, lock_folder, start, warn_of_few_test_classes
 from metacv.terminal import say
-from metacv.text import duration, percent, plural, setting
+from metacv.text import duration, in_bytes, percent, plural, setting
 
 DIAGNOSED_TASKS = 20
 PROJECTED_IMAGES = 1000
@@ -260,6 +260,8 @@ def prepare(config: TrainConfig, overrides: list[str], ranks: Ranks) -> tuple[Ru
 def flops_of_a_step(algorithm: Algorithm, sampler: EpisodeSampler | ImageSampler, count: int, ranks: Ranks) -> float:
     """Floating-point operations of a training step of all ranks, forward and backward, as torch counts them."""
     own, state = ranks.share(count), sampler.state_dict()
+    if (size := 4 * count * sampler.images_each * math.prod(sampler.bank.image_shape)) > MOST:
+        raise UserError(f"meta_batch={count}: the images of a step take {in_bytes(size)}, above {in_bytes(MOST)}")
     batch = sampler.sample(count, own)
     sampler.load_state_dict(state)
     devices = [sampler.device] if sampler.device.type == "cuda" else []
@@ -274,14 +276,6 @@ def averaged(algorithm: Algorithm, decay: float | None) -> AveragedModel | None:
 
 
 def check_counts(config: TrainConfig, ranks: Ranks) -> None:
-    if not 0 <= config.seed < 2**63:
-        raise UserError(f"seed={config.seed}: must be from 0 to 2**63 - 1")
-    if config.ema is not None and not 0 <= config.ema < 1:
-        raise UserError(f"ema={config.ema}: must be from 0 to below 1")
-    for name in ("steps", "meta_batch", "eval_every", "log_every", "patience", "clip_norm", "clip_value"):
-        value = getattr(config, name)
-        if value is not None and not 0 < value < 2**31:
-            raise UserError(f"{name}={value}: must be positive, and below 2**31")
     for name in ("meta_batch", "eval_episodes"):
         if getattr(config, name) < ranks.size:
             raise UserError(f"{name}={getattr(config, name)} is too few for {ranks.size} processes")

@@ -3,6 +3,7 @@
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from metacv import CONFIG_DIR
 from metacv.errors import UserError
@@ -11,6 +12,7 @@ from metacv.upgrade import RENAMED
 PATHS = re.compile(
     r"\+*(checkpoint|features|init|algo\.teacher|support|adapted|save|resume|data_dir|hydra\.(run|sweep)\.dir|dataset\.(root|\w+_dir|\w+_file))"
 )
+NO_NAME = re.compile(r"true|false|[+-]?([\d.]+(e[+-]?\d+)?|inf|nan)", re.IGNORECASE)  # hardly a file's
 OPTIONS_WITH_VALUE = {"-c", "--cfg", "-p", "--package"}
 
 
@@ -20,8 +22,7 @@ def hydra_overrides(command: str, words: list[str]) -> list[str]:
         name, equals, _ = word.partition("=")
         if equals and (new := RENAMED.get(name.lstrip("+~"))):
             raise UserError(f"{word}: this setting is called {new} now")
-        if word == f"{name}=null" and (CONFIG_DIR / name).is_dir():
-            raise UserError(f"{word}: choose one of the files in configs/{name}, or leave it out")
+    words = [_choice(command, word) for word in words]
     sweeps = not {"-m", "--multirun"}.isdisjoint(words)
     if command in ("compare", "report"):  # `compare A B` becomes `compare runs=[A,B]`
         runs = [i for i in _plain(words) if "=" not in words[i] or os.path.exists(words[i])]
@@ -43,6 +44,24 @@ def hydra_overrides(command: str, words: list[str]) -> list[str]:
     return overrides
 
 
+def _choice(command: str, word: str) -> str:
+    """The word, or `~GROUP` for GROUP=null where no choice is the default; UserError for what names no file."""
+    group, equals, _ = word.partition("=")
+    if not group or not equals or not (CONFIG_DIR / group).is_dir():
+        return word
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import ChoiceSweep
+
+    value: Any = OverridesParser.create().parse_override(word).value()
+    names = value if isinstance(value, list) else value.list if isinstance(value, ChoiceSweep) else [value]
+    optional = re.search(rf"^  - {group}: null", (CONFIG_DIR / f"{command}.yaml").read_text(), re.MULTILINE)
+    if value is None and optional:
+        return f"~{group}"
+    if not names or any(isinstance(name, bool | int | float | dict | list | None) for name in names):
+        raise UserError(f"{word}: not the name of a file in configs/{group}")
+    return word
+
+
 def _without_options(command: str, words: list[str]) -> list[str]:
     """The words without `--cfg job`; UserError for every other option."""
     options = [word for word in words if word.startswith("-")]
@@ -60,13 +79,17 @@ def _quoted_path(command: str, word: str, sweeps: bool) -> str:
     place = os.path.expanduser(value)
     if not PATHS.fullmatch(name) and (command, name.lstrip("+")) != ("predict", "query"):
         return word
-    if value in ("", "null") or (name == "resume" and value.lower() in ("true", "false")):
+    if _unquoted(value) == "":
+        raise UserError(f"{name} is empty: it must be a path")
+    if value == "null" or (name == "resume" and value.lower() in ("true", "false")):
         return word
     if _unquoted(value) != value and not os.path.exists(value):
         return word
     special = ("${", ",", "(") if sweeps else ("${",)  # an interpolation, or several values of a sweep
     if any(mark in value for mark in special) and not os.path.exists(place):
         return word
+    if NO_NAME.fullmatch(value) and not os.path.exists(place):
+        raise UserError(f"{word}: not a path; ./{value} is one")
     return f"{name}={quoted(place)}"
 
 

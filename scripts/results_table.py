@@ -15,7 +15,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 
 from metacv import CONFIG_DIR
-from metacv.config import TrainConfig, class_name, from_dict, register, typed
+from metacv.config import TrainConfig, class_name, from_dict, typed
 from metacv.errors import UserError
 from metacv.files import sha256
 from metacv.results import Result, ResultFile, read_results
@@ -179,7 +179,6 @@ def main() -> None:
 
 def compose_all(overrides: list[list[str]]) -> list[TrainConfig]:
     """The settings of `metacv train` for each list of overrides."""
-    register()
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         return [typed(compose("train", words), TrainConfig) for words in overrides]
 

@@ -18,7 +18,7 @@ from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from metacv import CONFIG_DIR, cli, completion, config
+from metacv import CONFIG_DIR, cli, completion
 from metacv.config import EvaluateConfig
 from metacv.errors import UserError
 from metacv.evaluate import prepare
@@ -105,37 +105,37 @@ def assert_one_line(answer: tuple[int, str, str], message: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("wya=5",), "Key 'wya' not in 'TrainConfig'"),
+        (("wya=5",), "wya: there is no such setting"),
         (("algo=foo",), "Could not find 'algo/foo' Available options in 'algo': baseline"),
-        (("head=null",), "head=null: choose one of the files in configs/head, or leave it out"),
-        (("way=many",), "Value 'many' of type 'str' could not be converted to Integer"),
+        (("algo=null",), "algo=null: not the name of a file in configs/algo"),
+        (("way=many",), "way=many: not a whole number from 2 to 10000"),
         (("train_way=1000",), "train_way=1000 but glyphs train has only 30 classes"),
         (("shot=15", "query=10"), "train_shot=15 + train_query=10 needs 25 images a class but"),
-        (("algo.inner_lr=fast",), "algo.inner_lr=fast: not a finite number"),
-        (("algo.inner_lr=-1",), "inner_lr=-1"),
-        (("algo.inner_lr=nan",), "algo.inner_lr=nan: not a finite number"),
+        (("algo.inner_lr=fast",), "algo.inner_lr=fast: not a number above 0 to 1000000000"),
+        (("algo.inner_lr=-1",), "algo.inner_lr=-1: not a number above 0"),
+        (("algo.inner_lr=nan",), "algo.inner_lr=nan: not a number above 0"),
         (("algo.inner_loss=max",), "algo.inner_loss=max: not one of mean, sum_per_shot"),
-        (("algo.nothing=1",), "Key 'nothing' is not in struct"),
-        (("backbone.channels=0",), "backbone: channels=0"),
-        (("optimizer.lr=-1",), "optimizer: Invalid learning rate"),
+        (("algo.nothing=1",), "algo.nothing: there is no such setting"),
+        (("backbone.channels=0",), "backbone.channels=0: not a whole number from 1 to 2048"),
+        (("optimizer.lr=-1",), "optimizer.lr=-1: not a number from 0 to 1000000000"),
         (("+foo=1",), "foo: there is no such setting"),
-        (("algo.way=1",), "way=1: must be at least 2"),
+        (("algo.way=1",), "algo.way=1: not a whole number from 2 to 10000"),
         (("algo.way=4",), "algo.way=4, but the training tasks have 5 classes"),
-        (("backbone.padding=1000",), "padding=1000: one value"),
+        (("backbone.padding=1000",), "backbone.padding=1000: not a whole number from 0 to 2 or a list"),
         (("data_dir=''",), "data_dir is empty"),
-        (("steps=0",), "steps=0: must be positive"),
-        (("meta_batch=1208925819614629174706176",), "must be positive, and below 2**31"),
+        (("steps=0",), "steps=0: not a whole number from 1 to 1000000000"),
+        (("meta_batch=1208925819614629174706176",), "meta_batch=1208925819614629174706176: not a whole number from 1"),
         (("~steps",), "~steps: this setting cannot be deleted"),
         (("+backbone.image_shape=[1,2,3]",), "backbone.image_shape: is not a setting"),
         (("algo=protonet", "schedule.step_size=many"), "schedule.step_size=many: not a whole number"),
-        (("optimizer.lr=fast",), "optimizer.lr=fast: not a finite number"),
-        (("meta_batch=-3",), "meta_batch=-3: must be positive"),
-        (("batch_norm=batch",), "batch_norm=batch: one of inductive, transductive"),
-        (("batch_norm=both",), "batch_norm=both: one of inductive, transductive"),
+        (("optimizer.lr=fast",), "optimizer.lr=fast: not a number from 0 to 1000000000"),
+        (("meta_batch=-3",), "meta_batch=-3: not a whole number from 1 to 1000000"),
+        (("batch_norm=batch",), "batch_norm=batch: not one of inductive, transductive"),
+        (("batch_norm=both",), "batch_norm=both: not one of inductive, transductive"),
         (("device=cuda:99",), "device=cuda:99: this machine has"),
         (("device=fast",), "device=fast: not a device"),
-        (("seed=-1",), "seed=-1: must"),
-        (("eval_episodes=1",), "eval_episodes=1: must be at least 2"),
+        (("seed=-1",), "seed=-1: not a whole number from 0 to 9223372036854775807"),
+        (("eval_episodes=1",), "eval_episodes=1: not a whole number from 2 to 1000000"),
         (("optimizer._target_=torch.optim.LBFGS", "~optimizer.weight_decay"), "optimizer: LBFGS"),
         (("optimizer._target_=os.system",), "only classes of metacv and torch.optim may be named"),
         (("resume=true",), "has no last.pt"),
@@ -156,17 +156,17 @@ def test_invalid_settings_of_training_exit_with_one_line(metacv, monkeypatch, ar
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("split=all",), "split=all: one of train, val, test"),
-        (("batch_norm=none",), "batch_norm=none: one of inductive, transductive, both"),
+        (("split=all",), "split=all: not one of train, val, test"),
+        (("batch_norm=none",), "batch_norm=none: not one of inductive, transductive, both or null"),
         (("way=9",), "way=9 but glyphs test has only 8 classes"),
         (("dataset.nothing=1",), "dataset.nothing: run/best.pt has no such setting"),
         (("dataset.images=few",), "dataset.images=few: not a whole number"),
         (("dataset=omniglot", "data_dir=empty"), "omniglot/images_background is missing, and https://"),
-        (("episodes=0",), "episodes=0: must be at least 2"),
+        (("episodes=0",), "episodes=0: not a whole number from 2 to 1000000"),
         (("algo.metric=near",), "algo.metric=near: not one of"),
         (("checkpoint=nowhere",), "nowhere: there is no such file"),
         (("checkpoint=.",), "has no best.pt"),
-        (("wya=5",), "Key 'wya' not in 'EvaluateConfig'"),
+        (("wya=5",), "wya: there is no such setting"),
         (("--multirun",), "-m: sweeps work with train only"),
         (("--resolve",), "--resolve: not an option of evaluate; --help and --cfg job are"),
     ],
@@ -389,7 +389,6 @@ def test_a_run_with_an_equals_sign_in_its_name_is_a_run_and_not_a_setting(monkey
 
 
 def completed(line: str) -> list[str]:
-    config.register()
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         hydra = GlobalHydra.instance().hydra
         plugin = hydra.get_shell_to_plugin_map(hydra.config_loader)["bash"][0]
@@ -466,8 +465,11 @@ def test_a_line_that_cannot_be_composed_has_no_candidates(metacv, monkeypatch):
         (("evaluate", "RUN"), "RUN: settings are given as name=value"),
         (("train", "protonet"), "protonet: settings are given as name=value"),
         (("train", "+augment.foo=1"), "foo: there is no such setting"),
-        (("train", "clip_norm=inf"), "clip_norm=inf: not a finite number or null"),
-        (("train", "seed=99999999999999999999999"), "must be from 0 to 2**63 - 1"),
+        (("train", "clip_norm=inf"), "clip_norm=inf: not a number above 0 to 1000000000 or null"),
+        (
+            ("train", "seed=99999999999999999999999"),
+            "seed=99999999999999999999999: not a whole number from 0",
+        ),
         (("evaluate", "checkpoint=a", "--cfg", "job", "--resolve"), "--resolve: not an option of evaluate"),
     ],
 )

@@ -13,7 +13,7 @@ import torch
 from conftest import TRAIN, bank_of
 from hydra import compose, initialize_config_dir
 
-from metacv import CONFIG_DIR, config
+from metacv import CONFIG_DIR
 from metacv.config import TrainConfig, typed
 from metacv.data.sampler import EpisodeSampler
 from metacv.data.transforms import Augment
@@ -186,7 +186,6 @@ def test_evaluation_runs_in_one_process(metacv, monkeypatch):
 
 
 def settings(data_dir: Path, *overrides: str) -> TrainConfig:
-    config.register()
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         return typed(compose("train", [*TRAIN, f"data_dir={data_dir}", *overrides]), TrainConfig)
 

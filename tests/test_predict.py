@@ -242,7 +242,7 @@ def test_a_kept_model_holds_no_paths_of_this_machine(metacv, trained):
         (["checkpoint=RUN", "support=own/support", "query=text.png"], "query=text.png: no readable image"),
         (
             ["checkpoint=RUN", "support=own/support", "batch_norm=both"],
-            "batch_norm=both: one of inductive, transductive",
+            "batch_norm=both: not one of inductive, transductive",
         ),
         (["checkpoint=RUN", "support=own/support", "save=none/a.pt"], "none/a.pt cannot be written"),
         (["checkpoint=RUN", "support=own/support", "save=own"], "save=own: exists already, and is not a model that"),

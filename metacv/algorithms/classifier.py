@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from metacv.algorithms.base import Algorithm, MetricMethod
 from metacv.algorithms.heads.ncm import nearest_mean
 from metacv.backbones.base import Backbone
+from metacv.bounds import ShareBelowOne
 from metacv.data.task import ImageBatch, TaskBatch
 from metacv.errors import UserError
 
@@ -33,14 +34,14 @@ class Classifier(MetricMethod):
         self,
         backbone: Backbone,
         classes: int,
-        label_smoothing: float = 0.0,
+        label_smoothing: ShareBelowOne = 0.0,
         rotations: bool = False,
         cosine: bool = False,
         teacher: str | None = None,
     ) -> None:
         super().__init__(backbone)
-        if not 0 <= label_smoothing < 1 or classes < 2:
-            raise ValueError(f"label_smoothing={label_smoothing}, classes={classes}: from 0 to below 1; at least 2")
+        if classes < 2:
+            raise ValueError(f"{classes} training classes: must be at least 2")
         self.label_smoothing = label_smoothing
         self.linear = nn.Linear(backbone.features_dim, classes, bias=not cosine)
         self.scale = nn.Parameter(torch.tensor(10.0)) if cosine else None

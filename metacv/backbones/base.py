@@ -36,9 +36,7 @@ class Backbone(nn.Module):
         return images if self.mean is None else (images - self.mean) / self.std
 
     def set_normalization(self, mean: list[float], std: list[float]) -> None:
-        """Normalize images from now on, by channel or with one value for all; ValueError if impossible or set twice."""
-        if not all(map(math.isfinite, mean)) or not all(0 < value < math.inf for value in std):
-            raise ValueError(f"mean={mean}, std={std}: all must be finite, and every std above 0")
+        """Normalize images from now on, by channel or with one value for all; ValueError if set twice."""
         if self.mean is not None:
             raise ValueError("backbone.weights come with their own mean and std")
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)

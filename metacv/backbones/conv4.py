@@ -1,15 +1,17 @@
 """The four-block network of Vinyals et al. 2016; the papers' variants are in configs/backbone/ and experiment/."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
 
 from metacv.backbones.base import Backbone, GlobalMean, ImageShape
 from metacv.backbones.batch_norm import BatchNorm
+from metacv.bounds import Range, Width
 
 BLOCKS = 4
 Downsample = Literal["max_pool", "stride", "none"]
+Padding = Annotated[int, Range(0, 2)]
 
 
 class Conv4(Backbone):
@@ -18,21 +20,19 @@ class Conv4(Backbone):
     def __init__(
         self,
         image_shape: ImageShape,
-        channels: int = 64,
+        channels: Width = 64,
         downsample: Downsample | list[Downsample] = "max_pool",
-        padding: int | list[int] = 1,
+        padding: Padding | list[Padding] = 1,
         ceil_pool: bool = False,
         global_pool: bool = False,
         norm_scale: bool = True,
         running_stats: bool = True,
     ) -> None:
         super().__init__()
-        if channels < 1:
-            raise ValueError(f"channels={channels}: must be at least 1")
         downsamples = downsample if isinstance(downsample, list) else [downsample] * BLOCKS
         paddings = padding if isinstance(padding, list) else [padding] * BLOCKS
-        if len(downsamples) != BLOCKS or len(paddings) != BLOCKS or {*paddings} - {0, 1, 2}:
-            raise ValueError(f"downsample={downsample}, padding={padding}: one value, or one a block; padding 0 to 2")
+        if len(downsamples) != BLOCKS or len(paddings) != BLOCKS:
+            raise ValueError(f"downsample={downsample}, padding={padding}: one value, or one for each of four blocks")
         self.blocks, inputs = nn.Sequential(), image_shape[0]
         for down, pad in zip(downsamples, paddings, strict=True):
             norm = BatchNorm(channels, track_running_stats=running_stats)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metacv.backbones.base import Backbone, GlobalMean, ImageShape
+from metacv.bounds import ShareBelowOne
 
 CHANNELS = (64, 160, 320, 640)
 BLOCK = 5  # side of a dropped square
@@ -16,11 +17,13 @@ class ResNet12(Backbone):
     """Four residual blocks, each halving the map; two with `drop_blocks`. Parameters have the authors' names."""
 
     def __init__(
-        self, image_shape: ImageShape, drop_block: float = 0.0, global_pool: bool = True, running_stats: bool = True
+        self,
+        image_shape: ImageShape,
+        drop_block: ShareBelowOne = 0.0,
+        global_pool: bool = True,
+        running_stats: bool = True,
     ) -> None:
         super().__init__()
-        if not 0 <= drop_block < 1:
-            raise ValueError(f"drop_block={drop_block}: from 0 to below 1")
         inputs, height, width = image_shape
         if min(height, width) < 16:
             raise ValueError(f"images of {height}x{width} are too small to be halved four times")

@@ -7,6 +7,7 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
+from metacv.bounds import Size
 from metacv.data.bank import Dataset, ImageBank, cached_bank
 from metacv.data.image_files import as_tensor, open_exactly, open_image, read_classes, to_square
 from metacv.data.sources import Source, SplitSpec, split_classes
@@ -20,12 +21,8 @@ CLASSES = split_classes("cub")
 class CUB(Dataset):
     """The middle square of each image in colour, from the official folder or its archive, or from class folders."""
 
-    size: int  # height and width in pixels
+    size: Size  # height and width in pixels
     crop: bool  # first crop each image to the bounding box of its bird
-
-    def __post_init__(self) -> None:
-        if not 4 <= self.size <= 4096:
-            raise ValueError(f"size={self.size}: must lie between 4 and 4096")
 
     def load(self, split: str) -> ImageBank:
         source = Official(

@@ -11,18 +11,22 @@ import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
+from metacv.bounds import Count, Images, Range
 from metacv.data.bank import SPLITS, Dataset, ImageBank, cached_bank
 from metacv.data.image_files import as_tensor, open_image
+from metacv.text import in_bytes
 
 SIZE = 28
 STROKES, KNOTS, DOTS = 4, 5, 12  # most strokes of a glyph, most knots of a stroke, dots between two knots
 BLOCK = 50  # number of classes that are drawn together, from one seed
+MOST = 2**32  # bytes of all images
 FINE = 3  # canvas pixels for each image pixel, in each direction
 
 
@@ -30,13 +34,17 @@ FINE = 3  # canvas pixels for each image pixel, in each direction
 class Glyphs(Dataset):
     """Greyscale images of 28x28 pixels. Train, val and test are consecutive classes of one random stream."""
 
-    classes: dict[str, int]  # the number in each split
-    images: int  # of each class
-    seed: int
+    classes: dict[str, Count]  # the number in each split
+    images: Images  # of each class
+    seed: Annotated[int, Range(0, 2**40)]  # times a million is a seed of torch
 
     def __post_init__(self) -> None:
-        if self.classes.keys() != set(SPLITS) or min(*self.classes.values(), self.images) < 1:
-            raise ValueError(f"classes={self.classes}, images={self.images}: train, val and test, and all at least 1")
+        if self.classes.keys() != set(SPLITS):
+            raise ValueError(f"classes={self.classes}: must have train, val and test")
+        size = sum(self.classes.values()) * self.images * SIZE**2
+        if size > MOST:
+            drawn = f"classes={self.classes} of images={self.images}"
+            raise ValueError(f"{drawn} take {in_bytes(size)}, above {in_bytes(MOST)}")
 
     @property
     def namespace(self) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from metacv.bounds import NotNegative, Seed, Size
 from metacv.data import image_files
 from metacv.data.bank import SPLITS, Dataset, ImageBank, cached_bank, digests, pictures, report_copies
 from metacv.data.sources import check_fractions, random_split
@@ -28,17 +29,15 @@ class ImageFolder(Dataset):
     """Images at any depth below root/{train,val,test}/CLASS, or below root/CLASS with the classes split at random."""
 
     root: str | None
-    size: int  # height and width in pixels
+    size: Size  # height and width in pixels
     color: bool
     fit: image_files.Fit  # the middle square of an image (crop), or all of it (stretch)
     invert: bool
-    fractions: dict[str, float]  # the share of the classes that each random split gets, in any unit
-    split_seed: int  # classes are sorted by a hash of it and their names: one that is added moves few others
+    fractions: dict[str, NotNegative]  # the share of the classes that each random split gets, in any unit
+    split_seed: Seed  # classes are sorted by a hash of it and their names: one that is added moves few others
     split_file: str | None  # overrides both: class names of train, val and test as JSON, like a run's split.json
 
     def __post_init__(self) -> None:
-        if not 4 <= self.size <= 4096:
-            raise ValueError(f"size={self.size}: must lie between 4 and 4096")
         check_fractions(self.fractions)
 
     @property

@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
+from metacv.bounds import Range
 from metacv.data.bank import Dataset, ImageBank, cached_bank
 from metacv.data.image_files import as_tensor, open_exactly, open_image, to_square
 from metacv.data.sources import Source, SplitSpec, integers, split_classes
@@ -22,11 +23,12 @@ class MiniImageNet(Dataset):
     """Images of 84x84 pixels in colour, from class folders, Ravi's CSV lists, pickles or archives (see Source)."""
 
     resize: bool  # accept files of another size, and resize them
-    size: int = SIZE  # 42, 28, 21, ...: images whose pixels are means of 2x2, 3x3, 4x4, ... of these
+    # 42, 28, 21, ...: images whose pixels are means of 2x2, 3x3, 4x4, ... of these
+    size: Annotated[int, Range(4, SIZE)] = SIZE
 
     def __post_init__(self) -> None:
-        if self.size < 4 or SIZE % self.size:
-            raise ValueError(f"size={self.size}: must be {SIZE}, or {SIZE} divided by a whole number, and at least 4")
+        if SIZE % self.size:
+            raise ValueError(f"size={self.size}: must be {SIZE}, or {SIZE} divided by a whole number")
 
     @property
     def namespace(self) -> str:

@@ -3,12 +3,13 @@
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from metacv.bounds import Count, Range, Seed
 from metacv.data.bank import SPLITS, Dataset, ImageBank, cached_bank
 from metacv.data.image_files import as_tensor, open_exactly, open_image, read_classes
 from metacv.data.sources import extract
@@ -29,25 +30,23 @@ class Omniglot(Dataset):
     file    lists of lines `ALPHABET/characterNN[/rotDDD]` (Vinyals 2016); the rotation `as_classes` replaces rotDDD
     """
 
-    size: int  # height and width in pixels
+    size: Annotated[int, Range(4, 105)]  # height and width in pixels
     resample: Literal["lanczos", "nearest"]
     invert: bool  # ink is 255 and paper 0
     split: Literal["lake", "random", "file"]
     val_alphabets: list[str]
-    counts: dict[str, int]
-    split_seed: int
+    counts: dict[str, Count]
+    split_seed: Seed
     split_dir: str  # the folder of `split_files`, in data_dir/omniglot unless absolute
     split_files: dict[str, str]
 
     def __post_init__(self) -> None:
-        if not 4 <= self.size <= 105:
-            raise ValueError(f"size={self.size}: must lie between 4 and 105, as the files are 105x105")
         for name in ("counts", "split_files"):
             if getattr(self, name).keys() != set(SPLITS):
                 raise ValueError(f"{name} must have train, val and test")
         most = sum(CHARACTERS.values())
-        if min(self.counts.values()) < 1 or sum(self.counts.values()) > most:
-            raise ValueError(f"counts={self.counts}: each at least 1, together at most {most}")
+        if sum(self.counts.values()) > most:
+            raise ValueError(f"counts={self.counts}: together at most {most}")
 
     def load(self, split: str) -> ImageBank:
         settings = {"size": self.size, "resample": self.resample}

@@ -19,8 +19,10 @@ from metacv.data.bank import ImageBank, Rotation
 from metacv.data.task import ImageBatch, TaskBatch
 from metacv.data.transforms import Augment
 from metacv.errors import UserError
+from metacv.text import in_bytes
 
 ON_DEVICE = 2**32  # bytes
+MOST = 2**33  # bytes of a list of episodes, and of the images of a training step
 
 
 class Sampler:
@@ -66,10 +68,6 @@ class EpisodeSampler(Sampler):
         _, height, width = bank.image_shape
         check_crop(bank, augment)
         for wrong, message in (
-            (way < 2, f"{prefix}way={way}: a task needs at least 2 classes"),
-            (shot < 1, f"{prefix}shot={shot}: a class needs at least 1 image"),
-            (query < 1, f"{prefix}query={query}: a class needs at least 1 image"),
-            (not 0 <= seed < 2**63, f"seed={seed}: must lie between 0 and 2**63 - 1"),
             (way > self.classes, f"{prefix}way={way} but {bank.name} has only {self.classes} classes"),
             (shot + query > size, f"{need} but {name} of {bank.name} has {size}"),
             (rotation != "none" and height != width, f"rotation={rotation} needs square images, not {height}x{width}"),
@@ -218,8 +216,8 @@ class EpisodeList:
 
     def __init__(self, sampler: EpisodeSampler, episodes: int, setting: str = "episodes") -> None:
         """`setting` is the name of `episodes` in errors."""
-        if not 2 <= episodes < 2**31:
-            raise UserError(f"{setting}={episodes}: must be {'at least 2' if episodes < 2 else 'less than 2**31'}")
+        if (size := 8 * episodes * sampler.images_each) > MOST:
+            raise UserError(f"{setting}={episodes}: their list takes {in_bytes(size)}, above {in_bytes(MOST)}")
         self.sampler = sampler
         chunks = torch.arange(episodes).split(1000)  # to limit memory: a draw has a value for each image of a class
         self.rows = torch.cat([sampler.draw(len(chunk)) for chunk in chunks])  # [E, N, K+Q]

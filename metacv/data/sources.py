@@ -45,8 +45,8 @@ def split_classes(name: str) -> dict[str, list[str]]:
 def check_fractions(fractions: Mapping[str, float]) -> None:
     """Raise a ValueError unless these are the shares of train, val and test for `random_split`."""
     shares = fractions.values()
-    if fractions.keys() != set(SPLITS) or min(shares) < 0 or sum(shares) <= 0:
-        raise ValueError(f"fractions={dict(fractions)}: train, val and test, none below 0, and not all 0")
+    if fractions.keys() != set(SPLITS) or sum(shares) <= 0:
+        raise ValueError(f"fractions={dict(fractions)}: train, val and test, and not all 0")
 
 
 def random_split(names: Iterable[str], fractions: Mapping[str, float], seed: int) -> dict[str, list[str]]:

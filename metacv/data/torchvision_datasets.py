@@ -12,6 +12,7 @@ from filelock import FileLock
 from PIL import Image
 from torch import Tensor
 
+from metacv.bounds import NotNegative, Seed, Size
 from metacv.data.bank import SPLITS, Dataset, ImageBank, cached_bank
 from metacv.data.image_files import as_tensor, map_on_threads, open_image, to_square
 from metacv.data.sources import check_fractions, random_split
@@ -38,15 +39,13 @@ class Torchvision(Dataset):
     """
 
     name: str  # of a class in torchvision.datasets
-    size: int  # height and width in pixels
-    fractions: dict[str, float]  # the share of the classes that each split gets, in any unit
-    split_seed: int
+    size: Size  # height and width in pixels
+    fractions: dict[str, NotNegative]  # the share of the classes that each split gets, in any unit
+    split_seed: Seed
 
     def __post_init__(self) -> None:
         if self.name not in NAMES:
             raise UserError(f"dataset.name={self.name}: {KNOWN}")
-        if not 4 <= self.size <= 4096:
-            raise ValueError(f"size={self.size}: must lie between 4 and 4096")
         check_fractions(self.fractions)
 
     @property

@@ -4,8 +4,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metacv.errors import UserError
-
 LUMA = (0.299, 0.587, 0.114)  # weights of red, green and blue in grey: ITU-R 601, as in torchvision
 
 
@@ -18,8 +16,6 @@ class Augment:
     """
 
     def __init__(self, crop: int, flip: bool, jitter: float, seed: int = 0) -> None:
-        if not 0 <= crop < 2**15 or not 0 <= jitter <= 1:
-            raise UserError(f"augment.crop={crop}, augment.jitter={jitter}: crop from 0, jitter from 0 to 1")
         self.crop, self.flip, self.jitter = crop, flip, jitter
         self.generator = torch.Generator().manual_seed(seed)
 

@@ -22,7 +22,7 @@ def report(config: ReportConfig, folder: Path) -> list[dict[str, str]]:
         raise UserError(f"{missing[0]}: there is no such folder")
     runs, notes = gather(places)
     if not runs:
-        raise UserError("; ".join([f"{', '.join(config.runs)}: there is no run with a best.pt", *notes]))
+        raise UserError("; ".join([f"{', '.join(config.runs) or 'runs=[]'}: there is no run with a best.pt", *notes]))
     rows = rows_of(runs)
     varied = varied_settings(rows)
     all_cells = [row.cells(varied) for row in rows]

@@ -105,13 +105,9 @@ def test_without_running_statistics_a_network_has_no_buffers(cls):
     assert not [name for name, _ in backbone.named_buffers()]
 
 
-@pytest.mark.parametrize(
-    ("cls", "settings", "message"),
-    [(ResNet12, {"drop_block": 1.0}, "drop_block=1.0"), (ResNet12, {"image_shape": (3, 12, 12)}, "too small")],
-)
-def test_invalid_settings_are_refused(cls, settings, message):
-    with pytest.raises(ValueError, match=message):
-        cls(**({"image_shape": (3, 84, 84)} | settings))
+def test_images_that_are_too_small_are_refused():
+    with pytest.raises(ValueError, match="images of 12x12 are too small to be halved four times"):
+        ResNet12((3, 12, 12))
 
 
 def test_normalization_applies_to_the_images_and_is_not_saved():
@@ -123,10 +119,6 @@ def test_normalization_applies_to_the_images_and_is_not_saved():
     torch.testing.assert_close(backbone.maps(images), expected)
     torch.testing.assert_close(backbone.features(images), expected.flatten(1))
     assert list(backbone.state_dict()) == names
-    with pytest.raises(ValueError, match="std above 0"):
-        backbone.set_normalization([0.5], [0.0])
-    with pytest.raises(ValueError, match="finite"):
-        backbone.set_normalization([0.5], [float("nan")])
 
 
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 84, 84)])

@@ -49,10 +49,14 @@ def test_splits_are_disjoint_and_have_the_sizes_of_the_settings(tmp_path):
     assert torch.equal(torch.cat([bank.images for bank in banks]), draw_glyphs(33, 3).flatten(0, 1))
 
 
-@pytest.mark.parametrize("classes", [{"train": 5, "val": 5}, {"train": 5, "val": 5, "test": 0}])
-def test_every_split_needs_classes(tmp_path, classes):
-    with pytest.raises(ValueError, match="train, val and test, and all at least 1"):
-        Glyphs(tmp_path, classes=classes, images=3, seed=0)
+def test_every_split_needs_classes(tmp_path):
+    with pytest.raises(ValueError, match="must have train, val and test"):
+        Glyphs(tmp_path, classes={"train": 5, "val": 5}, images=3, seed=0)
+
+
+def test_more_images_than_memory_holds_are_refused_with_their_size(tmp_path):
+    with pytest.raises(ValueError, match=r"images=200 take 15.7 GB, above 4.3 GB"):
+        Glyphs(tmp_path, classes={"train": 100_000, "val": 8, "test": 5}, images=200, seed=0)
 
 
 def test_the_default_data_set_has_enough_classes_for_training():

@@ -52,10 +52,6 @@ class InnerLoop(Algorithm):
 
     def __init__(self, backbone: Backbone, way: int, task_batching: TaskBatching, task_chunk: int | None) -> None:
         super().__init__()
-        if way < 2:
-            raise ValueError(f"way={way}: must be at least 2")
-        if task_chunk is not None and task_chunk < 1:
-            raise ValueError(f"task_chunk={task_chunk}: must be at least 1")
         self.net = Classifier(backbone, way)
         self.way, self.task_batching, self.task_chunk = way, task_batching, task_chunk
         if task_batching == "vmap" and keeps_running_statistics(self.net):

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from metacv.algorithms.gradient.inner_loop import InnerLoop, Params, TaskBatching
 from metacv.backbones.base import Backbone
 from metacv.backbones.batch_norm import BatchNorm, batch_norms, keeps_running_statistics
+from metacv.bounds import Count, EvalInnerSteps, InnerSteps, Positive, Way
 from metacv.data.task import TaskBatch
 
 
@@ -20,21 +21,18 @@ class MAML(InnerLoop):
     def __init__(
         self,
         backbone: Backbone,
-        way: int,
-        inner_lr: float,
-        inner_steps: int,
-        eval_inner_steps: int,
+        way: Way,
+        inner_lr: Positive,
+        inner_steps: InnerSteps,
+        eval_inner_steps: EvalInnerSteps,
         first_order: bool = False,  # FOMAML: the outer gradient treats the inner gradients as constants
         inner_loss: Literal["mean", "sum_per_shot"] = "mean",
         adapt_norm: bool = False,
         gradient_checkpointing: bool = False,  # drop the graph of inner steps; compute it again for the outer gradient
         task_batching: TaskBatching = "auto",
-        task_chunk: int | None = None,
+        task_chunk: Count | None = None,
     ) -> None:
         super().__init__(backbone, way, task_batching, task_chunk)
-        if inner_lr <= 0 or inner_steps < 1 or eval_inner_steps < 1:
-            given = f"inner_lr={inner_lr}, inner_steps={inner_steps}, eval_inner_steps={eval_inner_steps}"
-            raise ValueError(f"{given}: all must be positive")
         if gradient_checkpointing and keeps_running_statistics(self.net):
             raise ValueError("gradient_checkpointing: running statistics of batch norm would count every step twice")
         self.inner_lr, self.inner_steps, self.eval_inner_steps = inner_lr, inner_steps, eval_inner_steps

@@ -10,6 +10,7 @@ from torch import Tensor
 from metacv.algorithms.base import accuracies
 from metacv.algorithms.gradient.inner_loop import InnerLoop, Params, TaskBatching
 from metacv.backbones.base import Backbone
+from metacv.bounds import Count, EvalInnerSteps, Images, InnerSteps, Positive, Way
 from metacv.data.task import TaskBatch
 from metacv.precision import Compiled
 
@@ -22,22 +23,18 @@ class Reptile(InnerLoop):
     def __init__(
         self,
         backbone: Backbone,
-        way: int,
-        inner_lr: float,
-        inner_steps: int,
-        inner_batch: int,
-        eval_inner_steps: int,
-        eval_inner_batch: int,
+        way: Way,
+        inner_lr: Positive,
+        inner_steps: InnerSteps,
+        inner_batch: Images,
+        eval_inner_steps: EvalInnerSteps,
+        eval_inner_batch: Images,
         inner_optimizer: Literal["adam", "sgd"] = "adam",  # Adam with beta1 = 0
         reset_moments: bool = False,  # false: Adam's moments pass from task to task, as in the authors' code
         task_batching: TaskBatching = "auto",
-        task_chunk: int | None = None,
+        task_chunk: Count | None = None,
     ) -> None:
         super().__init__(backbone, way, task_batching, task_chunk)
-        if min(inner_lr, inner_steps, inner_batch, eval_inner_steps, eval_inner_batch) <= 0:
-            given = f"inner_lr={inner_lr}, inner_steps={inner_steps}, inner_batch={inner_batch}"
-            given += f", eval_inner_steps={eval_inner_steps}, eval_inner_batch={eval_inner_batch}"
-            raise ValueError(f"{given}: all must be positive")
         self.inner_lr, self.inner_optimizer = inner_lr, inner_optimizer
         self.inner_steps, self.inner_batch = inner_steps, inner_batch
         self.eval_inner_steps, self.eval_inner_batch = eval_inner_steps, eval_inner_batch

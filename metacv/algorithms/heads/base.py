@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from metacv.algorithms.base import Algorithm, MetricMethod
+from metacv.bounds import Copies
 from metacv.config import AugmentConfig
 from metacv.data.task import TaskBatch
 from metacv.data.transforms import Augment
@@ -22,10 +23,8 @@ class Head(nn.Module, ABC):
     centred = False  # subtracts the mean feature of training images, `centre`
     centre: Tensor
 
-    def __init__(self, augment: int = 0, flip: bool = False) -> None:
+    def __init__(self, augment: Copies = 0, flip: bool = False) -> None:
         super().__init__()
-        if not 0 <= augment <= 1000:
-            raise ValueError(f"augment={augment}: from 0 to 1000 copies")
         self.augment, self.flip = augment, flip
         self.register_buffer("centre", torch.zeros(()))
 

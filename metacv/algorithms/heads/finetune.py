@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metacv.algorithms.heads.base import Head
+from metacv.bounds import Copies, EvalInnerSteps, Positive
 from metacv.data.task import TaskBatch
 
 MOMENTUM, DECAY = 0.9, 0.001
@@ -18,16 +19,14 @@ class Finetune(Head):
 
     def __init__(
         self,
-        steps: int = 100,
-        lr: float = 0.01,
+        steps: EvalInnerSteps = 100,
+        lr: Positive = 0.01,
         cosine: bool = False,
-        scale: float = 10.0,
-        augment: int = 0,
+        scale: Positive = 10.0,
+        augment: Copies = 0,
         flip: bool = False,
     ) -> None:
         super().__init__(augment, flip)
-        if min(steps, lr, scale) <= 0:
-            raise ValueError(f"steps={steps}, lr={lr}, scale={scale}: all must be positive")
         self.steps, self.lr, self.cosine, self.scale = steps, lr, cosine, scale
 
     def forward(self, tasks: TaskBatch) -> Tensor:

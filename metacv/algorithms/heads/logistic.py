@@ -1,13 +1,17 @@
 """Logistic regression on the support set, scikit-learn's objective, for many tasks at once."""
 
+from typing import Annotated
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from metacv.algorithms.heads.base import Head
+from metacv.bounds import Copies, Range
 from metacv.data.task import TaskBatch
 
 PRECISION = 12.0  # minus the logarithm of what is left of the error at the start
+Weight = Annotated[float, Range(0, 1000, above=True)]  # the steps grow with its root
 
 
 class Logistic(Head):
@@ -18,10 +22,8 @@ class Logistic(Head):
     for S support images, whatever the dimension.
     """
 
-    def __init__(self, C: float = 1.0, augment: int = 0, flip: bool = False) -> None:
+    def __init__(self, C: Weight = 1.0, augment: Copies = 0, flip: bool = False) -> None:
         super().__init__(augment, flip)
-        if not 0 < C <= 1000:  # the steps grow with the root of C
-            raise ValueError(f"C={C}: must be above 0, and at most 1000")
         self.C = C
 
     def forward(self, tasks: TaskBatch) -> Tensor:

@@ -4,13 +4,14 @@ from torch import Tensor
 
 from metacv.algorithms.heads.base import Head
 from metacv.algorithms.metric.protonet import negative_squared_distance
+from metacv.bounds import Copies
 from metacv.data.task import TaskBatch
 
 
 class NearestMean(Head):
     """Squared distances to the means of the classes' features, which are scaled to length 1 if `normalize`."""
 
-    def __init__(self, normalize: bool = True, augment: int = 0, flip: bool = False) -> None:
+    def __init__(self, normalize: bool = True, augment: Copies = 0, flip: bool = False) -> None:
         super().__init__(augment, flip)
         self.normalize = normalize
 

@@ -5,16 +5,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metacv.algorithms.heads.base import Head
+from metacv.bounds import Copies, Positive
 from metacv.data.task import TaskBatch
 
 
 class Ridge(Head):
     """W = X' (X X' + penalty I)^-1 Y, of features X of length 1 and one-hot labels Y: S equations, not D."""
 
-    def __init__(self, penalty: float = 1.0, augment: int = 0, flip: bool = False) -> None:
+    def __init__(self, penalty: Positive = 1.0, augment: Copies = 0, flip: bool = False) -> None:
         super().__init__(augment, flip)
-        if penalty <= 0:
-            raise ValueError(f"penalty={penalty}: must be positive")
         self.penalty = penalty
 
     def forward(self, tasks: TaskBatch) -> Tensor:

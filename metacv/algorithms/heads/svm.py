@@ -5,16 +5,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metacv.algorithms.heads.base import Head
+from metacv.bounds import Copies, Positive
 from metacv.data.task import TaskBatch
 
 
 class SVM(Head):
     """One against the rest (LinearSVC), on features of length 1; the logits are distances to the margins."""
 
-    def __init__(self, C: float = 1.0, augment: int = 0, flip: bool = False) -> None:
+    def __init__(self, C: Positive = 1.0, augment: Copies = 0, flip: bool = False) -> None:
         super().__init__(augment, flip)
-        if C <= 0:
-            raise ValueError(f"C={C}: must be positive")
         self.C = C
 
     def forward(self, tasks: TaskBatch) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from metacv.algorithms.base import MetricMethod
 from metacv.backbones.base import Backbone
+from metacv.bounds import Count
 from metacv.data.task import TaskBatch
 
 
@@ -16,10 +17,8 @@ class DN4(MetricMethod):
 
     features: ClassVar[Literal["vectors", "maps"]] = "maps"
 
-    def __init__(self, backbone: Backbone, neighbours: int) -> None:
+    def __init__(self, backbone: Backbone, neighbours: Count) -> None:
         super().__init__(backbone)
-        if neighbours < 1:
-            raise ValueError(f"neighbours={neighbours}: must be at least 1")
         self.neighbours = neighbours
 
     def head(self, tasks: TaskBatch) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from metacv.algorithms.base import MetricMethod, accuracies
 from metacv.algorithms.metric.protonet import negative_squared_distance
 from metacv.backbones.base import Backbone
+from metacv.bounds import NotNegative, Positive, ShareBelowOne
 from metacv.data.task import TaskBatch
 
 
@@ -17,10 +18,8 @@ class FEAT(MetricMethod):
     (equation 8).
     """
 
-    def __init__(self, backbone: Backbone, temperature: float, balance: float, dropout: float) -> None:
+    def __init__(self, backbone: Backbone, temperature: Positive, balance: NotNegative, dropout: ShareBelowOne) -> None:
         super().__init__(backbone)
-        if temperature <= 0 or balance < 0 or not 0 <= dropout < 1:
-            raise ValueError(f"temperature={temperature}, balance={balance}, dropout={dropout}: out of range")
         dim = backbone.features_dim
         self.query, self.key, self.value = (nn.Linear(dim, dim, bias=False) for _ in range(3))
         for layer in (self.query, self.key, self.value):

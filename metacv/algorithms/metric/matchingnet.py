@@ -5,13 +5,14 @@ from torch import Tensor
 
 from metacv.algorithms.base import MetricMethod
 from metacv.backbones.base import Backbone
+from metacv.bounds import Positive
 from metacv.data.task import TaskBatch
 
 
 class MatchingNet(MetricMethod):
     """A query gets the labels of the support images, weighted by a softmax over its similarity to them."""
 
-    def __init__(self, backbone: Backbone, scale: float) -> None:
+    def __init__(self, backbone: Backbone, scale: Positive) -> None:
         super().__init__(backbone)
         self.scale = scale
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from metacv.algorithms.base import MetricMethod
 from metacv.backbones.base import Backbone
+from metacv.bounds import Positive
 from metacv.data.task import TaskBatch
 
 
@@ -21,12 +22,10 @@ class ProtoNet(MetricMethod):
         self,
         backbone: Backbone,
         metric: Literal["sqeuclidean", "cosine"] = "sqeuclidean",
-        temperature: float = 1.0,
+        temperature: Positive = 1.0,
         learn_temperature: bool = False,
     ) -> None:
         super().__init__(backbone)
-        if temperature <= 0:
-            raise ValueError(f"temperature={temperature}: must be positive")
         self.metric, self.temperature = metric, temperature
         self.scale = nn.Parameter(torch.ones(())) if learn_temperature else 1.0
 

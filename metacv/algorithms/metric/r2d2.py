@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from metacv.algorithms.base import MetricMethod
 from metacv.algorithms.heads.ridge import ridge
 from metacv.backbones.base import Backbone
+from metacv.bounds import Positive
 from metacv.data.task import TaskBatch
 
 
@@ -15,10 +16,8 @@ class R2D2(MetricMethod):
     Scale, shift and, if `learn_penalty`, the penalty are trained too.
     """
 
-    def __init__(self, backbone: Backbone, penalty: float, scale: float, learn_penalty: bool) -> None:
+    def __init__(self, backbone: Backbone, penalty: Positive, scale: Positive, learn_penalty: bool) -> None:
         super().__init__(backbone)
-        if min(penalty, scale) <= 0:
-            raise ValueError(f"penalty={penalty}, scale={scale}: both must be positive")
         self.log_penalty = nn.Parameter(torch.tensor(penalty).log(), requires_grad=learn_penalty)
         self.scale, self.shift = nn.Parameter(torch.tensor(scale)), nn.Parameter(torch.zeros(()))
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from metacv.algorithms.base import MetricMethod, per_task
 from metacv.backbones.base import Backbone
+from metacv.bounds import Width
 from metacv.data.task import TaskBatch
 
 
@@ -66,10 +67,8 @@ class RelationNet(MetricMethod):
     features = "maps"
     one_batch = False  # as in the authors' code
 
-    def __init__(self, backbone: Backbone, relation: Literal["conv", "mlp"] = "conv", hidden: int = 8) -> None:
+    def __init__(self, backbone: Backbone, relation: Literal["conv", "mlp"] = "conv", hidden: Width = 8) -> None:
         super().__init__(backbone)
-        if hidden < 1:
-            raise ValueError(f"hidden={hidden}: must be at least 1")
         self.kind = relation
         self.relation: ConvRelation | MLPRelation = (
             ConvRelation(backbone.out_shape, hidden)

@@ -1,0 +1,308 @@
+"""Every setting of every command with values that make no sense: accepted on purpose, or refused in one short line.
+
+The settings come from the dataclasses of the commands and from the classes that configs/ names.
+"""
+
+import dataclasses
+import itertools
+import pydoc
+import re
+import shutil
+import socket
+import typing
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from PIL import Image
+
+from metacv import CONFIG_DIR, config
+from metacv.bounds import TORCH, Positive, checked
+from metacv.distributed import Ranks
+from metacv.model import load_checkpoint, with_head
+from metacv.run import start
+from metacv.text import short
+from metacv.train import initialize, prepare
+from metacv.words import PATHS
+
+VALUES = {
+    "zero": "0",
+    "minus one": "-1",
+    "half": "0.5",
+    "one and a half": "1.5",
+    "2e9": "2000000000",
+    "1e20": "1e20",
+    "20 digits": "99999999999999999999",
+    "nan": "nan",
+    "inf": "inf",
+    "-inf": "-inf",
+    "null": "null",
+    "true": "true",
+    "text": "nonsense",
+    "empty": "''",
+    "list": "[1,2]",
+    "empty list": "[]",
+    "dict": "{a: 1}",
+    "long": "x" * 5000,
+    "no setting": "${nothing}",
+    "no variable": "${oc.env:METACV_NOTHING}",
+}
+TEXT = "text, empty, long"
+ACCEPTED = {  # which of the values a setting may have by its type; a setting that is not here takes none of them
+    "true": "augment.flip compile projector algo.rotations algo.cosine algo.first_order algo.adapt_norm "
+    "algo.gradient_checkpointing algo.learn_temperature algo.learn_penalty algo.reset_moments backbone.ceil_pool "
+    "backbone.global_pool backbone.norm_scale backbone.running_stats backbone.frozen dataset.crop dataset.color "
+    "dataset.invert dataset.resize schedule.cycle_momentum head.flip head.cosine head.normalize resume",
+    "zero": "augment.crop backbone.padding head.augment schedule.total_iters",
+    "list": "normalize.mean normalize.std backbone.padding",
+    "empty list": "normalize.mean normalize.std paper backbone.padding backbone.downsample dataset.val_alphabets "
+    "compare:runs report:runs",
+    "zero, 2e9": "seed dataset.seed dataset.split_seed evaluate:seed compare:seed",
+    "zero, half": "augment.jitter ema algo.label_smoothing algo.dropout backbone.drop_block optimizer.momentum "
+    "schedule.factor schedule.start_factor schedule.end_factor schedule.pct_start",
+    "half, one and a half": "clip_norm clip_value algo.inner_lr algo.temperature algo.scale algo.penalty "
+    "schedule.max_lr head.lr head.scale head.C head.penalty",
+    "zero, half, one and a half": "algo.balance optimizer.lr optimizer.weight_decay schedule.eta_min schedule.gamma "
+    "dataset.fractions.train dataset.fractions.val dataset.fractions.test",
+    "null": "clip_norm clip_value patience ema init algo.teacher algo.task_chunk backbone.weights dataset.root "
+    "dataset.split_file evaluate:way evaluate:shot evaluate:query evaluate:episodes evaluate:batch_norm "
+    "evaluate:checkpoint evaluate:features compare:way compare:shot compare:query compare:episodes compare:batch_norm "
+    "predict:checkpoint predict:support predict:adapted predict:save predict:batch_norm",
+    TEXT: "init device data_dir resume algo.teacher backbone.name backbone.weights dataset.root dataset.split_dir "
+    "dataset.split_file dataset.split_files.train dataset.split_files.val dataset.split_files.test dataset.name "
+    "evaluate:checkpoint evaluate:features evaluate:device evaluate:data_dir compare:device compare:data_dir "
+    "predict:checkpoint predict:support predict:adapted predict:save predict:query predict:device",
+    "dict": "dataset backbone algo optimizer schedule head evaluate:algo evaluate:dataset evaluate:head compare:algo "
+    "compare:dataset compare:head predict:algo predict:dataset predict:head "
+    "dataset.classes dataset.counts dataset.fractions",
+}
+GIVEN_NULL = "head experiment launcher sweeper evaluate:dataset evaluate:head compare:dataset compare:head predict:head"
+
+
+class Setting(NamedTuple):
+    command: str
+    words: tuple[str, ...]  # that choose the class with the setting
+    name: str
+    hint: Any
+
+    @property
+    def key(self) -> str:
+        return self.name if self.command == "train" else f"{self.command}:{self.name}"
+
+    @property
+    def accepted(self) -> set[str]:
+        return {kind for kinds, keys in ACCEPTED.items() if self.key in keys.split() for kind in kinds.split(", ")}
+
+
+def nested(setting: Setting) -> Iterator[Setting]:
+    """The setting, and those within it."""
+    yield setting
+    if dataclasses.is_dataclass(setting.hint):
+        inner = typing.get_type_hints(setting.hint, include_extras=True)
+    elif setting.name.count(".") and typing.get_origin(setting.hint) is dict:
+        inner = dict.fromkeys(("train", "val", "test"), typing.get_args(setting.hint)[1])
+    else:
+        inner = {}
+    for name, hint in inner.items():
+        yield Setting(setting.command, setting.words, f"{setting.name}.{name}", hint)
+
+
+def settings_of_commands() -> Iterator[Setting]:
+    for path in sorted(CONFIG_DIR.glob("*.yaml")):
+        schema = getattr(config, f"{path.stem.capitalize()}Config")
+        for name, hint in typing.get_type_hints(schema, include_extras=True).items():
+            yield from nested(Setting(path.stem, (), name, hint))
+
+
+def settings_of_classes() -> Iterator[Setting]:
+    for group in ("algo", "backbone", "dataset", "optimizer", "schedule", "head"):
+        for path in sorted((CONFIG_DIR / group).glob("*.yaml")):
+            content = yaml.safe_load(path.read_text())
+            node = content.get(group, {}) if group == "algo" else content
+            if "_target_" not in node:
+                continue  # another file's class, with other values
+            cls = pydoc.locate(node.pop("_target_"))
+            hints = typing.get_type_hints(cls.__init__, include_extras=True)
+            hints |= TORCH if cls.__module__.startswith("torch.") else {}
+            words = (f"{group}={path.stem}", *["dataset.root=images"] * ("root" in node))
+            for name in node:
+                yield from nested(Setting("train", words, f"{group}.{name}", hints[name]))
+
+
+SETTINGS = [*settings_of_commands(), *settings_of_classes()]
+
+
+@cache
+def parsed(text: str) -> Any:
+    """The value as Hydra's command line reads it."""
+    return OverridesParser.create().parse_override(f"name={text}").value()
+
+
+def fits(hint: Any, value: Any) -> bool:
+    try:
+        config.from_dict(hint, value) if dataclasses.is_dataclass(hint) else checked("name", value, hint)
+    except (ValueError, AttributeError):
+        return False
+    return True
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: " ".join([*setting.words, setting.key]))
+def test_the_type_of_a_setting_takes_the_values_in_the_table_and_no_other(setting):
+    interpolations = {"no setting", "no variable"}  # text that stands for another value
+    assert {
+        kind for kind in VALUES.keys() - interpolations if fits(setting.hint, parsed(VALUES[kind]))
+    } == setting.accepted
+
+
+def test_every_name_in_the_table_is_a_setting():
+    assert {key for keys in ACCEPTED.values() for key in keys.split()} <= {setting.key for setting in SETTINGS}
+
+
+@pytest.fixture
+def refused_or_built(metacv, trained, monkeypatch):
+    """The command line in a folder with a run and images, which prepares everything, and trains and labels nothing."""
+
+    for algo in ("protonet", "maml"):
+        Path(algo).mkdir()
+        shutil.copy(trained(algo) / "best.pt", algo)
+
+    def build(cfg, folder, overrides):
+        settings, words, _ = start(cfg, folder, overrides)
+        initialize(prepare(settings, words, Ranks())[0])
+        return 0.0
+
+    def no_network(*_, **__):
+        raise OSError("tests have no network")
+
+    monkeypatch.setattr(socket, "socket", no_network)
+    monkeypatch.setattr("metacv.train.train", build)
+    monkeypatch.setattr(
+        "metacv.evaluate.evaluate_episodes", lambda _, episodes, *__: torch.rand(len(episodes)).double()
+    )
+    monkeypatch.setattr(
+        "metacv.predict.label", lambda _, support, images, *__: torch.zeros(len(images), len(support.shots))
+    )
+    monkeypatch.setattr("metacv.report.page", lambda *_: "")
+    for name in ("a", "b"):
+        Path("images", name).mkdir(parents=True)
+        Image.new("L", (28, 28), 200).save(f"images/{name}/0.png")
+
+    def run(setting: Setting, kind: str) -> None:
+        group, *inner = setting.name.split(".")
+        default = {*setting.words} <= {
+            "dataset=glyphs",
+            "backbone=conv4",
+        }  # others have no such settings as COMMANDS has
+        words = [word for word in COMMANDS[setting.command] if (inner and default) or not word.startswith(f"{group}.")]
+        words += [*setting.words, f"{setting.name}={VALUES[kind]}", "hydra.run.dir=new"]
+        code, _, err = metacv(setting.command, *words)
+        shutil.rmtree("new", ignore_errors=True)
+        allowed = setting.accepted | ({"null"} if setting.key in GIVEN_NULL.split() else set())
+        if PATHS.fullmatch(setting.name) or setting.key == "predict:query":
+            allowed |= {"list", "empty list", "dict"}  # names of files with any characters
+            allowed -= {"empty"}
+        assert "traceback" not in err.lower(), (kind, err)
+        if kind in allowed:  # by its type; its class or the images may still refuse it
+            assert code == 0 or (code == 1 and err.startswith("metacv: ")), (kind, err)
+            return
+        name = setting.name.split(".")[-1]
+        assert code == 1, kind
+        assert err.count("\n") == 1, (kind, err)
+        assert re.match(rf"metacv: .*\b{name}\b", err), (kind, err)
+        assert len(err) < 400, (kind, err)
+
+    return run
+
+
+COMMANDS = {
+    "train": ("dataset.classes={train:30,val:8,test:8}", "backbone.channels=8", "query=5", "eval_episodes=8"),
+    "evaluate": ("checkpoint=protonet",),
+    "compare": ("protonet", "maml", "batch_norm=inductive"),
+    "predict": ("checkpoint=protonet", "support=images", "query=images"),
+    "report": ("protonet",),
+}
+CHOSEN = [Setting("train", (), group, str) for group in ("experiment", "launcher", "sweeper")]
+
+
+EVERY = [*SETTINGS, *CHOSEN]
+SAMPLE = [(EVERY[i], kind) for i, kind in zip(range(0, len(EVERY), 16), itertools.cycle(VALUES), strict=False)]
+
+
+@pytest.mark.parametrize(("setting", "kind"), SAMPLE, ids=lambda one: getattr(one, "key", one))
+def test_some_values_that_make_no_sense_are_refused_in_one_short_line(refused_or_built, setting, kind):
+    refused_or_built(setting, kind)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", EVERY, ids=lambda setting: " ".join([*setting.words, setting.key]))
+def test_every_value_that_makes_no_sense_is_refused_in_one_short_line(refused_or_built, setting):
+    for kind in VALUES:
+        refused_or_built(setting, kind)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("algo=0",), "algo=0: not the name of a file in configs/algo"),
+        (("dataset=true",), "dataset=true: not the name of a file in configs/dataset"),
+        (("dataset=[1,2]",), "dataset=[1,2]: not the name of a file in configs/dataset"),
+        (("backbone={a: 1}",), "backbone={a: 1}: not the name of a file in configs/backbone"),
+        (("-m", "head=null,ncm"), "head=null,ncm: not the name of a file in configs/head"),
+        (("optimizer=${nothing}",), "optimizer=${nothing}: Error resolving interpolation '${nothing}'"),
+        (("shot=${nothing}",), "shot=${nothing}: Interpolation key 'nothing' not found"),
+        (("algo.inner_lr=${oc.env:NO_LR}",), "algo.inner_lr=${oc.env:NO_LR}: Environment variable 'NO_LR' not found"),
+        (("query=" + "x" * 5000,), "query=" + "x" * 94 + "..." + "x" * 49 + ": not a whole number from 1 to 1000000"),
+        (("data_dir=nan",), "data_dir=nan: not a path; ./nan is one"),
+        (("init=true",), "init=true: not a path; ./true is one"),
+        (("data_dir=''",), "data_dir is empty: it must be a path"),
+        (("projector=99999999999999999999",), "projector=99999999999999999999: not true or false"),
+        (("augment.flip=-1",), "augment.flip=-1: not true or false"),
+        (("augment=2",), "augment=2: not a group of settings"),
+        (("algo=protonet", "schedule.step_size=0"), "schedule.step_size=0: not a whole number from 1 to 1000000000"),
+        (("algo=protonet", "schedule.gamma=-1"), "schedule.gamma=-1: not a number from 0 to 10"),
+        (("optimizer=sgd", "optimizer.momentum=2.5"), "optimizer.momentum=2.5: not a number from 0 to 1"),
+        (("algo=classifier", "schedule.total_steps=5"), "schedule.total_steps=5, but steps=1000"),
+        (("meta_batch=1000000",), "meta_batch=1000000: the images of a step take 250.9 GB, above 8.6 GB"),
+        (("dataset.classes.train=1000000",), "take 15.7 GB, above 4.3 GB"),
+    ],
+)
+def test_the_refusal_says_what_is_allowed(metacv, words, message):
+    code, out, err = metacv("train", *COMMANDS["train"][:2], *words)
+    assert (code, out) == (1, "")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_null_for_the_head_is_no_head_also_where_the_method_or_an_experiment_chose_one(metacv):
+    for words in (("algo=baseline",), ("experiment=cifar_fs/classifier_5w1s",)):
+        code, out, _ = metacv("train", *words, "head=null", "--cfg", "job")
+        assert code == 0
+        assert "_target_" not in yaml.safe_load(out)["head"]
+
+
+def test_without_a_head_the_method_classifies(trained):
+    checkpoint = load_checkpoint(trained("protonet"))
+    algorithm = checkpoint.build()
+    left_over = dataclasses.replace(checkpoint.config, head={"augment": 5, "flip": True})
+    assert with_head(algorithm, left_over) is algorithm
+
+
+def test_a_whole_number_becomes_a_float_where_a_float_is_wanted():
+    assert [type(checked("a", 1, hint)) for hint in (float, Positive, Positive | None, int)] == [
+        float,
+        float,
+        float,
+        int,
+    ]
+    assert checked("a", {"b": [1, 2]}, dict[str, list[float]]) == {"b": [1.0, 2.0]}
+
+
+def test_a_line_is_shortened_where_a_word_or_all_of_it_is_too_long():
+    assert short("a " + "b" * 200) == "a " + "b" * 200
+    assert short("a " + "b" * 201) == "a " + "b" * 100 + "..." + "b" * 50
+    assert short("ab " * 1000, length=100) == ("ab " * 1000)[:50] + " ... " + ("ab " * 1000)[-25:]
