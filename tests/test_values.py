@@ -195,11 +195,10 @@ def refused_or_built(metacv, trained, monkeypatch):
 
     def run(setting: Setting, kind: str) -> None:
         group, *inner = setting.name.split(".")
-        default = {*setting.words} <= {
-            "dataset=glyphs",
-            "backbone=conv4",
-        }  # others have no such settings as COMMANDS has
+        default = {*setting.words} <= DEFAULTS  # another class has no such settings as COMMANDS sets
         words = [word for word in COMMANDS[setting.command] if (inner and default) or not word.startswith(f"{group}.")]
+        if group == "runs":
+            words = [word for word in words if "=" in word]  # folders without a name are runs too
         words += [*setting.words, f"{setting.name}={VALUES[kind]}", "hydra.run.dir=new"]
         code, _, err = metacv(setting.command, *words)
         shutil.rmtree("new", ignore_errors=True)
@@ -220,6 +219,7 @@ def refused_or_built(metacv, trained, monkeypatch):
     return run
 
 
+DEFAULTS = {"dataset=glyphs", "backbone=conv4"}
 COMMANDS = {
     "train": ("dataset.classes={train:30,val:8,test:8}", "backbone.channels=8", "query=5", "eval_episodes=8"),
     "evaluate": ("checkpoint=protonet",),
