@@ -51,7 +51,7 @@ TORCH: dict[str, Any] = {
     "dampening": Share,
     "eps": NotNegative,
     "factor": Share,
-    "start_factor": Share,
+    "start_factor": Annotated[float, Range(0, 1, above=True)],
     "end_factor": Share,
     "total_iters": Annotated[int, Range(0, 10**9)],
     "gamma": Annotated[float, Range(0, 10)],
@@ -120,6 +120,8 @@ def _of_type(value: Any, hint: Any) -> Any:
         fits = False
     elif origin is list and isinstance(value, list):
         return [_of_type(one, args[0]) for one in value]
+    elif origin is dict and isinstance(value, dict):
+        return {key: _of_type(one, args[1]) for key, one in value.items()}
     elif hint is int:
         fits = type(value) is int and abs(value) < 2**63
     elif hint is float:

@@ -163,7 +163,7 @@ def from_dict(schema: type[T], content: Mapping[str, Any], prefix: str = "") -> 
             raise ValueError(f"{prefix}{name}: there is no such setting")
         hint = hints[name]
         if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-            values[name] = from_dict(hint, checked(name, value, dict[str, Any]), f"{prefix}{name}.")
+            values[name] = from_dict(hint, checked(f"{prefix}{name}", value, dict[str, Any]), f"{prefix}{name}.")
         else:
             values[name] = checked(f"{prefix}{name}", value, hint)
     config = schema(**values)

@@ -69,8 +69,8 @@ def error_line(error: Exception, words: Sequence[str] = ()) -> str:
         if isinstance(error, InterpolationResolutionError) or "Error resolving interpolation" in text:
             text = text.replace('KeyError raised while resolving interpolation: "', "").rstrip('"')
             missing = (re.findall("'(.+?)'", text) or [""])[0]
-            word = next((word for word in words if "${" in word and missing in word), "")
-            return f"{word or getattr(error, 'full_key', '')}: {text}"
+            word = next((word for word in words if "${" in word and missing in word), getattr(error, "full_key", None))
+            return f"{word}: {text}" if word else text
         return text
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror

@@ -62,9 +62,10 @@ ACCEPTED = {  # which of the values a setting may have by its type; a setting th
     "list": "normalize.mean normalize.std backbone.padding",
     "empty list": "normalize.mean normalize.std paper backbone.padding backbone.downsample dataset.val_alphabets "
     "compare:runs report:runs",
+    "half": "schedule.start_factor",
     "zero, 2e9": "seed dataset.seed dataset.split_seed evaluate:seed compare:seed",
     "zero, half": "augment.jitter ema algo.label_smoothing algo.dropout backbone.drop_block optimizer.momentum "
-    "schedule.factor schedule.start_factor schedule.end_factor schedule.pct_start",
+    "schedule.factor schedule.end_factor schedule.pct_start",
     "half, one and a half": "clip_norm clip_value algo.inner_lr algo.temperature algo.scale algo.penalty "
     "schedule.max_lr head.lr head.scale head.C head.penalty",
     "zero, half, one and a half": "algo.balance optimizer.lr optimizer.weight_decay schedule.eta_min schedule.gamma "
@@ -194,11 +195,10 @@ def refused_or_built(metacv, trained, monkeypatch):
 
     def run(setting: Setting, kind: str) -> None:
         group, *inner = setting.name.split(".")
-        default = {*setting.words} <= {
-            "dataset=glyphs",
-            "backbone=conv4",
-        }  # others have no such settings as COMMANDS has
+        default = {*setting.words} <= DEFAULTS  # another class has no such settings as COMMANDS sets
         words = [word for word in COMMANDS[setting.command] if (inner and default) or not word.startswith(f"{group}.")]
+        if group == "runs":
+            words = [word for word in words if "=" in word]  # folders without a name are runs too
         words += [*setting.words, f"{setting.name}={VALUES[kind]}", "hydra.run.dir=new"]
         code, _, err = metacv(setting.command, *words)
         shutil.rmtree("new", ignore_errors=True)
@@ -219,6 +219,7 @@ def refused_or_built(metacv, trained, monkeypatch):
     return run
 
 
+DEFAULTS = {"dataset=glyphs", "backbone=conv4"}
 COMMANDS = {
     "train": ("dataset.classes={train:30,val:8,test:8}", "backbone.channels=8", "query=5", "eval_episodes=8"),
     "evaluate": ("checkpoint=protonet",),
@@ -300,6 +301,11 @@ def test_a_whole_number_becomes_a_float_where_a_float_is_wanted():
         int,
     ]
     assert checked("a", {"b": [1, 2]}, dict[str, list[float]]) == {"b": [1.0, 2.0]}
+
+
+def test_published_accuracies_are_a_list_of_groups():
+    paper = [{"accuracy": 98.7, "ci95": None, "source": "a paper"}]
+    assert checked("paper", paper, list[dict[str, Any]]) == paper
 
 
 def test_a_line_is_shortened_where_a_word_or_all_of_it_is_too_long():
