@@ -12,7 +12,6 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from metacv import CONFIG_DIR
-from metacv.config import register
 from metacv.data.bank import Dataset
 from metacv.model import Training, build_dataset, load_checkpoint
 
@@ -143,7 +142,6 @@ def test_data_sets_with_the_same_classes_share_their_names():
 
 
 def dataset(name: str) -> Dataset:
-    register()
     words = [f"dataset={name}", "dataset.root=."] if name == "image_folder" else [f"dataset={name}"]
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         cfg = compose("train", words)

@@ -393,9 +393,15 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_the_step_and_the_last_good
     assert all(value.isfinite().all() for value in saved["algorithm"].values())
 
 
-def test_weights_that_are_not_finite_are_never_saved(metacv):
+def test_weights_that_are_not_finite_are_never_saved(metacv, monkeypatch):
     """The loss of the last step is still finite; its update is not."""
-    code, _, err = metacv(*PROTONET, "optimizer=sgd", "optimizer.lr=1e38", "eval_every=1", RUN)
+
+    def breaking(self) -> None:
+        with torch.no_grad():
+            self.param_groups[0]["params"][0].fill_(torch.inf)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", breaking)
+    code, _, err = metacv(*PROTONET, "optimizer=sgd", "eval_every=1", RUN)
     assert code == 1
     assert "are not finite after step 1; no checkpoint had been saved" in err
     assert not list(Path("run").glob("*.pt"))

@@ -57,7 +57,8 @@ ACCEPTED = {  # which of the values a setting may have by its type; a setting th
     "true": "augment.flip compile projector algo.rotations algo.cosine algo.first_order algo.adapt_norm "
     "algo.gradient_checkpointing algo.learn_temperature algo.learn_penalty algo.reset_moments backbone.ceil_pool "
     "backbone.global_pool backbone.norm_scale backbone.running_stats backbone.frozen dataset.crop dataset.color "
-    "dataset.invert dataset.resize schedule.cycle_momentum head.flip head.cosine head.normalize resume",
+    "dataset.invert dataset.resize schedule.cycle_momentum head.flip head.cosine head.normalize resume "
+    "evaluate:unseen_only compare:unseen_only",
     "zero": "augment.crop backbone.padding head.augment schedule.total_iters",
     "list": "normalize.mean normalize.std backbone.padding",
     "empty list": "normalize.mean normalize.std paper backbone.padding backbone.downsample dataset.val_alphabets "
