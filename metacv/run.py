@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import random
-import shutil
 import signal
 import sys
 import threading
@@ -226,7 +225,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
         if isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EROFS:
             raise
     try:
-        for temporary in folder.glob(".*.tmp"):
+        for temporary in (*folder.glob(".*.tmp"), *folder.glob(".hydra/.*.tmp")):
             temporary.unlink()
         yield
     finally:
@@ -254,7 +253,7 @@ def start(cfg: DictConfig, folder: Path, overrides: list[str]) -> tuple[TrainCon
     if path.parent.resolve() != folder.resolve():
         for name in ("best.pt", "metrics.jsonl"):
             if (path.parent / name).exists():
-                shutil.copy(path.parent / name, folder / name)
+                write_bytes_atomically(folder / name, (path.parent / name).read_bytes())
     return config, merged, source
 
 

@@ -1,25 +1,12 @@
 """Files are written whole or not at all, and an error says which file and why."""
 
-import contextlib
 import errno
-import resource
-from collections.abc import Iterator
 
 import pytest
 import torch
+from conftest import largest_file
 
 from metacv.files import _atomically, write_atomically, write_bytes_atomically
-
-
-@contextlib.contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """No file may grow beyond `size` bytes, as on a disk that is full."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_two_programs_with_the_same_process_id_do_not_disturb_each_other(tmp_path):
@@ -41,7 +28,7 @@ def test_a_full_disk_is_an_error_that_names_the_file_and_the_reason(tmp_path, li
     """Wherever in the file the disk is full. There torch.save raises errors of several kinds."""
     path = tmp_path / "file.pt"
     path.write_bytes(b"before")
-    with largest_file(limit), pytest.raises(OSError) as caught:
+    with largest_file(limit), pytest.raises(OSError, match="File too large") as caught:
         write_atomically(path, {"images": torch.zeros(300_000)})
     assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(path))
     assert path.read_bytes() == b"before"
