@@ -238,16 +238,17 @@ def start(cfg: DictConfig, folder: Path, overrides: list[str]) -> tuple[TrainCon
     own = load_state(last) if last.exists() else None
     if own:
         show_config(folder, own.content["config"], own.content["overrides"])
-    if cfg.resume is False:
+    resume = own is not None if cfg.resume == "auto" else cfg.resume
+    if resume is False:
         if own:
             raise UserError(f"hydra.run.dir={folder} holds a run; resume=true continues it")
-        return typed(cfg, TrainConfig), overrides, None
-    if cfg.resume is True and not own:
+        return typed(cfg, TrainConfig), [word for word in overrides if word != "resume=auto"], None
+    if resume is True and not own:
         raise UserError(f"resume=true, but {folder} has no last.pt: use resume=RUN, or add hydra.run.dir=RUN")
-    path = last if cfg.resume is True else checkpoint_path(str(cfg.resume), "last.pt")
+    path = last if resume is True else checkpoint_path(str(resume), "last.pt")
     if own and not (path.exists() and path.samefile(last)):
         load_state(path)  # refuses a file that is missing, or that holds weights only
-        raise UserError(f"resume={cfg.resume}, but hydra.run.dir={folder} holds another run")
+        raise UserError(f"resume={resume}, but hydra.run.dir={folder} holds another run")
     source = own or load_state(path)
     config, merged = resumed(source, overrides)
     if path.parent.resolve() != folder.resolve():

@@ -11,11 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ALGORITHMS, quick
 
 from metacv.config import flat, to_dict
 from metacv.data.sampler import EpisodeList, EpisodeSampler
 from metacv.evaluate import evaluate_episodes
+from metacv.logger import Logger
 from metacv.model import build_dataset, load_checkpoint
 from metacv.results import read_results
 
@@ -106,6 +108,13 @@ def test_the_table_of_runs_is_sorted_by_any_setting(board):
         values = [value for row in rows if (value := row["hparams"].get(info["name"])) is not None]
         assert len(rows) == len(ALGORITHMS)
         assert values == sorted(values)
+
+
+def test_a_label_of_the_projector_is_one_line_whatever_the_name_of_its_class(tmp_path):
+    with Logger(tmp_path, 0, -1) as logger:
+        logger.features(0, "val/features", torch.eye(2), ["a\tb\nc", "\udcff"], torch.zeros(2, 1, 4, 4))
+    (names,) = tmp_path.rglob("metadata.tsv")
+    assert names.read_text() == "a?b?c\n?\n"
 
 
 def test_the_projector_gets_a_point_for_every_validation_image(metacv):
