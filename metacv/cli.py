@@ -23,9 +23,13 @@ def main() -> None:
         sys.stdout.flush()
     except KeyboardInterrupt:
         code = 130
-    except BrokenPipeError:  # the reader of the output has exited, as in `metacv --help | head -1`
+    except (
+        OSError
+    ) as error:  # of the output: its reader has exited, as in `metacv --help | head -1`, or the disk is full
+        code = 141 if isinstance(error, BrokenPipeError) else 1
+        if code == 1:
+            print(f"metacv: the output cannot be written: {error.strerror}", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 141
     sys.exit(code)
 
 
@@ -97,6 +101,8 @@ def _train(words: list[str], reported: list[Exception]) -> int:
     from hydra.types import RunMode
     from omegaconf import DictConfig
 
+    from metacv.errors import UserError
+
     sys.argv = ["metacv train", *hydra_overrides("train", words)]
     failed: list[Exception] = []
 
@@ -116,7 +122,13 @@ def _train(words: list[str], reported: list[Exception]) -> int:
             failed.append(error)  # raised below, where Hydra does not print it too
             return math.nan
 
-    hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="train")(job)()
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="train")(job)()
+    except OSError as error:
+        if error.filename or not error.strerror or error in reported:
+            raise
+        text = f"Hydra cannot write the settings into the folder of the run or of the sweep: {error.strerror}"
+        raise UserError(text) from error
     if failed:
         raise failed[0]
     return 0

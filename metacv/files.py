@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import secrets
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -59,15 +60,18 @@ def sha256(path: Path) -> str:
 
 
 def _atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # A random name: programs in two containers may have the same process id.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            error.filename = str(path)
+        cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save hides an OSError
+        if isinstance(cause, OSError):
+            cause.filename = str(path)
+            raise cause from None
         raise

@@ -3,22 +3,41 @@
 import contextlib
 import json
 import os
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from metacv.config import flat
-from metacv.files import write_bytes_atomically
+from metacv.errors import UserError
+from metacv.files import write_bytes_atomically, written_or_refused
+from metacv.text import printable
+
+
+@contextlib.contextmanager
+def errors_of_threads_once() -> Iterator[None]:
+    """Print no traceback where a thread cannot write a file: TensorBoard's thread raises its error in ours too."""
+    before = threading.excepthook
+    threading.excepthook = lambda failed: None if isinstance(failed.exc_value, OSError) else before(failed)
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 class Logger:
-    """Appends to a run's folder; removes what an interrupted run wrote after `step`, or after step `validated`."""
+    """Appends to a run's folder; removes what an interrupted run wrote after `step`, or after step `validated`.
+
+    Every method raises UserError if it cannot write.
+    """
 
     def __init__(self, folder: Path, step: int, validated: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
-        path = folder / "metrics.jsonl"
+        self.metrics = path = folder / "metrics.jsonl"
+        self.events = folder / "events.out.tfevents.*"
         kept = []
         for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
             with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that a kill cut short
@@ -26,39 +45,71 @@ class Logger:
                 of_training = any(name.startswith("train/") for name in content)
                 if content["step"] <= (step if of_training else validated):
                     kept.append(line + "\n")
-        write_bytes_atomically(path, "".join(kept).encode())
-        self.file = path.open("a")
-        self.tensorboard = SummaryWriter(str(folder), purge_step=step + 1)
+        with written_or_refused(path):
+            write_bytes_atomically(path, "".join(kept).encode())
+            self.file = path.open("a")
+        with written_or_refused(self.events):
+            self.tensorboard = SummaryWriter(str(folder), purge_step=validated + 1)
+        for content in map(json.loads, kept):
+            if (number := content.pop("step")) > validated:  # training after the last validation, purged with the rest
+                self.points(number, content)
 
     def __enter__(self) -> "Logger":
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.file.close()
-        self.tensorboard.close()
+    def __exit__(self, kind: object, *error: object) -> None:
+        with contextlib.suppress(*([UserError] if kind else [])):  # the first error is the one to report
+            with written_or_refused(self.metrics):
+                self.file.close()
+            with written_or_refused(self.events):
+                self.tensorboard.close()
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """One line and one point of each curve, of values by their tags, such as train/loss."""
-        self.file.write(json.dumps({"step": step} | {name: float(f"{v:.6g}") for name, v in values.items()}) + "\n")
-        self.file.flush()
-        for name, value in values.items():
-            self.tensorboard.add_scalar(name, value, step)
+        line = json.dumps({"step": step} | {name: float(f"{v:.6g}") for name, v in values.items()}) + "\n"
+        with written_or_refused(self.metrics):
+            self.file.write(line)
+            self.file.flush()
+        self.points(step, values)
+
+    def points(self, step: int, values: dict[str, float]) -> None:
+        """For TensorBoard alone."""
+        with written_or_refused(self.events):
+            for name, value in values.items():
+                self.tensorboard.add_scalar(name, value, step)
 
     def picture(self, step: int, name: str, image: Tensor) -> None:
         """image: uint8 [3, H, W]"""
-        self.tensorboard.add_image(name, image, step)
-        self.tensorboard.flush()
+        with written_or_refused(self.events):
+            self.tensorboard.add_image(name, image, step)
 
-    def hparams(self, config: dict[str, Any], step: int, name: str, metric: float) -> None:
-        """A row in TensorBoard's table of runs: every setting, and the final value of a metric."""
+    def hparams(self, config: dict[str, Any]) -> None:
+        """A row in TensorBoard's table of runs: every setting that has a value, and the last values of the curves.
+
+        TensorBoard sorts a column only if it has numbers alone or texts alone, so lists have columns of their own.
+        """
         from torch.utils.tensorboard.summary import hparams
 
-        values = {own: value if isinstance(value, bool | int | float) else str(value) for own, value in flat(config)}
-        for summary in hparams(values, {name: metric}):
-            self.tensorboard._get_file_writer().add_summary(summary)
-        self.tensorboard.add_scalar(name, metric, step)
+        given = {f"{name}[]" if isinstance(value, list) else name: value for name, value in flat(config)}
+        values = {
+            name: value if isinstance(value, bool | int | float) else str(value)
+            for name, value in given.items()
+            if value is not None
+        }
+        _, *session = hparams(values, {})  # without the list of columns, which would be that of the first run for all
+        with written_or_refused(self.events):
+            for summary in session:
+                self.tensorboard._get_file_writer().add_summary(summary)
+
+    def features(self, step: int, name: str, features: Tensor, labels: list[str], images: Tensor) -> None:
+        """For the projector: features [M, D] of labelled images [M, C, H, W] from 0 to 1."""
+        with written_or_refused(self.events.with_name("projector_config.pbtxt")):
+            self.tensorboard.add_embedding(features, list(map(printable, labels)), images, step, name)
 
     def sync(self) -> None:
         """Write to disk everything that the next checkpoint relies on."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        with written_or_refused(self.metrics):
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        with written_or_refused(self.events):
+            self.tensorboard.flush()

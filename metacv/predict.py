@@ -33,7 +33,7 @@ from metacv.model import (
     save_checkpoint,
     with_head,
 )
-from metacv.text import aligned, csv_text, first_line, printable, setting
+from metacv.text import aligned, csv_bytes, first_line, printable, setting
 
 LINES = 40  # of the table on the terminal
 PICTURED = 200  # support images at most, and queries
@@ -99,7 +99,7 @@ def predict(cfg: PredictConfig, folder: Path) -> Predictions:
     if not probabilities.isfinite().all():
         raise UserError(f"{path}: the probabilities are not finite; the weights are not, or adaptation diverged")
     predictions: Predictions = [
-        {"file": str(query), "label": support.classes[int(row.argmax())], "probability": float(row.max())}
+        {"file": printable(str(query)), "label": support.classes[int(row.argmax())], "probability": float(row.max())}
         | {"probabilities": dict(zip(support.classes, row.tolist(), strict=True))}
         for query, row in zip(queries, probabilities, strict=True)
     ]
@@ -223,7 +223,7 @@ def write(folder: Path, predictions: Predictions, support: Support, checkpoint: 
         "support": dict(zip(support.classes, support.shots, strict=True)),
         "predictions": predictions,
     }
-    write_bytes_atomically(folder / "predictions.csv", csv_text(table).encode(errors="surrogateescape"))
+    write_bytes_atomically(folder / "predictions.csv", csv_bytes(table))
     write_bytes_atomically(folder / "predictions.json", (json.dumps(content, indent=1) + "\n").encode())
 
 

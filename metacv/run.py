@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import random
-import shutil
 import signal
 import sys
 import threading
@@ -228,7 +227,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
         if isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EROFS:
             raise
     try:
-        for temporary in folder.glob(".*.tmp"):
+        for temporary in (*folder.glob(".*.tmp"), *folder.glob(".hydra/.*.tmp")):
             temporary.unlink()
         yield
     finally:
@@ -241,22 +240,23 @@ def start(cfg: DictConfig, folder: Path, overrides: list[str]) -> tuple[TrainCon
     own = load_state(last) if last.exists() else None
     if own:
         show_config(folder, own.content["config"], own.content["overrides"])
-    if cfg.resume is not True and not isinstance(cfg.resume, str):  # false, or a value that is refused
+    resume = own is not None if cfg.resume == "auto" else cfg.resume
+    if resume is not True and not isinstance(resume, str):  # false, or a value that is refused
         if own:
             raise UserError(f"hydra.run.dir={folder} holds a run; resume=true continues it")
-        return typed(cfg, TrainConfig), overrides, None
-    if cfg.resume is True and not own:
+        return typed(cfg, TrainConfig), [word for word in overrides if word != "resume=auto"], None
+    if resume is True and not own:
         raise UserError(f"resume=true, but {folder} has no last.pt: use resume=RUN, or add hydra.run.dir=RUN")
-    path = last if cfg.resume is True else checkpoint_path(str(cfg.resume), "last.pt")
+    path = last if resume is True else checkpoint_path(str(resume), "last.pt")
     if own and not (path.exists() and path.samefile(last)):
         load_state(path)  # refuses a file that is missing, or that holds weights only
-        raise UserError(f"resume={cfg.resume}, but hydra.run.dir={folder} holds another run")
+        raise UserError(f"resume={resume}, but hydra.run.dir={folder} holds another run")
     source = own or load_state(path)
     config, merged = resumed(source, overrides)
     if path.parent.resolve() != folder.resolve():
         for name in ("best.pt", "metrics.jsonl"):
             if (path.parent / name).exists():
-                shutil.copy(path.parent / name, folder / name)
+                write_bytes_atomically(folder / name, (path.parent / name).read_bytes())
     return config, merged, source
 
 

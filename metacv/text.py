@@ -25,11 +25,13 @@ def csv_safe(text: str) -> str:
     return f"'{text}" if computed and not re.fullmatch(r"[+-]?[\d.]+(e[+-]?\d+)?", text, re.IGNORECASE) else text
 
 
-def csv_text(lines: Iterable[Sequence[object]]) -> str:
-    """A table as CSV, in which texts are safe."""
+def csv_bytes(lines: Iterable[Sequence[object]]) -> bytes:
+    """A table as CSV, in which texts are safe and printable. Excel takes it as UTF-8 because of its first bytes."""
     text = io.StringIO(newline="")
-    csv.writer(text).writerows([csv_safe(cell) if isinstance(cell, str) else cell for cell in line] for line in lines)
-    return text.getvalue()
+    csv.writer(text).writerows(
+        [csv_safe(printable(cell)) if isinstance(cell, str) else cell for cell in line] for line in lines
+    )
+    return text.getvalue().encode("utf-8-sig")
 
 
 def aligned(lines: list[list[str]]) -> str:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import random
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -28,7 +29,7 @@ from metacv.drawing import episode_picture
 from metacv.errors import UserError
 from metacv.evaluate import centre, evaluate_episodes, learning_rates, record
 from metacv.files import write_bytes_atomically
-from metacv.logger import Logger
+from metacv.logger import Logger, errors_of_threads_once
 from metacv.model import (
     Training,
     build,
@@ -63,6 +64,7 @@ def train(cfg: DictConfig, folder: Path, overrides: list[str]) -> float:
         if ranks.rank:  # random draws in training, such as DropBlock's masks, differ between ranks
             torch.manual_seed(int(torch.randint(2**62, (ranks.rank,))[-1]))
         say(header(run, folder))
+        stack.enter_context(errors_of_threads_once())
         logger = stack.enter_context(Logger(folder, run.step, run.validated))
         signals = stack.enter_context(StopSignals())
         bar = stack.enter_context(tqdm(total=run.steps, initial=run.step, unit="step", disable=None))
@@ -169,6 +171,7 @@ def validate(run: Run, episodes: EpisodeList, folder: Path, logger: Logger, sign
         left = run.seconds * (run.steps - run.step) / max(1, run.step)
         notes = (", best so far" if better else "") + (f", {duration(left)} left" if run.step < run.steps else "")
         say(f"step {run.step} of {run.steps}: validation {percent(measured['accuracy'], measured['ci95'])} %{notes}")
+        logger.points(run.step, {"val/best_accuracy": run.best["accuracy"]})
     logger.scalars(run.step, {f"val/{name}": value for name, value in measured.items()})
     episode = next(episodes.batches(1))
     logger.picture(run.step, "val/episode", episode_picture(episode, tested.predict(episode, mode)))
@@ -181,7 +184,7 @@ def validate(run: Run, episodes: EpisodeList, folder: Path, logger: Logger, sign
 
 def finish(run: Run, validation: EpisodeList, logger: Logger) -> None:
     """Write TensorBoard's table of runs, and features for its projector if the settings ask for them."""
-    logger.hparams(to_dict(run.config), run.step, "val/best_accuracy", run.best["accuracy"])
+    logger.hparams(to_dict(run.config))
     if run.config.projector:
         bank = validation.sampler.bank
         # Shuffled, so that batch statistics are those of many classes.
@@ -193,7 +196,7 @@ def finish(run: Run, validation: EpisodeList, logger: Logger) -> None:
             features = torch.cat([backbone.features(some.to(run.sampler.device)).cpu() for some in images.split(100)])
         side = min(32, *images.shape[2:])  # TensorBoard draws all of them into one picture
         small = F.interpolate(images, (side, side), mode="area")
-        logger.tensorboard.add_embedding(features, names, small, run.step, tag="val/features")
+        logger.features(run.step, "val/features", features, names, small)
 
 
 def check_finite(run: Run, folder: Path, ranks: Ranks) -> None:
@@ -327,5 +330,5 @@ def report(run: Run, validation: EpisodeList, folder: Path) -> None:
         f"({config.way}-way {config.shot}-shot, {config.eval_episodes} episodes, {config.batch_norm})\n"
         f"checkpoint: {folder / 'best.pt'}\n"
         f"on test:    metacv evaluate {setting('checkpoint', folder)}\n"
-        f"curves:     tensorboard --logdir {folder}"
+        f"curves:     tensorboard --logdir {shlex.quote(str(folder))}"
     )

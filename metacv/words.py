@@ -9,6 +9,7 @@ from metacv import CONFIG_DIR
 from metacv.errors import UserError
 from metacv.upgrade import RENAMED
 
+IN_ITS_FOLDER = ("true", "false", "auto")  # values of `resume` that are no path
 PATHS = re.compile(
     r"\+*(checkpoint|features|init|algo\.teacher|support|adapted|save|resume|data_dir|hydra\.(run|sweep)\.dir|dataset\.(root|\w+_dir|\w+_file))"
 )
@@ -36,7 +37,9 @@ def hydra_overrides(command: str, words: list[str]) -> list[str]:
         if "=" not in words[i] and not words[i].startswith("~"):
             raise UserError(f"{words[i]}: settings are given as name=value")
     overrides = [_quoted_path(command, word, sweeps) for word in words]
-    if command != "train" or any(word.startswith("resume=") and word != "resume=false" for word in words):
+    if command != "train" or any(
+        word.startswith("resume=") and word not in ("resume=false", "resume=auto") for word in words
+    ):
         # algo, dataset and head of a trained model: Hydra does not know their keys
         overrides = [f"++{word}" if word.startswith(("algo.", "dataset.", "head.")) else word for word in overrides]
     if command == "train" and not any(word.startswith("hydra.run.dir=") for word in words):
@@ -81,7 +84,7 @@ def _quoted_path(command: str, word: str, sweeps: bool) -> str:
         return word
     if _unquoted(value) == "":
         raise UserError(f"{name} is empty: it must be a path")
-    if value == "null" or (name == "resume" and value.lower() in ("true", "false")):
+    if value == "null" or (name == "resume" and value.lower() in IN_ITS_FOLDER):
         return word
     if _unquoted(value) != value and not os.path.exists(value):
         return word
@@ -113,7 +116,7 @@ def _unquoted(value: str) -> str:
 def _resumed_folder(word: str) -> str | None:
     """The folder of RUN in resume=RUN, where the run continues; None for any other word."""
     name, _, value = word.partition("=")
-    if name != "resume" or value.lower() in ("true", "false", ""):
+    if name != "resume" or value.lower() in (*IN_ITS_FOLDER, ""):
         return None
     path = Path(os.path.expanduser(_unquoted(value)))
     folder = path if path.is_dir() else path.parent

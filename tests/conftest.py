@@ -1,9 +1,11 @@
 """What tests share: small networks and tasks with known answers, the command line in this process, short runs."""
 
+import contextlib
 import logging
 import os
+import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +160,17 @@ def assert_same(one: Any, other: Any, place: str = "state") -> None:
         assert torch.equal(one, other), place
     else:
         assert one == other, place
+
+
+@contextlib.contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """No file may grow beyond `size` bytes, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 # A glyph data set and a training run that are short enough for tests of everything around them.

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from conftest import SMALL
+from conftest import SMALL, largest_file
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
@@ -303,6 +303,19 @@ def test_a_reader_that_exits_gets_no_traceback():
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert done.stderr == ""
     assert done.stdout.strip() in ("0", "141")
+
+
+def test_a_full_disk_gets_one_line_whatever_cannot_be_written(metacv):
+    with largest_file(50):
+        code, _, err = metacv("train", "hydra.run.dir=run")
+    assert code == 1
+    assert err == "metacv: Hydra cannot write the settings into the folder of the run or of the sweep: File too large\n"
+    command = [sys.executable, "-m", "metacv", "--version"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            command, env=os.environ | {"PYTHONUNBUFFERED": ""}, stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert (done.returncode, done.stderr) == (1, "metacv: the output cannot be written: No space left on device\n")
 
 
 def test_help_names_the_commands_and_the_version(metacv):

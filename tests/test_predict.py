@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -39,7 +40,7 @@ def lay_out(folder: Path, support: list[int], query: int, seed: int = 3) -> None
 
 
 def table(folder: str) -> list[dict[str, str]]:
-    with (Path(folder) / "predictions.csv").open(newline="") as file:
+    with (Path(folder) / "predictions.csv").open(newline="", encoding="utf-8-sig") as file:
         return list(csv.DictReader(file))
 
 
@@ -297,7 +298,13 @@ def test_file_names_reach_neither_the_terminal_nor_a_spreadsheet_unescaped(metac
     code, out, err = metacv("predict", "adapted=kept.pt", "query==own\x1b[31m.png", "hydra.run.dir=out")
     assert (code, err) == (0, "")
     assert out.startswith("=own?[31m.png  ")
-    assert [row["file"] for row in table("out")] == ["'=own\x1b[31m.png"]
+    assert [row["file"] for row in table("out")] == ["'=own?[31m.png"]
+    assert Path("out/predictions.csv").read_bytes().startswith("\ufefffile,label".encode())  # Excel reads it as UTF-8
+    name = os.fsdecode(b"na\xff\n.png")  # no UTF-8, as on an old disk
+    shutil.copy("own/query/file/01.png", name)
+    assert metacv("predict", "adapted=kept.pt", f"query={name}", "hydra.run.dir=out")[0] == 0
+    (one,) = json.loads(Path("out/predictions.json").read_text())["predictions"]
+    assert one["file"] == table("out")[0]["file"] == "na??.png"
     code, _, err = metacv("predict", "adapted=kept.pt", "query=\x1b[31m")
     assert err == "metacv: query=?[31m: there is no such file or folder\n"
 

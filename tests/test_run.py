@@ -2,13 +2,17 @@
 
 import errno
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import largest_file
 from filelock import FileLock
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from metacv.errors import UserError
-from metacv.logger import Logger
+from metacv.logger import Logger, errors_of_threads_once
 from metacv.model import load_checkpoint
 from metacv.run import load_state, lock_folder
 
@@ -49,6 +53,64 @@ def test_training_lines_up_to_the_step_are_kept_whatever_scalars_a_method_logs(t
     with Logger(tmp_path, step=20, validated=10):
         pass
     assert [json.loads(line) for line in path.read_text().splitlines()] == lines[:2]
+
+
+def test_curves_keep_training_up_to_the_step_and_validations_up_to_the_last_one_that_was_saved(tmp_path):
+    """Saved by a signal at step 3, whose validation was logged, but not saved, before a kill."""
+    curve = {}
+    for validated in (-1, 2):
+        with Logger(tmp_path, step=max(0, 3 * validated // 2), validated=validated) as logger:
+            for step in (1, 2, 3, 4) if validated < 0 else (4,):
+                logger.scalars(step, {"train/loss": float(step)})
+            for step in (2, 3):
+                if step > validated:
+                    logger.scalars(step, {"val/accuracy": float(step + validated)})
+    events = EventAccumulator(str(tmp_path)).Reload()
+    for name in ("train/loss", "val/accuracy"):
+        curve[name] = [(event.step, event.value) for event in events.Scalars(name)]
+    assert sorted(curve["train/loss"]) == [(1, 1), (2, 2), (3, 3), (4, 4)]
+    assert sorted(curve["val/accuracy"]) == [(2, 1), (3, 5)]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["val/accuracy"]) for line in lines if "val/accuracy" in line] == curve["val/accuracy"]
+
+
+def test_a_finished_run_that_is_resumed_adds_no_point_to_a_curve(metacv, trained):
+    shutil.copytree(trained("protonet"), "run")
+    before = EventAccumulator("run").Reload()
+    assert metacv("train", "resume=run")[0] == 0
+    after = EventAccumulator("run").Reload()
+    assert len(list(Path("run").glob("events.*"))) == 2
+    for name in before.Tags()["scalars"]:
+        assert [event.step for event in after.Scalars(name)] == [event.step for event in before.Scalars(name)]
+    assert [event.step for event in after.Scalars("val/best_accuracy")] == [2, 4]
+
+
+def test_what_a_kill_leaves_behind_is_removed_at_the_next_start(tmp_path):
+    (tmp_path / ".hydra").mkdir()
+    left = [tmp_path / ".last.pt.12.tmp", tmp_path / ".hydra/.config.yaml.12.tmp"]
+    kept = [tmp_path / ".hydra/config.yaml", tmp_path / "notes.tmp"]
+    for path in (*left, *kept):
+        path.write_text("")
+    with lock_folder(tmp_path):
+        assert [path.exists() for path in (*left, *kept)] == [False, False, True, True]
+
+
+@pytest.mark.parametrize("file", ["metrics.jsonl", "events.out.tfevents.*"])
+def test_a_log_that_cannot_be_written_is_one_error_that_names_the_file(tmp_path, capfd, file):
+    """Of the file that reaches the limit first. TensorBoard writes on a thread of its own."""
+    earlier = json.dumps({"step": 0, "val/accuracy": 0.5}) + "\n"
+    (tmp_path / "metrics.jsonl").write_text(earlier * (100 if file == "metrics.jsonl" else 1))
+
+    def fill() -> None:
+        with errors_of_threads_once(), Logger(tmp_path, 0, 0) as logger, largest_file(100 * len(earlier)):
+            for step in range(1, 1000):
+                logger.scalars(step, {"train/loss": 1.0})
+                logger.sync()
+
+    with pytest.raises(UserError) as caught:
+        fill()
+    assert str(caught.value) == f"{tmp_path / file} cannot be written: File too large"
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ALGORITHMS, quick
 
+from metacv.config import flat, to_dict
 from metacv.data.sampler import EpisodeList, EpisodeSampler
 from metacv.evaluate import evaluate_episodes
+from metacv.logger import Logger
 from metacv.model import build_dataset, load_checkpoint
 from metacv.results import read_results
 
@@ -75,15 +78,43 @@ def test_the_table_of_runs_has_every_setting_and_the_best_accuracy(board, traine
     names = {info["name"] for info in columns["hparamInfos"]}
     assert {"algo", "way", "shot", "seed", "optimizer.lr"} <= names
     assert not {"data_dir", "device"} & names
-    metrics = [{"group": info["name"].get("group", ""), "tag": info["name"]["tag"]} for info in columns["metricInfos"]]
-    assert [metric["tag"] for metric in metrics] == ["val/best_accuracy"]
-    query = {"experimentName": "", "allowedStatuses": ["STATUS_UNKNOWN", "STATUS_SUCCESS", "STATUS_RUNNING"],
-             "colParams": [{"metric": metrics[0]}], "startIndex": 0, "sliceSize": 50}  # fmt: skip
-    rows = board("hparams/session_groups", query)["sessionGroups"]
-    shown = sorted((row["hparams"]["algo"], row["metricValues"][0]["value"]) for row in rows)
+    for algo in ALGORITHMS:  # each has settings that others lack
+        own = flat(to_dict(load_checkpoint(trained(algo)).config))
+        assert {f"{n}[]" if isinstance(value, list) else n for n, value in own if value is not None} <= names
+    assert "val/best_accuracy" in {info["name"]["tag"] for info in columns["metricInfos"]}
+    rows = session_groups(board, {"metric": {"group": "", "tag": "val/best_accuracy"}})
+    shown = sorted(
+        (row["hparams"]["algo"], value["value"])
+        for row in rows
+        for value in row["metricValues"]
+        if value["name"]["tag"] == "val/best_accuracy"
+    )
     results = [read_results(trained(algo) / "result.json").results[0] for algo in ALGORITHMS]
     expected = sorted((result.method, result.accuracy) for result in results)
     assert shown == [(method, pytest.approx(accuracy, rel=1e-5)) for method, accuracy in expected]
+
+
+def session_groups(board, *columns: dict) -> list[dict]:
+    query = {"experimentName": "", "allowedStatuses": ["STATUS_UNKNOWN", "STATUS_SUCCESS", "STATUS_RUNNING"],
+             "colParams": columns, "startIndex": 0, "sliceSize": 50}  # fmt: skip
+    return board("hparams/session_groups", query)["sessionGroups"]
+
+
+def test_the_table_of_runs_is_sorted_by_any_setting(board):
+    """Some settings are numbers in one run, and missing or null in others."""
+    columns = board("hparams/experiment", {"experimentName": ""})
+    for info in columns["hparamInfos"]:
+        rows = session_groups(board, {"hparam": info["name"], "order": "ORDER_ASC"})
+        values = [value for row in rows if (value := row["hparams"].get(info["name"])) is not None]
+        assert len(rows) == len(ALGORITHMS)
+        assert values == sorted(values)
+
+
+def test_a_label_of_the_projector_is_one_line_whatever_the_name_of_its_class(tmp_path):
+    with Logger(tmp_path, 0, -1) as logger:
+        logger.features(0, "val/features", torch.eye(2), ["a\tb\nc", "\udcff"], torch.zeros(2, 1, 4, 4))
+    (names,) = tmp_path.rglob("metadata.tsv")
+    assert names.read_text() == "a?b?c\n?\n"
 
 
 def test_the_projector_gets_a_point_for_every_validation_image(metacv):

@@ -116,6 +116,10 @@ def test_a_run_prints_the_commands_that_come_next(metacv):
     assert "best in validation: " in out
     assert "checkpoint: run/best.pt" in out
     assert "metacv evaluate checkpoint=run" in out
+    code, out, _ = metacv(*PROTONET, "hydra.run.dir=my run")
+    assert code == 0
+    assert "metacv evaluate 'checkpoint=my run'\n" in out
+    assert "tensorboard --logdir 'my run'\n" in out
 
 
 @pytest.mark.parametrize(
@@ -415,6 +419,30 @@ def test_a_sweep_runs_every_combination_and_continues_after_one_that_fails(metac
         "0_maml_glyphs_5w1s",
         "2_protonet_glyphs_5w1s",
     ]
+
+
+def test_a_sweep_that_was_interrupted_is_finished_by_the_same_command_with_resume_auto(metacv, monkeypatch):
+    """The first run was finished, the second stopped by a signal, and the third not begun."""
+    command = ("train", "-m", *quick("protonet"), "seed=0,1,2", "resume=auto")
+    assert metacv(*command, "hydra.sweep.dir=whole")[0] == 0
+    drawn = []
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, EpisodeSampler, "sample", lambda *_: drawn.append(1) or len(drawn) == 9, signal.SIGTERM)
+        assert metacv(*command, "hydra.sweep.dir=sweep")[0] == 143
+    before = [last(folder)["step"] for folder in sorted(Path("sweep").glob("*_*"))]
+    assert before[0] == 4
+    assert 0 < before[1] < 4
+    assert len(before) == 2
+    for _ in range(2):  # the second time all are finished
+        assert metacv(*command, "hydra.sweep.dir=sweep")[0::2] == (0, "")
+        for own, whole in zip(sorted(Path("sweep").glob("*_*")), sorted(Path("whole").glob("*_*")), strict=True):
+            assert_same_run(str(own), str(whole))
+
+
+def test_resume_auto_refuses_settings_that_the_run_was_not_trained_with(metacv, trained):
+    shutil.copytree(trained("protonet"), "run")
+    code, _, err = metacv(*PROTONET, RUN, "way=4", "resume=auto")
+    assert (code, err) == (1, "metacv: resume: train_way is 4, but run/last.pt was trained with 5\n")
 
 
 @pytest.mark.slow

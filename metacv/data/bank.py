@@ -136,8 +136,9 @@ def cached_bank(data_dir: Path, name: str, settings: dict[str, Any], make: Calla
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, {"images": bank.images, "offsets": bank.offsets, "class_names": list(bank.class_names)})
         return _load_cache(path, name)  # memory-mapped, and shared by all programs that load it
-    except OSError as error:
-        print(f"metacv: {path} cannot be written ({error.strerror}); continuing without a cache", file=sys.stderr)
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        print(f"metacv: {path} cannot be written and read back ({reason}); continuing without a cache", file=sys.stderr)
     return bank
 
 

@@ -12,7 +12,7 @@ from metacv.files import user_path, write_bytes_atomically
 from metacv.report.figures import CURVES, HUES, by_cost, by_task, curves, sample_episodes
 from metacv.report.gather import gather
 from metacv.report.table import BEST, NOTE, Row, as_markdown, rows_of, varied_settings
-from metacv.text import aligned, csv_text
+from metacv.text import aligned, csv_bytes
 
 
 def report(config: ReportConfig, folder: Path) -> list[dict[str, str]]:
@@ -32,8 +32,8 @@ def report(config: ReportConfig, folder: Path) -> list[dict[str, str]]:
     notes = [NOTE] * any(row.selection for row in rows) + notes
     folder.mkdir(parents=True, exist_ok=True)
     html = page(rows, varied, cells, notes)
-    for kind, text in (("csv", csv_text(lines)), ("md", as_markdown(lines)), ("html", html)):
-        write_bytes_atomically(folder / f"report.{kind}", text.encode())
+    for kind, text in (("csv", csv_bytes(lines)), ("md", as_markdown(lines).encode()), ("html", html.encode())):
+        write_bytes_atomically(folder / f"report.{kind}", text)
     print("\n".join([aligned(lines), *notes]))
     for kind in ("html", "md", "csv"):
         print(f"{'written:' if kind == 'html' else '':<8} {folder / f'report.{kind}'}")

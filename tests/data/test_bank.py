@@ -1,5 +1,6 @@
 """The image bank and its cache."""
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,21 @@ def test_without_a_place_for_the_cache_a_line_says_so(tmp_path, capsys):
     (tmp_path / "cache").write_text("a file where the folder should be")
     assert cached_bank(tmp_path, "toy", {}, make).fingerprint == make().fingerprint
     assert "continuing without a cache" in capsys.readouterr().err
+
+
+def test_a_full_disk_and_a_file_that_another_program_destroys_cost_the_cache_only(tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def destroyed(path: Path, _):
+        path.write_bytes(b"half")
+
+    for write, reason in ((full, "No space left on device"), (destroyed, "RuntimeError")):
+        monkeypatch.setattr("metacv.data.bank.write_atomically", write)
+        assert cached_bank(tmp_path, "toy", {}, make).fingerprint == make().fingerprint
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert f"({reason}); continuing without a cache" in error
 
 
 def test_a_cached_bank_is_memory_mapped_so_that_programs_share_it(tmp_path):

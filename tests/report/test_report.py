@@ -98,7 +98,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 def rows(*places: Path | str) -> list[dict[str, str]]:
     """The rows of a report's table, as report.csv has them."""
     report(ReportConfig([str(place) for place in places]), Path("out"))
-    with Path("out/report.csv").open(newline="") as file:
+    with Path("out/report.csv").open(newline="", encoding="utf-8-sig") as file:
         return list(csv.DictReader(file))
 
 
@@ -161,7 +161,7 @@ def test_a_trained_and_evaluated_run_is_in_the_report(metacv, trained):
     assert (code, err) == (0, "")
     (test,) = json.loads(Path("test/result.json").read_text())["results"]
     (best,) = json.loads(Path("run/result.json").read_text())["results"]
-    with Path("out/report.csv").open(newline="") as file:
+    with Path("out/report.csv").open(newline="", encoding="utf-8-sig") as file:
         (row,) = csv.DictReader(file)
     assert row["test %"] == f"{100 * test['accuracy']:.2f} ± {100 * test['ci95']:.2f}"
     assert row["validation %"] == f"{100 * best['accuracy']:.2f} ± {100 * best['ci95']:.2f}"

@@ -1,0 +1,41 @@
+"""Files are written whole or not at all, and an error says which file and why."""
+
+import errno
+
+import pytest
+import torch
+from conftest import largest_file
+
+from metacv.files import _atomically, write_atomically, write_bytes_atomically
+
+
+def test_two_programs_with_the_same_process_id_do_not_disturb_each_other(tmp_path):
+    """As in two containers; the second writes while the first does."""
+    path = tmp_path / "file"
+
+    def write(file):
+        file.write(b"first")
+        write_bytes_atomically(path, b"second")
+        assert path.read_bytes() == b"second"
+
+    _atomically(path, write)
+    assert path.read_bytes() == b"first"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("limit", [0, 50, 2_000, 200_000, 1_199_000, 1_200_300])
+def test_a_full_disk_is_an_error_that_names_the_file_and_the_reason(tmp_path, limit):
+    """Wherever in the file the disk is full. There torch.save raises errors of several kinds."""
+    path = tmp_path / "file.pt"
+    path.write_bytes(b"before")
+    with largest_file(limit), pytest.raises(OSError, match="File too large") as caught:
+        write_atomically(path, {"images": torch.zeros(300_000)})
+    assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(path))
+    assert path.read_bytes() == b"before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_error_that_is_not_of_the_disk_stays_as_it_is(tmp_path):
+    with pytest.raises(AttributeError):
+        write_atomically(tmp_path / "file.pt", lambda: None)
+    assert not list(tmp_path.iterdir())
