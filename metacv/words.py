@@ -3,6 +3,7 @@
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from metacv import CONFIG_DIR
 from metacv.errors import UserError
@@ -80,6 +81,15 @@ def quoted(value: str) -> str:
     """Text of any characters, in Hydra's quotes."""
     escaped = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + match[2].replace("'", "\\'"), value)
     return "'" + escaped.replace("${", "\\${") + "'"
+
+
+def in_words(value: Any) -> str:
+    """A plain value in Hydra's grammar."""
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{name}:{in_words(own)}" for name, own in value.items()) + "}"
+    if isinstance(value, list):
+        return f"[{','.join(map(in_words, value))}]"
+    return quoted(value) if isinstance(value, str) else "null" if value is None else str(value).lower()
 
 
 def _unquoted(value: str) -> str:

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
+from metacv import limits
 from metacv.data.bank import SPLITS, Dataset, ImageBank, cached_bank
 from metacv.data.image_files import as_tensor, open_image
 
@@ -37,6 +38,9 @@ class Glyphs(Dataset):
     def __post_init__(self) -> None:
         if self.classes.keys() != set(SPLITS) or min(*self.classes.values(), self.images) < 1:
             raise ValueError(f"classes={self.classes}, images={self.images}: train, val and test, and all at least 1")
+
+        if (total := sum(self.classes.values()) * self.images) > limits.GLYPHS:
+            raise ValueError(f"classes={self.classes}, images={self.images}: {total} images, above {limits.GLYPHS}")
 
     def load(self, split: str) -> ImageBank:
         total = sum(self.classes.values())
