@@ -1,6 +1,7 @@
 """`metacv evaluate features=FILE.npz`: a head on features that were computed elsewhere."""
 
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from metacv.config import EvaluateConfig, class_name
 from metacv.data.bank import ImageBank
 from metacv.data.sampler import EpisodeList, EpisodeSampler
 from metacv.errors import UserError
-from metacv.files import user_path
+from metacv.files import check_growth, size_of, user_path
 from metacv.model import build_node, describe_device, pick_device
 from metacv.results import Result, check_finite, summary
 from metacv.text import first_line
@@ -64,6 +65,9 @@ def evaluate_features(cfg: EvaluateConfig) -> tuple[Tensor, Result]:
 def read_features(path: Path) -> ImageBank:
     """`features` [M, D] and `labels` [M] of an .npz file as a bank, sorted by label, with float images [M, D, 1, 1]."""
     try:
+        size_of(path)  # refuses devices
+        with zipfile.ZipFile(path) as zipped:
+            check_growth(path, sum(entry.file_size for entry in zipped.infolist()))
         with numpy.load(path, allow_pickle=False) as file:
             features, labels = torch.from_numpy(file["features"]), torch.from_numpy(file["labels"])
             features = features.float() if features.is_floating_point() else features

@@ -3,6 +3,8 @@
 import hashlib
 import os
 import secrets
+import stat
+import struct
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,15 +13,71 @@ from typing import Any, BinaryIO
 
 import torch
 
+from metacv import limits
 from metacv.errors import UserError
+from metacv.pickles import CheckpointUnpickler, check_extent
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file; UserError if it is a device or a pipe, which may have no end. OSError if it is missing."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(f"{path} is not a regular file")
+    return status.st_size
+
+
+def check_file(path: Path, most: int) -> None:
+    """Raise a UserError if a file is no regular one, or larger than `most` bytes; OSError if it is missing."""
+    if size_of(path) > most:
+        raise UserError(f"{path} is larger than {most} bytes")
+
+
+def read_text(path: Path, errors: str = "strict") -> str:
+    """The text of a file in UTF-8; UserError if it is no regular file, or too large. OSError or UnicodeDecodeError."""
+    check_file(path, limits.TEXT)
+    return path.read_text("utf-8", errors)
 
 
 def read_checked(path: Path, mmap: bool = False) -> Any:
-    """torch.load of tensors and plain values. With `mmap` they stay in the file, in memory that its readers share."""
-    with path.open("rb") as file:  # torch.load verifies no checksums
-        if zipfile.is_zipfile(file) and (damaged := zipfile.ZipFile(file).testzip()):
+    """torch.load of tensors and plain values. With `mmap` they stay in the file, in memory that its readers share.
+
+    Any error if the file holds anything else, is damaged, or would need more memory than it has bytes on disk.
+    """
+    size = size_of(path)
+    with zipfile.ZipFile(path) as zipped:
+        _check_as_torch_sees_it(path, size)
+        entries = zipped.infolist()
+        if sum(entry.file_size for entry in entries) > size:
+            raise ValueError("its parts are compressed, or overlap")
+        if damaged := zipped.testzip():  # torch.load verifies no checksums
             raise ValueError(f"{damaged} is damaged")
+        sizes = {entry.filename: entry.file_size for entry in entries}
+        if len({name.lower() for name in sizes}) < len(entries):
+            raise ValueError("two of its parts have the same name")
+        root = entries[0].filename.split("/")[0]
+        if sizes[f"{root}/data.pkl"] > limits.PICKLE:
+            raise ValueError(f"its pickle is larger than {limits.PICKLE} bytes")
+        storages = {name.removeprefix(f"{root}/data/"): own for name, own in sizes.items()}
+        check_extent(CheckpointUnpickler(zipped.read(f"{root}/data.pkl"), storages).load(), limits.VALUES)
     return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+
+
+def _check_as_torch_sees_it(path: Path, size: int) -> None:
+    """Raise a ValueError unless the list of a zip's entries lies where torch looks for it too, and not only Python."""
+    with path.open("rb") as file:
+        file.seek(max(0, size - 98))
+        end = file.read(98)
+    if len(end) < 98 or (end[:4], end[56:60], end[76:80]) != (b"PK\6\6", b"PK\6\7", b"PK\5\6"):
+        raise ValueError("it does not end as torch.save ends it")
+    length, start, place = struct.unpack_from("<40xQQ8xQ", end)
+    if start + length != size - 98 or place != size - 98:
+        raise ValueError("it does not end as torch.save ends it")
+
+
+def check_growth(path: Path, unpacked: int) -> None:
+    """Raise a ValueError if an archive would unpack to far more than its own size."""
+    if unpacked > limits.GROWTH * size_of(path) + limits.SMALL:
+        raise ValueError(f"it would unpack to more than {limits.GROWTH} times its size")
 
 
 def rename_unless_there(folder: Path, target: Path) -> None:

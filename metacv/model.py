@@ -5,6 +5,7 @@ A checkpoint holds tensors and plain values only, so that loading one runs no co
 
 import importlib
 import inspect
+import pickle
 import platform
 import re
 import typing
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from metacv import limits
 from metacv.algorithms.base import Algorithm
 from metacv.algorithms.heads.base import Head, WithHead
 from metacv.backbones.base import Backbone
@@ -27,12 +29,14 @@ from metacv.config import NormalizeConfig, TrainConfig, from_dict, to_dict
 from metacv.data.bank import Dataset
 from metacv.errors import UserError
 from metacv.files import read_checked, sha256, user_path, write_atomically, written_or_refused
+from metacv.pickles import check_extent
 from metacv.text import first_line, plural
 from metacv.upgrade import upgrade_checkpoint
 
 T = TypeVar("T")
 FORMAT = 2
 WEIGHTS = {"config", "image_shape", "step", "algorithm"}
+EVALUATED = ("dataset", "backbone", "algo", "head", "way", "shot", "query", "episodes")  # settings for evaluation
 OPTIONAL = {"training", "centre"}  # missing in older checkpoints, and where there is none
 
 
@@ -84,7 +88,11 @@ class Checkpoint:
 
     def build(self, config: TrainConfig | None = None) -> Algorithm:
         """The trained model on the CPU, with other settings if `config` is given; UserError if one does not fit."""
-        algorithm = build(config or self.config, self.image_shape, self.training.classes)
+        given = config or self.config, self.image_shape, self.training.classes
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns that nothing is copied
+            self.load_weights(build(*given))  # first without memory: settings may ask for any amount
+        algorithm = build(*given)
         self.load_weights(algorithm)
         return algorithm
 
@@ -103,12 +111,14 @@ def load_checkpoint(place: str | Path, name: str = "best.pt") -> Checkpoint:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of pickles that are not its own
             content = read_checked(path)
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file") from None
     except PermissionError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except Exception as error:  # torch raises many kinds of errors for a file that is cut short, foreign or holds code
-        raise UserError(f"{path} is not a checkpoint of metacv, or is damaged") from error
+        raise _damaged(path, error) from error
     if not isinstance(content, dict) or WEIGHTS - content.keys() or "format" not in content:
         raise UserError(f"{path} is not a checkpoint of metacv")
     if type(content["format"]) is not int or content["format"] not in (1, FORMAT):
@@ -116,6 +126,8 @@ def load_checkpoint(place: str | Path, name: str = "best.pt") -> Checkpoint:
     try:
         if content["format"] == 1:
             content = upgrade_checkpoint(content)
+        check_extent(content["config"], limits.SETTINGS)
+        check_numbers({name: content["config"].get(name) for name in EVALUATED})
         config = from_dict(TrainConfig, content["config"])
         channels, height, width = content["image_shape"]
         step, tensors = content["step"], content["algorithm"].values()
@@ -124,12 +136,31 @@ def load_checkpoint(place: str | Path, name: str = "best.pt") -> Checkpoint:
             raise ValueError
         if max(training.classes, training.images, training.flops, training.seconds) > 1e24:
             raise ValueError
-        whole = all(type(number) is int for number in (channels, height, width, step))
-        if not whole or any(not isinstance(value, Tensor) or value.is_complex() for value in tensors):
+        whole = all(type(number) is int and number >= 0 for number in (channels, height, width, step))
+        if not whole or channels * height * width > limits.IMAGE:
+            raise ValueError(f"image_shape is {content['image_shape']}")
+        if any(not isinstance(value, Tensor) or value.is_complex() for value in tensors):
             raise ValueError
-    except (UserError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise UserError(f"{path} is not a checkpoint of metacv, or is damaged") from error
+    except (UserError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        raise _damaged(path, error) from error
     return Checkpoint(path, config, (channels, height, width), step, training, centre, content)
+
+
+def check_numbers(config: Any, name: str = "") -> None:
+    """Raise a ValueError if a whole number is far larger than evaluation needs. Seeds may have any size."""
+    if isinstance(config, dict):
+        for key, value in config.items():
+            check_numbers(value, key)
+    elif isinstance(config, list):
+        for value in config:
+            check_numbers(value, name)
+    elif type(config) is int and abs(config) > limits.SETTING and not name.endswith("seed"):
+        raise ValueError(f"{name}={config} is above {limits.SETTING}")
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    reason = f" ({first_line(error)})" if isinstance(error, ValueError | pickle.UnpicklingError) else ""
+    return UserError(f"{path} is not a checkpoint of metacv, or is damaged{reason}")
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metacv import limits
 from metacv.algorithms.base import Algorithm
 from metacv.algorithms.heads.base import WithHead
 from metacv.config import PredictConfig, is_path, to_dict
@@ -135,6 +136,8 @@ def kept_support(checkpoint: Checkpoint) -> Support:
         kept = checkpoint.content["support"]
         images, shots, classes = kept["images"], tuple(map(int, kept["shots"])), tuple(map(str, kept["classes"]))
         plain = images.dtype == torch.uint8 and images.layout == torch.strided and images.is_contiguous()
+        if len(classes) > limits.CLASSES:
+            raise UserError(f"adapted={checkpoint.path} has {len(classes)} classes, above {limits.CLASSES}")
         named = len({*classes}) == len(classes) == len(shots) >= 2 and all(map(str.isprintable, classes))
         if not plain or not named or min(shots) < 1 or sum(shots) != len(images):
             raise ValueError

@@ -7,13 +7,14 @@ from typing import Any
 
 from torch import Tensor
 
+from metacv import limits
 from metacv.config import from_dict
 from metacv.errors import UserError
-from metacv.files import write_bytes_atomically, written_or_refused
+from metacv.files import read_text, write_bytes_atomically, written_or_refused
+from metacv.pickles import check_extent
 from metacv.text import percent, plural
 
 SCHEMA = 2
-LARGEST = 10**7  # bytes of a result file
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,8 @@ class ResultFile:
 def read_results(path: Path) -> ResultFile:
     """The content of a result file; UserError if it is missing, damaged, or not of this version."""
     try:
-        if path.stat().st_size > LARGEST:
-            raise ValueError("too large")
-        content = json.loads(path.read_text())
+        content = json.loads(read_text(path))
+        check_extent(content, limits.RESULT)
         if content["schema"] != SCHEMA:
             raise ValueError(f"schema {content['schema']}")
         training, differences = content.get("training"), content.get("differences")
@@ -101,6 +101,7 @@ def read_results(path: Path) -> ResultFile:
 
 
 def _result(record: dict[str, Any]) -> Result:
+    check_extent(record.get("changes"), limits.WORDS)
     if any(isinstance(value, int | float) and abs(value) >= 1e25 for value in record.values()):
         raise ValueError
     return from_dict(Result, record)

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 
+from metacv import limits
 from metacv.algorithms.base import Algorithm
 from metacv.config import TrainConfig, class_name, differences, from_dict, is_path, is_resumable, to_dict, typed
 from metacv.data.sampler import EpisodeSampler, ImageSampler
@@ -37,7 +38,8 @@ from metacv.model import (
     save_checkpoint,
     settings,
 )
-from metacv.text import setting
+from metacv.text import printable, setting
+from metacv.words import in_words
 
 STATE = ("overrides", "optimizer", "schedule", "sampler", "random", "validated", "best", "since_best", "window")
 
@@ -255,14 +257,14 @@ def start(cfg: DictConfig, folder: Path, overrides: list[str]) -> tuple[TrainCon
     config, merged = resumed(source, overrides)
     if path.parent.resolve() != folder.resolve():
         for name in ("best.pt", "metrics.jsonl"):
-            if (path.parent / name).exists():
+            if (path.parent / name).is_file():
                 write_bytes_atomically(folder / name, (path.parent / name).read_bytes())
     return config, merged, source
 
 
 def resumed(source: Checkpoint, overrides: list[str]) -> tuple[TrainConfig, list[str]]:
     """Settings and overrides of a run with those given now; UserError if one changed that training depends on."""
-    own: list[str] = source.content["overrides"]
+    own = [without_interpolation(word, source) for word in source.content["overrides"]]
     once = {"resume", *(word for word in own if word[0] in "+~")}  # a key is added or deleted only once
     given = {word.split("=")[0]: word for word in overrides if {word, word.split("=")[0]}.isdisjoint(once)}
     merged = [word for word in own if word.split("=")[0] not in given] + list(given.values())
@@ -279,12 +281,28 @@ def resumed(source: Checkpoint, overrides: list[str]) -> tuple[TrainConfig, list
     return config, merged
 
 
+def without_interpolation(word: str, source: Checkpoint) -> str:
+    """A word of the command line that began a run, with the value it had then: `${...}` of others is not followed."""
+    if "${" not in word:
+        return word
+    name = word.partition("=")[0]
+    value: Any = to_dict(source.config, with_local=True)
+    try:
+        for part in name.lstrip("+").split("."):
+            value = value[part]
+    except (KeyError, TypeError):
+        raise UserError(f"{source.path}: {printable(word)} is not one of its settings") from None
+    return f"{name}={in_words(value)}"
+
+
 def load_state(path: Path) -> Checkpoint:
     source = load_checkpoint(path)
     if missing := [name for name in STATE if name not in source.content]:
         raise UserError(f"{path} holds weights only, without {', '.join(missing)}: use last.pt")
     overrides, best = source.content["overrides"], source.content["best"]
     words_are_text = isinstance(overrides, list) and all(isinstance(word, str) and word for word in overrides)
+    if words_are_text and sum(map(len, overrides)) > limits.WORDS:
+        raise UserError(f"{path}: the settings that its command line changed have more than {limits.WORDS} letters")
     if not words_are_text or not isinstance(best, dict) or not isinstance(best.get("accuracy"), float):
         raise UserError(f"{path} is damaged")
     return source

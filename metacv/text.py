@@ -63,8 +63,8 @@ def duration(seconds: float) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's text, or the name of its class if it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The first line of an error's text, of 300 letters at most, or the name of its class if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def setting(name: str, value: Path) -> str:

@@ -108,6 +108,15 @@ def quoted(value: str) -> str:
     return "'" + escaped.replace("${", "\\${") + "'"
 
 
+def in_words(value: Any) -> str:
+    """A plain value in Hydra's grammar."""
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{name}:{in_words(own)}" for name, own in value.items()) + "}"
+    if isinstance(value, list):
+        return f"[{','.join(map(in_words, value))}]"
+    return quoted(value) if isinstance(value, str) else "null" if value is None else str(value).lower()
+
+
 def _unquoted(value: str) -> str:
     inner = re.fullmatch(r"(['\"])(.*)\1", value, re.DOTALL)
     return inner[2].replace(f"\\{inner[1]}", inner[1]) if inner else value

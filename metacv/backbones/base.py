@@ -1,5 +1,6 @@
 """Networks from images to features."""
 
+import copy
 import math
 
 import torch
@@ -31,6 +32,12 @@ class Backbone(nn.Module):
     def maps(self, images: Tensor) -> Tensor:
         """Images [B, C, H, W] from 0 to 1 -> maps [B, D, h, w], where the network has maps."""
         return self(self.normalize(images))
+
+    def shape_of_output(self, image_shape: ImageShape) -> tuple[int, ...]:
+        """`out_shape` by a pass without memory, of a batch of 2 in eval mode; the errors of a pass."""
+        sketch = copy.deepcopy(self).to("meta").eval()
+        with torch.no_grad():
+            return tuple(sketch(torch.empty(2, *image_shape, device="meta")).shape[1:])
 
     def normalize(self, images: Tensor) -> Tensor:
         return images if self.mean is None else (images - self.mean) / self.std

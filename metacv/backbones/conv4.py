@@ -44,11 +44,10 @@ class Conv4(Backbone):
         if global_pool:
             self.blocks.append(GlobalMean())
         try:
-            with torch.no_grad():  # in eval mode with a batch of 2, so that no statistics change and none lack samples
-                self.out_shape = tuple(self.blocks.eval()(torch.zeros(2, *image_shape)).shape[1:])
+            self.out_shape = self.shape_of_output(image_shape)
         except (RuntimeError, ValueError):
             raise ValueError(f"images of {image_shape[1]}x{image_shape[2]} are too small for four blocks") from None
-        self.train().to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:
         # The layout that CPUs convolve fastest; `.to(memory_format=...)` does not give it to images of one channel.

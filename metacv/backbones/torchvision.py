@@ -2,7 +2,6 @@
 
 import re
 
-import torch
 from torch import Tensor, nn
 from torchvision import models
 
@@ -32,12 +31,10 @@ class Torchvision(Backbone):
         self.frozen = frozen  # weights and running statistics of batch norm then stay as they are
         self.requires_grad_(not frozen)
         try:
-            with torch.no_grad():
-                self.out_shape = tuple(self.eval()(torch.zeros(2, *image_shape)).shape[1:])
+            self.out_shape = self.shape_of_output(image_shape)
         except (RuntimeError, AssertionError, ValueError, AttributeError) as error:
             words = f"images of {image_shape[1]}x{image_shape[2]} ({first_line(error)})"
             raise ValueError(f"name={name} does not take {words}; try dataset.size=224") from None
-        self.train()
 
     def _as_a_feature_extractor(self, name: str) -> None:
         for auxiliary in ("aux1", "aux2", "AuxLogits"):  # of GoogLeNet and Inception

@@ -145,7 +145,9 @@ def cached_bank(data_dir: Path, name: str, settings: dict[str, Any], make: Calla
 def _load_cache(path: Path, name: str) -> ImageBank:
     content = read_checked(path, mmap=True)
     bank = ImageBank(name, content["images"], content["offsets"], tuple(content["class_names"]))
-    complete = len(bank.class_names) == len(bank.sizes) and int(bank.offsets[-1]) == len(bank.images)
-    if not complete or bank.images.dtype != torch.uint8 or bank.images.dim() != 4:
+    ends = bank.offsets.dtype == torch.int64 and (int(bank.offsets[0]), int(bank.offsets[-1]))
+    complete = len(bank.class_names) == len(bank.sizes) and ends == (0, len(bank.images)) and bank.sizes.min() >= 0
+    plain = bank.images.dtype == torch.uint8 and bank.images.dim() == 4
+    if not complete or not plain or not all(isinstance(own, str) for own in bank.class_names):
         raise ValueError("not an image bank")
     return bank

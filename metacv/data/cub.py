@@ -12,6 +12,7 @@ from metacv.data.bank import Dataset, ImageBank, cached_bank
 from metacv.data.image_files import as_tensor, open_exactly, open_image, read_classes, to_square
 from metacv.data.sources import Source, SplitSpec, split_classes
 from metacv.errors import UserError
+from metacv.files import read_text
 
 IMAGES = 11_788
 CLASSES = split_classes("cub")
@@ -104,7 +105,7 @@ def table(folder: Path, name: str, columns: str) -> dict[str, list[str]]:
     """The values of each image in a file of the official folder, whose lines are NUMBER and `columns`."""
     path = folder / name
     try:
-        lines = [line.split() for line in path.read_text().splitlines()]
+        lines = [line.split() for line in read_text(path).splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({error}); unpack CUB_200_2011.tgz again") from None
     values = {line[0]: line[1:] for line in lines if len(line) == 1 + len(columns.split())}

@@ -18,7 +18,7 @@ from metacv.data import image_files
 from metacv.data.bank import SPLITS, Dataset, ImageBank, cached_bank, digests, pictures, report_copies
 from metacv.data.sources import check_fractions, random_split
 from metacv.errors import UserError
-from metacv.files import user_path
+from metacv.files import read_text, user_path
 from metacv.text import printable
 
 ALIASES = {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
@@ -123,9 +123,9 @@ class ImageFolder(Dataset):
 
     def _read_split(self, path: Path, known: Collection[str]) -> dict[str, list[str]]:
         try:
-            content = json.loads(path.read_text())
+            content = json.loads(read_text(path))
             classes = {split: [str(name) for name in content[split]] for split in SPLITS}
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             reason = f"needs the class names of train, val and test; {type(error).__name__}: {error}"
             raise UserError(f"dataset.split_file={path} is not a split file ({reason})") from None
         if missing := [name for name in chain(*classes.values()) if name not in known]:

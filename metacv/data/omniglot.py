@@ -14,7 +14,7 @@ from metacv.data.bank import SPLITS, Dataset, ImageBank, cached_bank
 from metacv.data.image_files import as_tensor, open_exactly, open_image, read_classes
 from metacv.data.sources import extract
 from metacv.errors import UserError
-from metacv.files import rename_unless_there, user_path
+from metacv.files import read_text, rename_unless_there, user_path
 
 CHARACTERS = {"images_background": 964, "images_evaluation": 659}
 DRAWERS = 20
@@ -90,7 +90,7 @@ class Omniglot(Dataset):
         for split, name in self.split_files.items():
             path = folder / name
             try:
-                lines = path.read_text().split()
+                lines = read_text(path).split()
             except (OSError, UnicodeDecodeError) as error:
                 raise UserError(f"dataset.split=file: {path} cannot be read ({error})") from None
             characters = dict.fromkeys("/".join(line.split("/")[:2]) for line in lines)

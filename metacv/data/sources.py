@@ -4,12 +4,15 @@ The module of a data set has a `SplitSpec`, a function that reads one image file
 `Source` does the rest. For another layout, override `Source.files` (image files) or `Source.load_from` (anything).
 """
 
+import bz2
 import csv
+import gzip
 import hashlib
+import io
 import json
+import lzma
 import operator
 import os
-import pickle
 import re
 import shutil
 import sys
@@ -21,18 +24,27 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
+from metacv import limits
 from metacv.data.bank import SPLITS, ImageBank
 from metacv.data.image_files import folders_in, read_classes
 from metacv.errors import UserError
-from metacv.files import rename_unless_there
+from metacv.files import check_file, check_growth, rename_unless_there, size_of
+from metacv.pickles import PlainUnpickler
 from metacv.text import first_line
 
 T = TypeVar("T")
+BLOCK = 512  # bytes of a tar's header, and about what the list of a folder needs for a file
+OPENED: dict[bytes, Callable[[Path], Any]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ": lzma.open,
+    b"": lambda path: path.open("rb"),
+}
 ARCHIVE = re.compile(r"\.(zip|tar|tgz|tbz2?|txz|tar\.(gz|bz2|xz))$", re.IGNORECASE)
 
 
@@ -166,6 +178,7 @@ class Source:
 def listed_files(table: Path, images: Path) -> dict[str, list[Path]]:
     """The files in `images` of each class, from a CSV file with columns `filename` and `label`."""
     files: dict[str, list[Path]] = {}
+    check_file(table, limits.LIST)
     try:
         with table.open(newline="", encoding="utf-8-sig") as file:
             for row in csv.DictReader(file):
@@ -215,24 +228,52 @@ def extract(archive: Path, folder: Path) -> None:
 
     if archive.suffix.lower() == ".zip":
         with zipfile.ZipFile(archive) as zipped:
+            check_growth(archive, sum(BLOCK + info.file_size for info in zipped.infolist()))
             for info in zipped.infolist():
                 if not info.is_dir():
                     write(info.filename, zipped.open(info))
         return
-    with tarfile.open(archive) as tar:
+    with _Bounded(archive) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
+        written = 0
         for member in tar:
+            written += member.size  # a sparse file is larger than what the archive has of it
+            check_growth(archive, written)
             if content := tar.extractfile(member) if member.isreg() else None:
                 write(member.name, content)
             elif not member.isdir():
                 raise ValueError(f"{member.name} is neither a file nor a folder")
         # tarfile ends without an error at a damaged header. A complete archive goes on with a block of zeros, and
         # reading to the end makes gzip, bzip2 and xz compare their checksums.
-        assert tar.fileobj
-        tar.fileobj.seek(tar.offset)
-        if tar.fileobj.read(512) != bytes(512):
+        stream.seek(tar.offset)
+        if stream.read(BLOCK) != bytes(BLOCK):
             raise ValueError("it is damaged or cut short")
-        while tar.fileobj.read(2**20):
+        while stream.read(2**20):
             pass
+
+
+class _Bounded(io.BufferedIOBase):
+    """The content of a tar archive, unpacked as it is read; ValueError where it grows to far more than its file."""
+
+    def __init__(self, archive: Path) -> None:
+        self.archive = archive
+        with archive.open("rb") as file:
+            start = file.read(6)
+        self.stream: IO[bytes] = next((opened(archive) for magic, opened in OPENED.items() if start.startswith(magic)))
+
+    def read(self, size: int | None = -1) -> bytes:
+        assert size is not None
+        check_growth(self.archive, self.stream.tell() + size)
+        return self.stream.read(size)
+
+    def seek(self, place: int, whence: int = 0) -> int:
+        check_growth(self.archive, place)
+        return self.stream.seek(place, whence)
+
+    def tell(self) -> int:
+        return self.stream.tell()
+
+    def close(self) -> None:
+        self.stream.close()
 
 
 def download(url: str, target: Path, md5: str) -> None:
@@ -260,8 +301,9 @@ def read_as(title: str, path: Path, read: Callable[[Any], T]) -> T:
 
 def read_pickle(path: Path) -> Any:
     """The content of a pickle, plain values and a `PickledArray` for each array, without running code; any error."""
+    size_of(path)  # refuses devices
     with path.open("rb") as file:
-        return _SafeUnpickler(file, encoding="latin1").load()  # latin1: for pickles of Python 2
+        return _ArrayUnpickler(file, encoding="latin1").load()  # latin1: for pickles of Python 2
 
 
 @dataclass
@@ -275,6 +317,8 @@ class PickledArray:
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         _, self.shape, self.code, self.by_column, self.content = state
+        if not isinstance(self.code, str) or not all(type(side) is int for side in self.shape) or len(self.shape) > 8:
+            raise ValueError("an array has no type or no shape")
 
     @property
     def raw(self) -> bytes:
@@ -305,21 +349,33 @@ class _PickledDtype(str):
             raise ValueError(f"its arrays have the byte order {state[1]}")
 
 
+def _dtype(code: Any, *_: Any) -> _PickledDtype:
+    if not isinstance(code, str):
+        raise TypeError(f"a dtype has the name {type(code).__name__}")
+    return _PickledDtype(code)
+
+
+def _from_buffer(content: Any, code: Any, shape: Any, order: Any) -> PickledArray:
+    array = PickledArray()
+    array.__setstate__((None, shape, code, order == "F", content))
+    return array
+
+
+_MODULES = ("", ".core.multiarray", "._core.multiarray", ".core.numeric", "._core.numeric")
 _STAND_INS: dict[str, Callable[..., Any]] = {  # by the names of numpy
-    "dtype": lambda code, *_: _PickledDtype(code),
+    "dtype": _dtype,
     "ndarray": lambda *_: PickledArray(),
     "_reconstruct": lambda *_: PickledArray(),
-    "_frombuffer": lambda raw, dtype, shape, order: PickledArray(dtype, shape, raw, order == "F"),
+    "_frombuffer": _from_buffer,
     "scalar": lambda dtype, raw: integers(PickledArray(dtype, (1,), raw))[0],
 }
 
 
-class _SafeUnpickler(pickle.Unpickler):
-    """Looks up nothing that a pickle names: numpy's names give the stand-ins above, and all others are refused."""
+class _ArrayUnpickler(PlainUnpickler):
+    """A pickle of plain values and arrays of numpy."""
 
-    def find_class(self, module: str, name: str) -> Any:
-        if module.split(".")[0] == "numpy" and name in _STAND_INS:
-            return _STAND_INS[name]
-        if (module, name) == ("_codecs", "encode"):  # of bytes, in pickles of protocol 2
-            return lambda text, _: text.encode("latin1")
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which images do not need")
+    title = "images"
+    stand_ins: ClassVar = {
+        **{(f"numpy{module}", name): stand_in for module in _MODULES for name, stand_in in _STAND_INS.items()},
+        ("_codecs", "encode"): lambda text, _: text.encode("latin1"),  # of bytes, in pickles of protocol 2
+    }

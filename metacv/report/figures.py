@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import sys
 from base64 import b64encode
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -17,12 +18,15 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.style import context
 
+from metacv import limits
 from metacv.compare import t_interval
 from metacv.config import flat, to_dict
+from metacv.errors import UserError
+from metacv.files import size_of
 from metacv.report.gather import RunRecord
 from metacv.report.table import Row
 from metacv.results import Result
-from metacv.text import plural
+from metacv.text import plural, printable
 
 CURVES, EPISODES, POINTS = 10, 6, 150  # at most: runs with curves, runs with a sample episode, points of a curve
 TASK = {"way", "shot", "train_way", "train_shot"}
@@ -168,7 +172,14 @@ def sample_episodes(runs: list[RunRecord]) -> list[tuple[str, str]]:
 
 def sample_episode(folder: Path) -> bytes | None:
     """The last picture of an episode, a PNG file, that the run has sent to TensorBoard."""
-    if not any(folder.glob("events.out.tfevents.*")):
+    files = [*folder.glob("*tfevents*")]  # those that TensorBoard reads
+    try:
+        if sum(map(size_of, files)) > limits.EVENTS:
+            raise UserError(f"{folder}: the files of TensorBoard have more than {limits.EVENTS} bytes")
+    except (OSError, UserError) as error:
+        print(printable(f"metacv: {error}: without a picture"), file=sys.stderr)
+        return None
+    if not files:
         return None
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -178,4 +189,6 @@ def sample_episode(folder: Path) -> bytes | None:
         picture: bytes = events.Images("val/episode")[-1].encoded_image_string
     except Exception:  # the file is damaged, or has no picture
         return None
-    return picture if picture.startswith(b"\x89PNG") else None
+    height_and_width = picture[16:20], picture[20:24]
+    small = len(picture) <= limits.PICTURE and all(own < b"\0\0\x40\0" for own in height_and_width)  # 16384 pixels
+    return picture if small and picture.startswith(b"\x89PNG") else None

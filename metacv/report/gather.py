@@ -10,12 +10,14 @@ from typing import Any
 
 import yaml
 
-from metacv import CONFIG_DIR
+from metacv import CONFIG_DIR, limits
 from metacv.compare import shortened
 from metacv.config import LOCAL, TrainConfig, flat, to_dict
 from metacv.errors import UserError
+from metacv.files import read_text
 from metacv.model import load_checkpoint
-from metacv.results import LARGEST, Result, ResultFile, read_results
+from metacv.pickles import check_extent
+from metacv.results import Result, ResultFile, read_results
 from metacv.text import plural, printable
 from metacv.upgrade import upgrade_override
 
@@ -148,9 +150,15 @@ def overrides(folder: Path, files: list[ResultFile]) -> dict[str, str]:
     if words is None:  # the run goes on, or is of version 1
         try:
             # BaseLoader makes texts and lists only; neither it nor the loop below multiplies what an alias refers to.
-            words = yaml.load(read(folder / ".hydra/overrides.yaml"), yaml.BaseLoader)
+            text = read(folder / ".hydra/overrides.yaml")
+            words = yaml.load(text, yaml.BaseLoader) if len(text) <= 2 * limits.WORDS else text
         except (ValueError, RecursionError, yaml.YAMLError):
             words = []
+    try:
+        check_extent(words, 2 * limits.WORDS)
+    except ValueError as error:
+        print(printable(f"metacv: {folder}: without the settings of its command line ({error})"), file=sys.stderr)
+        words = []
     texts = dict.fromkeys(word for word in words if isinstance(word, str)) if isinstance(words, list) else {}
     pairs = [upgrade_override(printable(word).lstrip("+")).partition("=") for word in texts]
     return {n: value for n, _, value in pairs if n.split(".")[0] not in RUNNERS | LOCAL}
@@ -176,9 +184,8 @@ def left_out(noun: str, reason: str, paths: set[Path]) -> str:
 
 def read(path: Path) -> str:
     """The text of a file; empty if it cannot be read or is too large."""
-    with suppress(OSError):
-        if path.is_file() and path.stat().st_size < LARGEST:
-            return path.read_text(errors="replace")
+    with suppress(OSError, UserError):
+        return read_text(path, "replace")
     return ""
 
 

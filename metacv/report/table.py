@@ -109,7 +109,8 @@ def differing(rows: list[Row], names: set[str]) -> set[str]:
 
 
 def as_markdown(lines: list[list[str]]) -> str:
-    """A table of GitHub's Markdown in which names cannot become HTML, links or new cells."""
-    safe = [[re.sub(r"([\\`*\[\]|])", r"\\\1", escape(cell, quote=False)) for cell in line] for line in lines]
+    """A table of GitHub's Markdown in which texts cannot become HTML, links or new cells."""
+    special = re.compile(r"([\\`*\[\]|@]|(?<=www)\.|:(?=//))")  # the last three: GitHub links names and addresses
+    safe = [[special.sub(r"\\\1", escape(cell, quote=False)) for cell in line] for line in lines]
     safe.insert(1, ["---"] * len(lines[0]))
     return "".join(f"| {' | '.join(line)} |\n" for line in safe)
