@@ -43,7 +43,7 @@ def error_line(error: Exception) -> str:
 
     text = " ".join(str(error).split())
     if isinstance(error, UserError):
-        return text
+        return text[:2000]  # names from files have any length
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key or error.key} is missing"
     if isinstance(error, OverrideParseException):
