@@ -5,16 +5,19 @@ Each lies far above what metacv and the published data sets need, and low enough
 
 TEXT = 10**7  # bytes of a JSON, YAML or text file: a log of 100,000 lines has about as many
 LIST = 2**26  # bytes of a CSV list: that of tieredImageNet, the longest, has 20 MB
-RESULT = 10**6  # numbers, letters and containers in a result file: a result has about 1000
-WORDS = 2 * 10**4  # letters of the settings that one command line changed: Hydra reads 10,000 a second
 
 GROWTH, SMALL = 20, 10**8  # an archive may unpack to GROWTH times its size + SMALL bytes: images hardly shrink
 
 PICKLE = 2**22  # bytes of the pickle in a checkpoint or a cache: its tensors lie beside it, and ResNet-12's has 20 kB
 STEPS = 2 * 10**7  # of reading one pickle, at most 100 bytes of memory each: tieredImageNet's needs 5 million
-VALUES = 10**7  # numbers, letters and containers in a checkpoint, without its tensors: the names of 100,000 classes
-DEPTH = 50  # containers in containers
-SETTINGS = 2 * 10**4  # numbers, letters and containers among the settings of a checkpoint: it needs about 2000
+
+# Values written out, with ten letters as one value. A value may be in a file once and in its lists many times.
+VALUES = 10**6  # in a checkpoint or a cache, without its tensors: the names of 100,000 classes
+SETTINGS = 5000  # among the settings of a checkpoint: there are about 200
+RESULT = 10**5  # in a result file: a result has about 100
+WORDS = 4000  # in what one command line changed, which Hydra parses in a few seconds: there are fewer settings
+DEPTH = 50  # of lists in lists
+
 SETTING = 10**6  # a whole number among those that evaluation uses, but for seeds: episodes are the largest, 10,000
 IMAGE = 2**26  # numbers in an image: 4096x4096 pixels in colour
 CLASSES = 10**4  # of examples that `predict save=` keeps: every image gets a probability for each

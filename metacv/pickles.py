@@ -98,16 +98,13 @@ class CheckpointUnpickler(PlainUnpickler):
 
 
 def check_extent(value: Any, most: int) -> None:
-    """Raise a ValueError if nested plain values, written out, have more than `most` numbers, letters and containers.
-
-    A container may be in another many times: then a small file has an endless text.
-    """
+    """Raise a ValueError if nested plain values, written out, are more than `most`; ten letters count as one value."""
     left, values = most, [(value, 0)]
     while values:
         own, depth = values.pop()
         left -= 1
         if isinstance(own, str | bytes | bytearray):
-            left -= len(own)
+            left -= len(own) // 10
         inside: list[Any] = [*own, *own.values()] if isinstance(own, dict) else []
         inside = [*own] if isinstance(own, list | tuple) else inside
         if left < len(inside) or depth > limits.DEPTH:

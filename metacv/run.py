@@ -38,6 +38,7 @@ from metacv.model import (
     save_checkpoint,
     settings,
 )
+from metacv.pickles import check_extent
 from metacv.text import printable, setting
 from metacv.words import in_words
 
@@ -301,8 +302,10 @@ def load_state(path: Path) -> Checkpoint:
         raise UserError(f"{path} holds weights only, without {', '.join(missing)}: use last.pt")
     overrides, best = source.content["overrides"], source.content["best"]
     words_are_text = isinstance(overrides, list) and all(isinstance(word, str) and word for word in overrides)
-    if words_are_text and sum(map(len, overrides)) > limits.WORDS:
-        raise UserError(f"{path}: the settings that its command line changed have more than {limits.WORDS} letters")
+    try:
+        check_extent(overrides, limits.WORDS)
+    except ValueError as error:
+        raise UserError(f"{path}: the settings of its command line cannot be used ({error})") from None
     if not words_are_text or not isinstance(best, dict) or not isinstance(best.get("accuracy"), float):
         raise UserError(f"{path} is damaged")
     return source

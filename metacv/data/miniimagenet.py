@@ -71,7 +71,10 @@ def shrink(images: Tensor, factor: int) -> Tensor:
 
 def read_content(content: Any, path: Path, split: str) -> ImageBank:
     """Read `image_data`, uint8 [M, 84, 84, 3], and `class_dict`, from class names to rows of it, in their order."""
-    rows = {str(name): integers(values) for name, values in content["class_dict"].items()}
+    class_dict = content["class_dict"]
+    if len(class_dict) > 10 * len(CLASSES[split]) or any(len(values) > 10 * IMAGES for values in class_dict.values()):
+        raise ValueError("its class_dict is too large")  # many classes may share one list: a small file
+    rows = {str(name): integers(values) for name, values in class_dict.items()}
     pixels = content.pop("image_data").tensor(SIZE, SIZE, 3)  # pop: up to 800 MB that are not needed twice
     SplitSpec(CLASSES, IMAGES).check({name: len(set(own)) for name, own in rows.items()}, path, split)
     every = [row for own in rows.values() for row in own]

@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import lzma
+import math
 import operator
 import os
 import re
@@ -226,6 +227,7 @@ def extract(archive: Path, folder: Path) -> None:
         with path.open("wb") as file:
             shutil.copyfileobj(content, file)
 
+    size_of(archive)  # refuses devices
     if archive.suffix.lower() == ".zip":
         with zipfile.ZipFile(archive) as zipped:
             check_growth(archive, sum(BLOCK + info.file_size for info in zipped.infolist()))
@@ -320,6 +322,9 @@ class PickledArray:
         if not isinstance(self.code, str) or not all(type(side) is int for side in self.shape) or len(self.shape) > 8:
             raise ValueError("an array has no type or no shape")
 
+    def __len__(self) -> int:
+        return self.shape[0]
+
     @property
     def raw(self) -> bytes:
         """The bytes. Text becomes bytes only here: while a pickle is read, the text stays in memory in any case."""
@@ -338,6 +343,8 @@ def integers(values: Any) -> list[int]:
     if isinstance(values, PickledArray):
         width = {"i4": 4, "i8": 8, "u4": 4, "u8": 8}[values.code]
         raw = values.raw
+        if len(raw) != width * math.prod(values.shape):
+            raise ValueError(f"an array of shape {values.shape} has {len(raw)} bytes")
         parts = (raw[start : start + width] for start in range(0, len(raw), width))
         return [int.from_bytes(part, "little", signed=values.code[0] == "i") for part in parts]
     return [operator.index(value) for value in values]

@@ -189,6 +189,6 @@ def sample_episode(folder: Path) -> bytes | None:
         picture: bytes = events.Images("val/episode")[-1].encoded_image_string
     except Exception:  # the file is damaged, or has no picture
         return None
-    height_and_width = picture[16:20], picture[20:24]
-    small = len(picture) <= limits.PICTURE and all(own < b"\0\0\x40\0" for own in height_and_width)  # 16384 pixels
+    width, height = (int.from_bytes(picture[place : place + 4], "big") for place in (16, 20))
+    small = len(picture) <= limits.PICTURE and 0 < width * height <= limits.IMAGE
     return picture if small and picture.startswith(b"\x89PNG") else None

@@ -151,11 +151,11 @@ def overrides(folder: Path, files: list[ResultFile]) -> dict[str, str]:
         try:
             # BaseLoader makes texts and lists only; neither it nor the loop below multiplies what an alias refers to.
             text = read(folder / ".hydra/overrides.yaml")
-            words = yaml.load(text, yaml.BaseLoader) if len(text) <= 2 * limits.WORDS else text
+            words = yaml.load(text, yaml.BaseLoader) if len(text) <= 10 * limits.WORDS else text
         except (ValueError, RecursionError, yaml.YAMLError):
             words = []
     try:
-        check_extent(words, 2 * limits.WORDS)
+        check_extent(words, limits.WORDS)
     except ValueError as error:
         print(printable(f"metacv: {folder}: without the settings of its command line ({error})"), file=sys.stderr)
         words = []
