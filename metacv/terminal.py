@@ -51,7 +51,7 @@ def error_line(error: Exception, words: Sequence[str] = ()) -> str:
 
     text = " ".join(str(error).split())
     if isinstance(error, UserError):
-        return text[:2000]  # names from files have any length
+        return text
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key or error.key} is missing"
     if isinstance(error, OverrideParseException):

@@ -630,9 +630,8 @@ def test_texts_of_a_result_stay_texts_in_markdown(run):
     assert len(read_results(run / "1.json").results) == 1
     report(ReportConfig(["runs"]), Path("out"))
     header, _, row = Path("out/report.md").read_text().splitlines()
-    for text in (header, row):
-        assert "<" not in text
-        assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
-        assert r"https\://evil.example www\.evil.example \@everyone" in text
-        assert "](" not in text.replace(r"\](", "")
+    assert "<" not in header + row
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in row
+    assert r"https\://evil.example www\.evil.example \@everyone" in row
+    assert "](" not in row.replace(r"\](", "")
     assert "<script" not in Path("out/report.html").read_text()
