@@ -4,6 +4,7 @@ import importlib
 import io
 import math
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from metacv import CONFIG_DIR, __version__
 from metacv.completion import complete
 from metacv.help import COMMANDS, help_text
 from metacv.terminal import report_error, silent_unless_rank_zero, world_size
-from metacv.words import hydra_overrides, quoted
+from metacv.words import IN_ITS_FOLDER, hydra_overrides, quoted
 
 
 def main() -> None:
@@ -110,6 +111,8 @@ def _train(words: list[str], reported: list[Exception]) -> int:
         from metacv.train import train
 
         hydra_config = HydraConfig.get()
+        if hydra_config.job.chdir:  # a path means what it means where it was typed
+            os.chdir(hydra_config.runtime.cwd)
         folder = Path(hydra_config.runtime.output_dir)
         folder = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
         try:
@@ -127,8 +130,9 @@ def _train(words: list[str], reported: list[Exception]) -> int:
     except OSError as error:
         if error.filename or not error.strerror or error in reported:
             raise
-        text = f"Hydra cannot write the settings into the folder of the run or of the sweep: {error.strerror}"
-        raise UserError(text) from error
+        named = (re.fullmatch(r"(?:hydra\.(?:run|sweep)\.dir|resume)=(.+)", word) for word in words)  # Hydra names none
+        folder = next((found[1] for found in named if found and found[1] not in IN_ITS_FOLDER), "outputs")
+        raise UserError(f"{folder}: Hydra cannot write the settings of the run there: {error.strerror}") from error
     if failed:
         raise failed[0]
     return 0

@@ -15,7 +15,7 @@ from metacv.evaluate import prepare, with_changes, write_evaluation
 from metacv.files import user_path
 from metacv.model import Checkpoint, load_checkpoint
 from metacv.results import Result
-from metacv.text import plural
+from metacv.text import plural, printable
 
 SAME = ("way", "shot", "query", "episodes", "batch_norm")
 
@@ -54,7 +54,7 @@ def show(differences: list[dict[str, Any]], episodes: int) -> None:
     width = max(len(f"{one['of']} - {one['less']}") for one in differences)
     for one in differences:
         note = "" if abs(one["mean"]) > one["ci95"] > 0 else "   not significant"
-        pair = f"{one['of']} - {one['less']}"
+        pair = printable(f"{one['of']} - {one['less']}")
         print(f"{pair:<{width}}  {100 * one['mean']:+6.2f} ± {100 * one['ci95']:.2f} %{note}")
     print("(The intervals cover the choice of episodes from these images, for these models. They do not cover other")
     print("training seeds or other images.)")

@@ -1,13 +1,15 @@
 """Write files atomically, and read them safely."""
 
+import glob
 import hashlib
 import os
 import secrets
 import stat
 import struct
+import time
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,6 +18,8 @@ import torch
 from metacv import limits
 from metacv.errors import UserError
 from metacv.pickles import CheckpointUnpickler, check_extent
+
+DAY = 24 * 3600  # seconds
 
 
 def size_of(path: Path) -> int:
@@ -120,6 +124,10 @@ def sha256(path: Path) -> str:
 def _atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     # A random name: programs in two containers may have the same process id.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # by a killed program; a young one may be in use
+        with suppress(OSError):
+            if left.stat().st_mtime < time.time() - DAY:
+                left.unlink()
     try:
         with temporary.open("xb") as file:
             write(file)

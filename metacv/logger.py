@@ -92,7 +92,7 @@ class Logger:
 
         given = {f"{name}[]" if isinstance(value, list) else name: value for name, value in flat(config)}
         values = {
-            name: value if isinstance(value, bool | int | float) else str(value)
+            name: value if isinstance(value, bool | int | float) else printable(str(value))
             for name, value in given.items()
             if value is not None
         }

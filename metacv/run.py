@@ -257,9 +257,9 @@ def start(cfg: DictConfig, folder: Path, overrides: list[str]) -> tuple[TrainCon
     source = own or load_state(path)
     config, merged = resumed(source, overrides)
     if path.parent.resolve() != folder.resolve():
-        for name in ("best.pt", "metrics.jsonl"):
-            if (path.parent / name).is_file():
-                write_bytes_atomically(folder / name, (path.parent / name).read_bytes())
+        for name in ("best.pt", "metrics.jsonl", "events.out.tfevents.*"):
+            for file in filter(Path.is_file, path.parent.glob(name)):
+                write_bytes_atomically(folder / file.name, file.read_bytes())
     return config, merged, source
 
 

@@ -309,7 +309,7 @@ def test_a_full_disk_gets_one_line_whatever_cannot_be_written(metacv):
     with largest_file(50):
         code, _, err = metacv("train", "hydra.run.dir=run")
     assert code == 1
-    assert err == "metacv: Hydra cannot write the settings into the folder of the run or of the sweep: File too large\n"
+    assert err == "metacv: run: Hydra cannot write the settings of the run there: File too large\n"
     command = [sys.executable, "-m", "metacv", "--version"]
     with open("/dev/full", "w") as full:
         done = subprocess.run(

@@ -1,6 +1,8 @@
 """Files are written whole or not at all, and an error says which file and why."""
 
 import errno
+import os
+import time
 
 import pytest
 import torch
@@ -33,6 +35,18 @@ def test_a_full_disk_is_an_error_that_names_the_file_and_the_reason(tmp_path, li
     assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(path))
     assert path.read_bytes() == b"before"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_program_left_is_removed_a_day_later_when_the_file_is_written(tmp_path):
+    """As in the folder of caches, which no run locks. Younger ones may belong to a program that is still writing."""
+    old, young, of_another = (tmp_path / f".{name}.tmp" for name in ("a[1].pt.12", "a[1].pt.34", "b.pt.12"))
+    for path in (old, young, of_another):
+        path.write_bytes(b"half")
+    two_days_ago = time.time() - 48 * 3600
+    for path in (old, of_another):
+        os.utime(path, (two_days_ago, two_days_ago))
+    write_bytes_atomically(tmp_path / "a[1].pt", b"whole")
+    assert {*tmp_path.iterdir()} == {tmp_path / "a[1].pt", young, of_another}
 
 
 def test_an_error_that_is_not_of_the_disk_stays_as_it_is(tmp_path):

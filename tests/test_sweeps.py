@@ -43,6 +43,8 @@ def test_slurm_gets_the_resources_of_the_config(tmp_path, monkeypatch):
     command = [sys.executable, "-m", "metacv", "train", "launcher=slurm", "--cfg", "hydra", "-p", "hydra.launcher"]
     shown = OmegaConf.create(subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path).stdout)
     assert "SlurmLauncher" in shown._target_
+    settings = subprocess.run([*command[:5], "--cfg", "job"], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert OmegaConf.create(settings.stdout).resume == "auto"  # for a job that Slurm starts again
     assert (shown.gpus_per_node, shown.timeout_min, shown.array_parallelism) == (1, 240, 16)
 
 

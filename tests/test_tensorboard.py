@@ -112,6 +112,7 @@ def test_the_table_of_runs_is_sorted_by_any_setting(board):
 
 def test_a_label_of_the_projector_is_one_line_whatever_the_name_of_its_class(tmp_path):
     with Logger(tmp_path, 0, -1) as logger:
+        logger.hparams({"dataset": {"root": "photos\udce9"}})  # a file name that is not UTF-8
         logger.features(0, "val/features", torch.eye(2), ["a\tb\nc", "\udcff"], torch.zeros(2, 1, 4, 4))
     (names,) = tmp_path.rglob("metadata.tsv")
     assert names.read_text() == "a?b?c\n?\n"

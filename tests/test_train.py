@@ -190,7 +190,7 @@ def test_a_run_can_be_lengthened_in_its_folder(metacv, trained):
     assert (code, err) == (1, "metacv: steps=3, but run/last.pt is at step 8\n")
 
 
-def test_resuming_into_another_folder_copies_the_best_checkpoint_and_the_metrics(metacv, monkeypatch):
+def test_resuming_into_another_folder_copies_the_best_checkpoint_and_the_curves(metacv, monkeypatch):
     """With validations that get worse, so that the best is an earlier one."""
     accuracies = iter([0.9, 0.5, 0.4, 0.3])
     monkeypatch.setattr("metacv.train.evaluate_episodes", lambda *_: torch.full((8,), next(accuracies)).double())
@@ -198,6 +198,25 @@ def test_resuming_into_another_folder_copies_the_best_checkpoint_and_the_metrics
     assert metacv("train", "resume=run", "steps=8", "hydra.run.dir=other")[0] == 0
     assert [line["val/accuracy"] for line in metrics("other") if "val/accuracy" in line] == [0.9, 0.5, 0.4, 0.3]
     assert Path("other/best.pt").read_bytes() == Path("run/best.pt").read_bytes()
+    events = EventAccumulator("other").Reload()
+    assert [(event.step, event.value) for event in events.Scalars("val/accuracy")] == [
+        (2, pytest.approx(0.9)), (4, pytest.approx(0.5)), (6, pytest.approx(0.4)), (8, pytest.approx(0.3))
+    ]  # fmt: skip
+    assert [event.step for event in events.Scalars("train/loss")] == [*range(1, 9)]
+
+
+def test_paths_mean_the_same_where_hydra_changes_the_folder(metacv, data_dir, monkeypatch):
+    """Those of the run, of another run to start from or to continue, of data, and those that are printed."""
+    monkeypatch.setenv("METACV_DATA_DIR", os.path.relpath(data_dir))
+    here = Path.cwd()
+    code, out, err = metacv(*PROTONET, RUN, "hydra.job.chdir=true")
+    assert (code, err) == (0, "")
+    assert "checkpoint: run/best.pt" in out
+    assert metacv("train", "resume=run", "steps=6", "hydra.job.chdir=true")[::2] == (0, "")
+    assert last("run")["step"] == 6
+    assert metacv(*PROTONET, "hydra.run.dir=next", "init=run", "hydra.job.chdir=true")[::2] == (0, "")
+    assert Path.cwd() == here
+    assert sorted(path.name for path in Path().iterdir()) == ["next", "run"]
 
 
 def test_the_same_command_with_resume_continues_also_where_it_adds_and_deletes_keys(metacv):
