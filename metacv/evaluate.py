@@ -32,7 +32,7 @@ from metacv.model import (
     with_head,
 )
 from metacv.precision import keep_freed_memory
-from metacv.results import Result, ResultFile, check_finite, summary
+from metacv.results import Result, ResultFile, check_accuracies, summary
 
 CHANGEABLE = ("way", "shot", "query", "episodes", "batch_norm", "seed")
 CLASSES = {"dataset": "dataset", "method": "algo", "head": "head"}  # fields of a result: groups of the settings
@@ -68,7 +68,7 @@ class Evaluation:
         start = time.perf_counter()
         accuracy = evaluate_episodes(self.algorithm, self.episodes, batch_norm)
         seconds = time.perf_counter() - start
-        check_finite(accuracy, learning_rates(self.config))
+        check_accuracies(accuracy, learning_rates(self.config))
         return accuracy, record(
             self.config,
             self.episodes,

@@ -18,7 +18,7 @@ from metacv.data.sampler import EpisodeList, EpisodeSampler
 from metacv.errors import UserError
 from metacv.files import check_growth, size_of, user_path
 from metacv.model import build_node, describe_device, pick_device
-from metacv.results import Result, check_finite, summary
+from metacv.results import Result, check_accuracies, summary
 from metacv.text import first_line
 
 DEFAULT_HEAD = {"_target_": "metacv.algorithms.heads.ncm.NearestMean"}
@@ -42,7 +42,7 @@ def evaluate_features(cfg: EvaluateConfig) -> tuple[Tensor, Result]:
     with torch.no_grad():
         batches = (tasks.map(lambda features: features.flatten(2)) for tasks in episodes.batches(TASKS_AT_ONCE))
         accuracy = torch.cat([accuracies(head(tasks), tasks.query_y) for tasks in batches]).double().cpu()
-    check_finite(accuracy, f": {class_name(node)} diverged")
+    check_accuracies(accuracy, f": {class_name(node)} diverged")
     known: dict[str, Any] = task | summary(accuracy)
     return accuracy, Result(
         **known,

@@ -113,7 +113,7 @@ def summary(accuracies: Tensor) -> dict[str, float]:
     return {"accuracy": float(accuracies.mean()), "ci95": float(ci95)}
 
 
-def check_finite(accuracy: Tensor, settings: str) -> None:
+def check_accuracies(accuracy: Tensor, settings: str) -> None:
     """UserError if an episode [E] has no accuracy; `settings` say what may be the reason."""
     if len(diverged := accuracy.isnan().nonzero()):
         which = f"{len(diverged)} of {len(accuracy)} episodes, first in episode {int(diverged[0])}"

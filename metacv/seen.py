@@ -20,19 +20,21 @@ def unseen(dataset: Dataset, bank: ImageBank, split: str, models: Iterable[Check
     Training has seen the classes of its train and val, which chose the weights; the val split may hold those of val.
     Any class of the train split may be evaluated.
     """
-    for checkpoint in models if split != "train" else ():
+    if split == "train":
+        return bank
+    classes, left_out = dataset.identities(bank), set[int]()
+    for checkpoint in models:
         trained, validated = seen(checkpoint, dataset)
         known = trained if split == "val" else trained | validated
-        hit = [c for c, own in enumerate(dataset.identities(bank)) if own & known]
+        hit = [c for c, own in enumerate(classes) if own & known]
         if hit and not only:
             raise UserError(
-                f"{bank.name}: {len(hit)} of its {plural(len(bank.class_names), 'class', 'classes')} "
+                f"{bank.name}: {len(hit)} of its {plural(len(classes), 'class', 'classes')} "
                 f"({bank.class_names[hit[0]]}, ...) were used in training or validation of {checkpoint.path}; "
                 f"unseen_only=true leaves them out{_advice(dataset, checkpoint)}"
             )
-        if hit:
-            bank = bank.select(bank.name, [c for c in range(len(bank.class_names)) if c not in {*hit}])
-    return bank
+        left_out.update(hit)
+    return bank.select(bank.name, [c for c in range(len(classes)) if c not in left_out]) if left_out else bank
 
 
 def seen(checkpoint: Checkpoint, dataset: Dataset) -> tuple[set[str], set[str]]:

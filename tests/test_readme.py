@@ -137,3 +137,10 @@ def test_the_speeds_are_those_of_the_benchmark_on_file():
     shown = README[README.index(header) :].split("\n\n")[0].splitlines()
     assert len(shown) >= 10
     assert {*shown} <= {*kept.splitlines()}
+
+
+def test_the_readme_shows_the_accuracies_on_file_for_cifar_fs():
+    place = ROOT / "outputs/reference"
+    folders = ("cifar_fs/classifier_5w1s", "cifar_fs/classifier_5w5s", "quick/cifar_fs", "cifar_fs/seed1")
+    for result in [one for folder in folders for one in read_results(place / folder / "result.json").results]:
+        assert percent(result.accuracy, result.ci95) in README
