@@ -11,11 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from metacv.data.task import TaskBatch
 from metacv.errors import UserError
 from metacv.text import first_line
-
-INPUTS = ("support_x", "support_y", "query_x", "query_y", "classes")  # of TaskBatch
 
 
 def check_precision(name: str, device: torch.device) -> None:
@@ -47,57 +44,87 @@ def keep_freed_memory() -> None:
 
 
 class Compiled:
-    """A function of tensors, with everything that autograd does in it, as one compiled graph per shape of its inputs.
+    """A function of tensors, with everything that autograd does in it, that runs as one graph per shape of its inputs.
 
-    torch.compile differentiates at most once. So the operations that autograd produces are recorded first, and the
-    graph to compile has no derivatives. On a GPU it runs as a CUDA graph: an output is valid until the next call.
+    On a CPU torch.compile makes it. That differentiates at most once, so the operations that autograd produces are
+    recorded first, and the graph to compile has no derivatives. On a GPU the kernels of one call are recorded and then
+    started together (a CUDA graph), which takes seconds; outputs are valid until the next call.
     """
 
-    def __init__(self, function: Callable[..., Sequence[Tensor]]) -> None:
-        """All tensors that change between calls must be arguments, also those that `function` itself changes."""
-        self.function = function
+    def __init__(self, function: Callable[..., Sequence[Tensor]], state: Sequence[Tensor] = ()) -> None:
+        """`function` takes the tensors of `state`, which keep their places in memory, and then the inputs of a call.
+
+        All tensors that change between calls must be in `state` or inputs, also those that `function` itself changes.
+        """
+        self.function, self.state = function, list(state)
         self.graphs: dict[object, Callable[..., Sequence[Tensor]]] = {}
 
-    def __call__(self, *tensors: Tensor) -> Sequence[Tensor]:
-        autocast = torch.is_autocast_enabled(tensors[0].device.type)
-        kind = autocast, *((t.shape, t.dtype) for t in tensors)
-        with torch.no_grad(), torch.autocast(tensors[0].device.type, enabled=False):
-            if kind in self.graphs:
-                return self.graphs[kind](*tensors)
-        graph = self._recorded(tensors)
-        self.graphs[kind] = torch.compile(graph, mode="reduce-overhead" if tensors[0].is_cuda else None, dynamic=False)
+    def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
+        device = inputs[0].device.type
+        autocast = torch.is_autocast_enabled(device)
+        kind = autocast, *((t.shape, t.dtype) for t in inputs)
+        if kind not in self.graphs:
+            self.graphs[kind] = self._compiled(inputs) if device == "cpu" else self._captured(inputs)
         try:
-            return self(*tensors)
+            with torch.no_grad(), torch.autocast(device, enabled=False):
+                return self.graphs[kind](*inputs)
         except RuntimeError as error:  # no compiler, or one that fails
             raise UserError(f"compile=true: {first_line(error)}") from error
 
-    def _recorded(self, tensors: Sequence[Tensor]) -> torch.fx.GraphModule:
-        """The operations of `function`. It is run once; its changes to tensors and to the random state are undone."""
+    @contextmanager
+    def _undone(self, inputs: Sequence[Tensor]) -> Iterator[None]:
+        """Changes to tensors and to the random state within are undone."""
+        tensors = [*self.state, *inputs]
         before = [t.detach().clone() for t in tensors]
-        with torch.random.fork_rng([tensors[0].device] if tensors[0].is_cuda else []):
-            graph = make_fx(self.function)(*tensors)
+        with torch.random.fork_rng([inputs[0].device] if inputs[0].device.type != "cpu" else []):
+            yield
         with torch.no_grad():
             for tensor, value in zip(tensors, before, strict=True):
                 if not torch.equal(tensor, value):  # an expanded tensor is never written to, and copy_ would refuse it
                     tensor.copy_(value)
+
+    def _compiled(self, inputs: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
+        with self._undone(inputs):
+            graph = make_fx(self.function)(*self.state, *inputs)
         graph.graph.eliminate_dead_code()
         graph.recompile()
-        return graph
+        compiled = torch.compile(graph, dynamic=False)
+        return lambda *inputs: compiled(*self.state, *inputs)
+
+    def _captured(self, inputs: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
+        own = [t.detach().clone().requires_grad_(t.requires_grad) for t in inputs]
+        graph, current, aside = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), torch.cuda.Stream()
+        aside.wait_stream(current)
+        with self._undone(inputs):
+            with torch.cuda.stream(aside):  # a capture must not be the first use of libraries and memory
+                for _ in range(2):
+                    self.function(*self.state, *own)
+            current.wait_stream(aside)
+            with torch.cuda.graph(graph):
+                outputs = [t.detach() for t in self.function(*self.state, *own)]
+
+        def replay(*inputs: Tensor) -> Sequence[Tensor]:
+            torch._foreach_copy_([t.detach() for t in own], list(inputs))
+            graph.replay()
+            return outputs
+
+        return replay
 
 
 class CompiledGradient:
     """An algorithm's `add_gradient`, compiled. It must not draw at random by the seeds of the tasks."""
 
-    def __init__(self, algorithm: nn.Module, add_gradient: Callable[[TaskBatch, float], dict[str, Tensor]]) -> None:
+    def __init__(self, algorithm: nn.Module, add_gradient: Callable[[Any, float], dict[str, Tensor]]) -> None:
         self.learned = [p for p in algorithm.parameters() if p.requires_grad]
         self.state = [*algorithm.parameters(), *algorithm.buffers()]
         self.add_gradient = add_gradient
-        self.compiled = Compiled(self._step)
+        self.compiled = Compiled(self._step, self.state)
         self.names: list[str] = []  # of the scalars
 
-    def __call__(self, tasks: TaskBatch, share: float) -> dict[str, Tensor]:
-        self.tasks, before = tasks, [p.grad for p in self.learned]
-        outputs = self.compiled(*self.state, *(getattr(tasks, name).contiguous() for name in INPUTS))
+    def __call__(self, batch: Any, share: float) -> dict[str, Tensor]:
+        inputs = {key: t for key, t in vars(batch).items() if isinstance(t, Tensor) and key != "seeds"}
+        self.batch, self.inputs, before = batch, list(inputs), [p.grad for p in self.learned]
+        outputs = self.compiled(*(t.contiguous() for t in inputs.values()))
         grads, scalars = outputs[: len(self.learned)], outputs[len(self.learned) :]
         for p, grad, earlier in zip(self.learned, grads, before, strict=True):
             p.grad = grad * share if earlier is None else earlier + grad * share
@@ -106,7 +133,7 @@ class CompiledGradient:
     def _step(self, *tensors: Tensor) -> list[Tensor]:
         for p in self.learned:
             p.grad = None
-        tasks = replace(self.tasks, seeds=None, **dict[str, Any](zip(INPUTS, tensors[len(self.state) :], strict=True)))
-        scalars = self.add_gradient(tasks, 1.0)
+        batch = replace(self.batch, **dict[str, Any](zip(self.inputs, tensors[len(self.state) :], strict=True)))
+        scalars = self.add_gradient(batch, 1.0)
         self.names = list(scalars)
         return [*(torch.zeros_like(p) if p.grad is None else p.grad for p in self.learned), *scalars.values()]

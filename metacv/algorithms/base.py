@@ -27,7 +27,7 @@ class Algorithm(nn.Module, ABC):
 
     def __init__(self) -> None:
         super().__init__()
-        self.gradient: Callable[[TaskBatch, float], dict[str, Tensor]] = self.add_gradient
+        self.gradient: Callable[[Any, float], dict[str, Tensor]] = self.add_gradient
 
     @abstractmethod
     def forward(self, tasks: TaskBatch) -> Tensor:
@@ -51,11 +51,11 @@ class Algorithm(nn.Module, ABC):
         metrics = [self.gradient(group, len(group) / len(tasks)) for group in self.groups(tasks)]
         return {name: torch.stack([own[name] for own in metrics]).sum() for name in metrics[0]}
 
-    def groups(self, tasks: TaskBatch) -> Iterator[TaskBatch]:
+    def groups(self, tasks: Any) -> Iterator[Any]:
         """The tasks in groups that pass through the network together: memory holds the graph of one group only."""
         yield tasks
 
-    def add_gradient(self, tasks: TaskBatch, share: float) -> dict[str, Tensor]:
+    def add_gradient(self, tasks: Any, share: float) -> dict[str, Tensor]:
         """`training_step` for a group of the tasks: gradient and scalars are multiplied by `share`."""
         logits = self(tasks)
         loss = self.loss(logits, tasks.query_y) * share

@@ -57,7 +57,7 @@ class Classifier(MetricMethod):
             return self.linear(features)
         return self.scale * F.linear(F.normalize(features, dim=-1), F.normalize(self.linear.weight, dim=-1))
 
-    def training_step(self, batch: ImageBatch) -> dict[str, Tensor]:
+    def add_gradient(self, batch: ImageBatch, share: float) -> dict[str, Tensor]:
         images, labels = batch.images, batch.labels
         if self.angle:
             images = torch.cat([torch.rot90(images, turns, (2, 3)) for turns in range(4)])
@@ -65,23 +65,20 @@ class Classifier(MetricMethod):
         features = self.backbone.features(images)
         logits = self.logits(features)
         loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
-        scalars = {"accuracy": (logits.detach().argmax(-1) == labels).float().mean()}
+        accuracy = (logits.detach().argmax(-1) == labels).float().mean()
         for teacher in self.teacher:
             loss = (loss + distillation(logits, taught(teacher, images))) / 2
         if self.angle:
             angles = torch.arange(4, device=labels.device).repeat_interleave(len(batch.labels))
             loss = loss + F.cross_entropy(self.angle(features), angles)
-        loss.backward()
-        return {"loss": loss.detach()} | scalars
+        (loss * share).backward()
+        return {"loss": loss.detach() * share, "accuracy": accuracy * share}
 
     def learn_from(self, teacher: Algorithm) -> None:
         """Train with `teacher` from now on; UserError if it is no classifier of as many classes."""
         if not isinstance(teacher, Classifier) or teacher.linear.out_features != self.linear.out_features:
             raise UserError(f"algo.teacher: must be a classifier of {self.linear.out_features} classes")
         self.teacher = [teacher.eval().requires_grad_(False)]
-
-    def compile_training(self) -> None:
-        raise UserError("compile=true: not for a method that trains on images instead of tasks")
 
 
 def taught(teacher: Classifier, images: Tensor) -> Tensor:

@@ -44,11 +44,11 @@ def batch_statistics(network: nn.Module) -> Iterator[None]:
 class BatchNorm(nn.BatchNorm2d):
     """nn.BatchNorm2d up to rounding. If `second_order`, its gradient in training is fast to differentiate once more."""
 
-    second_order = False  # for CPUs, without running statistics; then no third derivative, and not for torch.func.grad
+    second_order = False  # without running statistics; then no third derivative, and not for torch.func.grad
 
     def forward(self, images: Tensor) -> Tensor:
         own = self.second_order and self.training and self.running_mean is None and self.weight is not None
-        if not own or images.is_cuda or images.dim() != 4 or images.numel() <= images.shape[1]:
+        if not own or images.dim() != 4 or images.numel() <= images.shape[1]:
             return super().forward(images)
         return _Norm.apply(images, self.weight, self.bias, self.eps)[0]
 

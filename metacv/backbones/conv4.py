@@ -2,7 +2,6 @@
 
 from typing import Annotated, Literal
 
-import torch
 from torch import Tensor, nn
 
 from metacv.backbones.base import Backbone, GlobalMean, ImageShape
@@ -47,9 +46,10 @@ class Conv4(Backbone):
             self.out_shape = self.shape_of_output(image_shape)
         except (RuntimeError, ValueError):
             raise ValueError(f"images of {image_shape[1]}x{image_shape[2]} are too small for four blocks") from None
-        self.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:
+        if images.device.type != "cpu":
+            return self.blocks(images)
         # The layout that CPUs convolve fastest; `.to(memory_format=...)` does not give it to images of one channel.
         last = images.movedim(1, -1)
         return self.blocks(last.flatten(1).unflatten(1, last.shape[1:]).movedim(-1, 1))

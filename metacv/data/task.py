@@ -64,3 +64,6 @@ class ImageBatch:
 
     images: Tensor  # [B, C, H, W], from 0 to 1
     labels: Tensor  # [B], from 0 to the number of classes - 1
+
+    def __len__(self) -> int:
+        return len(self.images)

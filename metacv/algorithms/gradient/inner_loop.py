@@ -1,13 +1,16 @@
 """A classifier whose parameters are adapted to each task by gradient steps: what MAML and Reptile share."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from copy import copy, deepcopy
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
+from torch.overrides import TorchFunctionMode
 
 from metacv.algorithms.base import Algorithm, accuracies
 from metacv.backbones.base import Backbone
@@ -33,6 +36,40 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.backbone.features(images))
+
+
+class AsProducts(TorchFunctionMode):
+    """Within it, a convolution is a matrix product of patches and weights.
+
+    Where vmap gives each task weights of its own, a GPU is faster so. By itself, vmap makes a convolution with a group
+    for each task.
+    """
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return (product if function is torch.conv2d else function)(*args, **(kwargs or {}))
+
+
+def product(
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int] | str,
+    dilation: tuple[int, int],
+    groups: int,
+) -> Tensor:
+    """The convolution of images [B, C, H, W], as nn.Conv2d asks for it."""
+    if isinstance(padding, str) or dilation != (1, 1) or groups != 1:
+        return F.conv2d(images, weight, bias, stride, padding, dilation, groups)
+    height, width = weight.shape[2:]
+    padded = F.pad(images, [padding[1], padding[1], padding[0], padding[0]])
+    patches = padded.unfold(2, height, stride[0]).unfold(3, width, stride[1])  # [B, C, H', W', h, w]
+    rows = patches.permute(0, 2, 3, 1, 4, 5).flatten(3)
+    maps = rows.flatten(0, 2) @ weight.flatten(1).T
+    maps = maps if bias is None else maps + bias
+    return maps.unflatten(0, rows.shape[:3]).permute(0, 3, 1, 2).contiguous()
 
 
 class InnerLoop(Algorithm):
@@ -102,7 +139,8 @@ class InnerLoop(Algorithm):
         """Logits [T, B, N] of images [T, B, C, H, W] under the parameters of each task."""
         if len(images) > 1 and self.tasks_together(images[0]) > 1:
             # Gradients are taken outside of vmap: inside, those of fused batch norm are wrong (pytorch/functorch#534).
-            return vmap(partial(functional_call, self.net), randomness="different")(params, images)
+            with nullcontext() if images.device.type == "cpu" else AsProducts():
+                return vmap(partial(functional_call, self.net), randomness="different")(params, images)
         pairs = zip(of_each_task(params), images, strict=True)
         return torch.stack([functional_call(self.net, own, task) for own, task in pairs])
 

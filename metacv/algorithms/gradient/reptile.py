@@ -1,7 +1,6 @@
 """Reptile (Nichol, Achiam & Schulman, 2018), https://arxiv.org/abs/1803.02999"""
 
 from collections.abc import Callable, Sequence
-from math import sqrt
 from typing import Literal
 
 import torch
@@ -54,25 +53,26 @@ class Reptile(InnerLoop):
         if self.training:
             steps, size = self.inner_steps, self.inner_batch
         params = {name: p.detach() for name, p in self.initial(tasks).items()}
-        moments, count = {name: torch.zeros_like(p[0]) for name, p in params.items()}, 0  # Adam's moments, their steps
+        moments = {name: torch.zeros_like(p) for name, p in params.items()}  # Adam's
+        count = torch.zeros((), dtype=torch.long, device=tasks.support_x.device)  # steps in the moments
         if self.moments_pass:
             moments = self.for_way({name: self.get_buffer(_buffer(name)) for name in self.adapted}, tasks.way)
-            count = int(self.get_buffer("moment_steps"))
+            moments = {name: moment.expand(len(tasks), *moment.shape) for name, moment in moments.items()}
+            count = self.get_buffer("moment_steps")
         gradients = self.training_gradients if self.training else self.gradients
         seeds = tasks.seeds.tolist() if self.training and tasks.seeds is not None else [0] * len(tasks)
-        batches = [_batches(tasks.support_x.shape[1], size, steps, seed) for seed in seeds]
-        for rows in map(torch.stack, zip(*batches, strict=True)):
-            batch = torch.arange(len(tasks)).unsqueeze(1), rows.to(tasks.support_x.device)
+        batches = torch.stack([_batches(tasks.support_x.shape[1], size, steps, seed) for seed in seeds])
+        own = torch.arange(len(tasks), device=tasks.support_x.device).unsqueeze(1)
+        for rows in batches.to(tasks.support_x.device).unbind(1):
             for p in params.values():
                 p.requires_grad_()
             with torch.enable_grad():
-                grads = gradients(tasks.support_x[batch], tasks.support_y[batch], *params.values(), *self.net.buffers())
-            count += 1
+                grads = gradients(tasks.support_x[own, rows], tasks.support_y[own, rows], *params.values())
+            count = count + 1
             with torch.no_grad():
-                for (name, weight), grad in zip(params.items(), grads, strict=True):
-                    params[name] = self._moved(weight, grad, moments, name, count)
+                params, moments = self._moved(params, grads, moments, count)
         if self.training and self.moments_pass:  # evaluation starts from the moments of training, and keeps them
-            self.get_buffer("moment_steps").fill_(count)
+            self.get_buffer("moment_steps").copy_(count)
             for name, moment in moments.items():
                 self.get_buffer(_buffer(name)).copy_(moment.squeeze(0))
         return params
@@ -81,17 +81,23 @@ class Reptile(InnerLoop):
         """The mean, which prefers no class (Ye & Chao 2022, arXiv:2106.16245): many steps separate such rows best."""
         return torch.stack([rows.mean(0)] * count)
 
-    def _moved(self, weight: Tensor, grad: Tensor, moments: Params, name: str, count: int) -> Tensor:
-        """The weight after one step of the inner optimizer; changes `moments`."""
+    def _moved(self, params: Params, grads: Sequence[Tensor], moments: Params, count: Tensor) -> tuple[Params, Params]:
+        """The parameters after one step of the inner optimizer, and its moments."""
+        weights, slopes, squares = list(params.values()), list(grads), list(moments.values())
         if self.inner_optimizer == "sgd":
-            return weight - self.inner_lr * grad
-        moments[name] = torch.addcmul(BETA2 * moments[name], grad, grad, value=1 - BETA2)
-        root = (moments[name].sqrt() / sqrt(1 - BETA2**count)).add_(EPSILON)
-        return weight.addcdiv(grad, root, value=-self.inner_lr)
+            moved = torch._foreach_add(weights, slopes, alpha=-self.inner_lr)
+            return dict(zip(params, moved, strict=True)), moments
+        squares = list(torch._foreach_mul(squares, BETA2))
+        torch._foreach_addcmul_(squares, slopes, slopes, value=1 - BETA2)
+        roots = torch._foreach_sqrt(squares)
+        torch._foreach_div_(roots, (1 - BETA2 ** count.double()).sqrt())  # a tensor, so that no GPU is waited for
+        torch._foreach_add_(roots, EPSILON)
+        moved = torch._foreach_addcdiv(weights, slopes, roots, value=-self.inner_lr)
+        return dict(zip(params, moved, strict=True)), dict(zip(moments, squares, strict=True))
 
     def gradients(self, images: Tensor, labels: Tensor, *values: Tensor) -> list[Tensor]:
-        """Gradients of each task's mean loss; `values` are the adapted parameters, then the buffers of the network."""
-        params = dict(zip(self.adapted, values, strict=False))
+        """Gradients of each task's mean loss by `values`, the adapted parameters."""
+        params = dict(zip(self.adapted, values, strict=True))
         loss = len(images) * self.loss(self.classify(params, images), labels)
         return list(torch.autograd.grad(loss, list(params.values())))
 
@@ -108,16 +114,17 @@ class Reptile(InnerLoop):
         return {"loss": loss * share, "accuracy": accuracy * share}
 
     def compile_training(self) -> None:
-        self.training_gradients = Compiled(self.gradients)
+        state = list(self.net.buffers())
+        self.training_gradients = Compiled(lambda *tensors: self.gradients(*tensors[len(state) :]), state)
 
 
-def _batches(images: int, size: int, steps: int, seed: int) -> list[Tensor]:
-    """Rows of the batch of each inner step: shuffled passes through the support set, cut into batches of `size`."""
+def _batches(images: int, size: int, steps: int, seed: int) -> Tensor:
+    """Rows of the batch of each inner step [steps, size]: shuffled passes through the support set, cut into batches."""
     generator = torch.Generator().manual_seed(seed)
     size = min(size, images)
     passes = -(-size * steps // images)
     order = torch.cat([torch.randperm(images, generator=generator) for _ in range(passes)])
-    return list(order[: size * steps].split(size))
+    return order[: size * steps].view(steps, size)
 
 
 def _buffer(name: str) -> str:
