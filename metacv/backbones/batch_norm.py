@@ -123,7 +123,8 @@ def _laid_out_as(x: Tensor, a: Tensor) -> Tensor:
 
 def _sums(a: Tensor, x: Tensor, mean: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
     """sum(a (x - mean) r) and sum(a) of each channel: the fastest that torch has for it is batch norm's own."""
-    return _gradients(a, x, None, None, None, mean, r, True, 0.0, [False, True, True])[1:]
+    scale = r  # of the gradient by x, which is not asked for; a GPU wants a tensor
+    return _gradients(a, x, scale, None, None, mean, r, True, 0.0, [False, True, True])[1:]
 
 
 def _combined(constant: Tensor, *terms: tuple[Tensor, Tensor]) -> Tensor:

@@ -40,7 +40,7 @@ class Reptile(InnerLoop):
         self.moments_pass = self.one_task_in_training = inner_optimizer == "adam" and not reset_moments
         if self.moments_pass:
             self.sequential_because = "reset_moments=false passes moments from task to task"
-        self.training_gradients: Callable[..., Sequence[Tensor]] = self.gradients
+        self.training_loop: Callable[..., Sequence[Tensor]] = self.loop
         self.adapted = [name for name, p in self.net.named_parameters() if p.requires_grad]
         if inner_optimizer == "adam":
             self.register_buffer("moment_steps", torch.zeros((), dtype=torch.long))
@@ -59,18 +59,13 @@ class Reptile(InnerLoop):
             moments = self.for_way({name: self.get_buffer(_buffer(name)) for name in self.adapted}, tasks.way)
             moments = {name: moment.expand(len(tasks), *moment.shape) for name, moment in moments.items()}
             count = self.get_buffer("moment_steps")
-        gradients = self.training_gradients if self.training else self.gradients
         seeds = tasks.seeds.tolist() if self.training and tasks.seeds is not None else [0] * len(tasks)
         batches = torch.stack([_batches(tasks.support_x.shape[1], size, steps, seed) for seed in seeds])
-        own = torch.arange(len(tasks), device=tasks.support_x.device).unsqueeze(1)
-        for rows in batches.to(tasks.support_x.device).unbind(1):
-            for p in params.values():
-                p.requires_grad_()
-            with torch.enable_grad():
-                grads = gradients(tasks.support_x[own, rows], tasks.support_y[own, rows], *params.values())
-            count = count + 1
-            with torch.no_grad():
-                params, moments = self._moved(params, grads, moments, count)
+        own = torch.arange(len(tasks), device=tasks.support_x.device)[:, None, None], batches.to(tasks.support_x.device)
+        loop = self.training_loop if self.training else self.loop
+        found = loop(tasks.support_x[own], tasks.support_y[own], count, *params.values(), *moments.values())
+        count, params = found[0], dict(zip(params, found[1:], strict=False))
+        moments = dict(zip(moments, found[1 + len(params) :], strict=True))
         if self.training and self.moments_pass:  # evaluation starts from the moments of training, and keeps them
             self.get_buffer("moment_steps").copy_(count)
             for name, moment in moments.items():
@@ -81,25 +76,31 @@ class Reptile(InnerLoop):
         """The mean, which prefers no class (Ye & Chao 2022, arXiv:2106.16245): many steps separate such rows best."""
         return torch.stack([rows.mean(0)] * count)
 
-    def _moved(self, params: Params, grads: Sequence[Tensor], moments: Params, count: Tensor) -> tuple[Params, Params]:
-        """The parameters after one step of the inner optimizer, and its moments."""
-        weights, slopes, squares = list(params.values()), list(grads), list(moments.values())
-        if self.inner_optimizer == "sgd":
-            moved = torch._foreach_add(weights, slopes, alpha=-self.inner_lr)
-            return dict(zip(params, moved, strict=True)), moments
-        squares = list(torch._foreach_mul(squares, BETA2))
-        torch._foreach_addcmul_(squares, slopes, slopes, value=1 - BETA2)
-        roots = torch._foreach_sqrt(squares)
-        torch._foreach_div_(roots, (1 - BETA2 ** count.double()).sqrt())  # a tensor, so that no GPU is waited for
-        torch._foreach_add_(roots, EPSILON)
-        moved = torch._foreach_addcdiv(weights, slopes, roots, value=-self.inner_lr)
-        return dict(zip(params, moved, strict=True)), dict(zip(moments, squares, strict=True))
+    def loop(self, images: Tensor, labels: Tensor, count: Tensor, *values: Tensor) -> list[Tensor]:
+        """Steps of the inner optimizer on batches of images [T, steps, B, C, H, W] with labels [T, steps, B].
 
-    def gradients(self, images: Tensor, labels: Tensor, *values: Tensor) -> list[Tensor]:
-        """Gradients of each task's mean loss by `values`, the adapted parameters."""
-        params = dict(zip(self.adapted, values, strict=True))
-        loss = len(images) * self.loss(self.classify(params, images), labels)
-        return list(torch.autograd.grad(loss, list(params.values())))
+        `values` are the adapted parameters of each task, then their moments, which have seen `count` steps. Returns the
+        count and values after the last step.
+        """
+        weights, squares = list(values[: len(self.adapted)]), list(values[len(self.adapted) :])
+        for batch, own in zip(images.unbind(1), labels.unbind(1), strict=True):
+            weights = [weight.detach().requires_grad_() for weight in weights]
+            with torch.enable_grad():
+                logits = self.classify(dict(zip(self.adapted, weights, strict=True)), batch)
+                loss = len(batch) * self.loss(logits, own)  # the sum: each task gets the gradient of its mean
+                slopes = list(torch.autograd.grad(loss, weights))
+            count = count + 1
+            with torch.no_grad():
+                if self.inner_optimizer == "sgd":
+                    weights = list(torch._foreach_add(weights, slopes, alpha=-self.inner_lr))
+                    continue
+                squares = list(torch._foreach_mul(squares, BETA2))
+                torch._foreach_addcmul_(squares, slopes, slopes, value=1 - BETA2)
+                roots = torch._foreach_sqrt(squares)
+                torch._foreach_div_(roots, (1 - BETA2 ** count.double()).sqrt())  # no GPU is waited for
+                torch._foreach_add_(roots, EPSILON)
+                weights = list(torch._foreach_addcdiv(weights, slopes, roots, value=-self.inner_lr))
+        return [count, *weights, *squares]
 
     def add_gradient(self, tasks: TaskBatch, share: float) -> dict[str, Tensor]:
         """Add initial minus adapted parameters to `.grad`, as if it were a gradient (section 2)."""
@@ -115,7 +116,7 @@ class Reptile(InnerLoop):
 
     def compile_training(self) -> None:
         state = list(self.net.buffers())
-        self.training_gradients = Compiled(lambda *tensors: self.gradients(*tensors[len(state) :]), state)
+        self.training_loop = Compiled(lambda *tensors: self.loop(*tensors[len(state) :]), state)
 
 
 def _batches(images: int, size: int, steps: int, seed: int) -> Tensor:
