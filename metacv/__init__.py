@@ -1,5 +1,7 @@
 """Meta-learning for few-shot image classification, from the command line."""
 
+import subprocess
+from functools import cache
 from pathlib import Path
 
 __version__ = "0.2.0.dev0"
@@ -8,3 +10,15 @@ _PACKAGE = Path(__file__).resolve().parent
 _CHECKOUT = _PACKAGE.parent / "configs"
 # configs/ of the checkout, otherwise the copy inside the installed package.
 CONFIG_DIR = _CHECKOUT if (_CHECKOUT / "train.yaml").is_file() else _PACKAGE / "configs"
+
+
+@cache
+def version() -> str:
+    """`__version__`, in a checkout with the commit, such as 0.2.0+3462cd0."""
+    if CONFIG_DIR != _CHECKOUT or not (_PACKAGE.parent / ".git").exists():
+        return __version__
+    try:
+        command = ["git", "-C", str(_PACKAGE.parent), "describe", "--always", "--dirty", "--exclude=*"]
+        return f"{__version__}+{subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()}"
+    except (OSError, subprocess.CalledProcessError):  # no git, or no commit
+        return __version__

@@ -108,6 +108,7 @@ def _train(words: list[str], reported: list[Exception]) -> int:
     failed: list[Exception] = []
 
     def job(cfg: DictConfig) -> float:
+        from metacv.run import remove_unused
         from metacv.train import train
 
         hydra_config = HydraConfig.get()
@@ -119,9 +120,11 @@ def _train(words: list[str], reported: list[Exception]) -> int:
             return train(cfg, folder, list(hydra_config.overrides.task))
         except Exception as error:
             if hydra_config.mode == RunMode.MULTIRUN:  # Hydra continues with the other jobs, and raises this in the end
+                remove_unused(folder)
                 reported.append(error)
                 report_error(error, hydra_config.overrides.task)
                 raise
+            remove_unused(folder)
             failed.append(error)  # raised below, where Hydra does not print it too
             return math.nan
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from metacv import CONFIG_DIR
 from metacv.help import COMMANDS
+from metacv.words import choices
 
 CHOICES = re.compile(r"#\s*(\S+(?: \| [^\s|:,]+)+)")  # in a comment: a | b | c
 
@@ -41,10 +42,10 @@ def candidates(line: str, plugin: Any) -> list[str]:
     if command not in COMMANDS:
         return []
     name, equals, value = last.partition("=")
-    choices = values(command, name) if equals else []
-    if choices or (equals and (CONFIG_DIR / name).is_dir()):  # Hydra knows the groups of other commands too
+    possible = values(command, name) if equals else []
+    if possible or (equals and (CONFIG_DIR / name).is_dir()):  # Hydra knows the groups of other commands too
         earlier = value[: value.rfind(",") + 1]  # values of a sweep, such as a,b,
-        return [word for choice in choices if (word := f"{name}={earlier}{choice}").startswith(last)]
+        return [word for choice in possible if (word := f"{name}={earlier}{choice}").startswith(last)]
     own = {*COMMANDS, "hydra"}  # other commands are not settings
     found = [word for word in plugin._query(command, " ".join(words[1:])) if not word.endswith("._target_=")]
     return [word for word in found if word.rstrip(".=/") not in own or (last and word.startswith(last))]
@@ -52,9 +53,8 @@ def candidates(line: str, plugin: Any) -> list[str]:
 
 def values(command: str, name: str) -> list[str]:
     """The choices of a group, or of a setting whose comment names them."""
-    group = CONFIG_DIR / name
     if re.search(rf"^ +- {re.escape(name)}:", (CONFIG_DIR / f"{command}.yaml").read_text(), re.MULTILINE):
-        return sorted(path.relative_to(group).with_suffix("").as_posix() for path in group.rglob("*.yaml"))
+        return choices(name)
     group_name, _, setting = name.rpartition(".")
     files = (CONFIG_DIR / group_name).glob("*.yaml") if group_name else [CONFIG_DIR / f"{command}.yaml"]
     lines = (line.strip() for path in files for line in path.open())

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from metacv import __version__, seen
+from metacv import seen, version
 from metacv.algorithms.base import Algorithm, MetricMethod, accuracies, evaluating
 from metacv.algorithms.heads.base import WithHead
 from metacv.config import BatchNormMode, EvaluateConfig, TestConfig, TrainConfig, class_name, differences, merged
@@ -93,7 +93,7 @@ def record(config: TrainConfig, episodes: EpisodeList, **measured: Any) -> Resul
     """The record of an accuracy on `episodes`: `measured`, with what the other arguments and this program say of it."""
     known = {name: getattr(episodes.sampler, name) for name in ("way", "shot", "query", "rotation")}
     known |= {name: class_name(getattr(config, group)) for name, group in CLASSES.items()}
-    return Result(**known, **measured, episodes=len(episodes), torch=str(torch.__version__), metacv=__version__)
+    return Result(**known, **measured, episodes=len(episodes), torch=str(torch.__version__), metacv=version())
 
 
 def evaluate(cfg: EvaluateConfig, folder: Path) -> None:

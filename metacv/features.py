@@ -9,7 +9,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from metacv import __version__
+from metacv import version
 from metacv.algorithms.base import accuracies
 from metacv.algorithms.heads.base import Head
 from metacv.config import EvaluateConfig, class_name
@@ -58,7 +58,7 @@ def evaluate_features(cfg: EvaluateConfig) -> tuple[Tensor, Result]:
         device=describe_device(device),
         tasks_per_second=len(accuracy) / (time.perf_counter() - start),
         torch=str(torch.__version__),
-        metacv=__version__,
+        metacv=version(),
     )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import yaml
 
 from metacv import CONFIG_DIR
+from metacv.words import choices as choices_of
 
 COMMANDS = sorted(path.stem for path in CONFIG_DIR.glob("*.yaml"))  # each has a function of its name in metacv/
 
@@ -17,8 +18,7 @@ def help_text(command: str, words: list[str]) -> str:
     settings = [_readable(text.partition("\n\n")[2].partition("\nhydra:")[0])]
     choices = []
     for group, chosen in _chosen(command, content["defaults"], words).items():
-        folder = CONFIG_DIR / group
-        files = {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
+        files = {name: CONFIG_DIR / group / f"{name}.yaml" for name in choices_of(group)}
         width = len(group) + 2 + max(map(len, files))
         for name, path in files.items():
             lines = [line for line in path.read_text().splitlines() if not line.startswith("# @package")]

@@ -1,9 +1,10 @@
-"""The log of a run: metrics.jsonl and TensorBoard, under the same names (train/loss, val/accuracy, ...)."""
+"""The logs of a run: train.log for people; metrics.jsonl and TensorBoard with the same names (train/loss, ...)."""
 
 import contextlib
 import json
 import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from metacv.config import flat
 from metacv.errors import UserError
 from metacv.files import write_bytes_atomically, written_or_refused
+from metacv.terminal import say
 from metacv.text import printable
 
 
@@ -28,7 +30,7 @@ def errors_of_threads_once() -> Iterator[None]:
 
 
 class Logger:
-    """Appends to a run's folder; removes what an interrupted run wrote after `step`, or after step `validated`.
+    """Appends to a run's logs; removes what an interrupted run wrote after `step`, or after step `validated`.
 
     Every method raises UserError if it cannot write.
     """
@@ -36,6 +38,7 @@ class Logger:
     def __init__(self, folder: Path, step: int, validated: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
+        self.text = folder / "train.log"
         self.metrics = path = folder / "metrics.jsonl"
         self.events = folder / "events.out.tfevents.*"
         kept = []
@@ -63,6 +66,13 @@ class Logger:
                 self.file.close()
             with written_or_refused(self.events):
                 self.tensorboard.close()
+
+    def line(self, text: str, shown: bool = True) -> None:
+        """A line of train.log, with the time, and of the output."""
+        with written_or_refused(self.text), self.text.open("a", encoding="utf-8") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {printable(text)}\n")
+        if shown:
+            say(text)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """One line and one point of each curve, of values by their tags, such as train/loss."""

@@ -112,7 +112,7 @@ def predict(cfg: PredictConfig, folder: Path) -> Predictions:
         content = {name: checkpoint.content[name] for name in (*WEIGHTS, *OPTIONAL) if name in checkpoint.content}
         save_checkpoint(save, content | {"config": to_dict(portable), "support": kept})
     folder.mkdir(parents=True, exist_ok=True)
-    write(folder, predictions, support, checkpoint)
+    write(folder, predictions, support, checkpoint, truth)
     write_bytes_atomically(folder / "predictions.png", picture(images, predictions, support, truth))
     show(folder, predictions, truth, cfg, config.batch_norm)
     return predictions
@@ -216,16 +216,23 @@ def check_place_to_save(path: Path) -> None:
     raise UserError(f"save={path}: exists already, and is not a model that `save` wrote")
 
 
-def write(folder: Path, predictions: Predictions, support: Support, checkpoint: Checkpoint) -> None:
+def share_correct(predictions: Predictions, truth: list[str]) -> float:
+    return sum(one["label"] == own for one, own in zip(predictions, truth, strict=True)) / len(truth)
+
+
+def write(folder: Path, predictions: Predictions, support: Support, checkpoint: Checkpoint, truth: list[str]) -> None:
     table: list[list[object]] = [["file", "label", "probability", *(f"P({name})" for name in support.classes)]]
     for one in predictions:
         table.append([one["file"], one["label"], one["probability"], *one["probabilities"].values()])
-    content = {
+    content: dict[str, Any] = {
         "checkpoint": str(checkpoint.path),
         "checkpoint_sha256": checkpoint.sha256,
         "support": dict(zip(support.classes, support.shots, strict=True)),
         "predictions": predictions,
     }
+    if truth:
+        content["accuracy"] = share_correct(predictions, truth)
+        content["predictions"] = [one | {"truth": own} for one, own in zip(predictions, truth, strict=True)]
     write_bytes_atomically(folder / "predictions.csv", csv_bytes(table))
     write_bytes_atomically(folder / "predictions.json", (json.dumps(content, indent=1) + "\n").encode())
 
@@ -239,8 +246,10 @@ def show(folder: Path, predictions: Predictions, truth: list[str], cfg: PredictC
     if len(predictions) > LINES:
         print(f"... and {len(predictions) - LINES} more")
     if truth:
-        correct, count = sum(one["label"] == own for one, own in zip(predictions, truth, strict=True)), len(truth)
-        print(f"accuracy {100 * correct / count:.2f} %: {correct} of {count}, by the names of their folders")
+        share = share_correct(predictions, truth)
+        print(
+            f"accuracy {100 * share:.2f} %: {round(share * len(truth))} of {len(truth)}, by the names of their folders"
+        )
     if batch_norm == "transductive":
         print("batch_norm=transductive: each label depends on all query images; batch_norm=inductive labels each alone")
     for kind in ("csv", "json", "png"):

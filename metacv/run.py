@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import random
+import shutil
 import signal
 import sys
 import threading
@@ -235,6 +236,13 @@ def lock_folder(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def remove_unused(folder: Path) -> None:
+    """Remove the folder of a command that failed before it trained, unless another process is writing there."""
+    with contextlib.suppress(UserError, OSError), lock_folder(folder):
+        if {path.name for path in folder.iterdir()} <= {".hydra", ".lock", "split.json"}:
+            shutil.rmtree(folder)
 
 
 def start(cfg: DictConfig, folder: Path, overrides: list[str]) -> tuple[TrainConfig, list[str], Checkpoint | None]:

@@ -1,6 +1,7 @@
 """What reaches the terminal: errors in one line, and nothing from ranks other than 0."""
 
 import contextlib
+import difflib
 import os
 import re
 import sys
@@ -11,6 +12,7 @@ from tqdm import tqdm
 
 from metacv.errors import UserError
 from metacv.text import printable, short
+from metacv.words import settings
 
 
 def world_size() -> int:
@@ -65,7 +67,8 @@ def error_line(error: Exception, words: Sequence[str] = ()) -> str:
         if found := re.search(r"not find 'hydra/(?:launcher|sweeper)/\w*?(joblib|slurm|ray|optuna)'", text):
             return f"the extra {found[1]} is not installed; in a checkout: pip install '.[{found[1]}]'"
         if unknown := re.match(r"Could not override '(.+?)'\..*is not in struct", text):
-            return f"{unknown[1]}: there is no such setting"
+            near = difflib.get_close_matches(unknown[1], settings(), 1, cutoff=0.7)
+            return f"{unknown[1]}: there is no such setting{f'; did you mean {near[0]}?' if near else ''}"
         if isinstance(error, InterpolationResolutionError) or "Error resolving interpolation" in text:
             text = text.replace('KeyError raised while resolving interpolation: "', "").rstrip('"')
             missing = (re.findall("'(.+?)'", text) or [""])[0]

@@ -44,10 +44,10 @@ from metacv.model import (
 from metacv.precision import check_precision, keep_freed_memory, precision
 from metacv.results import ResultFile, summary
 from metacv.run import Run, Stopped, StopSignals, lock_folder, start, warn_of_few_test_classes
-from metacv.terminal import say
 from metacv.text import duration, in_bytes, percent, plural, setting
 
 DIAGNOSED_TASKS = 20
+TOLD_EVERY = 30  # seconds between lines of train.log, and of an output without a progress bar
 PROJECTED_IMAGES = 1000
 
 
@@ -63,25 +63,28 @@ def train(cfg: DictConfig, folder: Path, overrides: list[str]) -> float:
             write_bytes_atomically(folder / "split.json", json.dumps(run.splits, indent=1).encode())
         if ranks.rank:  # random draws in training, such as DropBlock's masks, differ between ranks
             torch.manual_seed(int(torch.randint(2**62, (ranks.rank,))[-1]))
-        say(header(run, folder))
         stack.enter_context(errors_of_threads_once())
         logger = stack.enter_context(Logger(folder, run.step, run.validated))
+        logger.line(header(run, folder))
         signals = stack.enter_context(StopSignals())
         bar = stack.enter_context(tqdm(total=run.steps, initial=run.step, unit="step", disable=None))
-        since = time.perf_counter(), run.step
+        since, told = (time.perf_counter(), run.step), time.perf_counter()
         while not run.finished:
             if run.validation_due:
                 check_finite(run, folder, ranks)
                 validate(run, validation, folder, logger, signals, ranks)
-                since = time.perf_counter(), run.step
+                since, told = (time.perf_counter(), run.step), time.perf_counter()
             else:
                 run.window.append(training_step(run, ranks))
                 bar.update()
                 if run.step % run.config.log_every == 0:
                     check_finite(run, folder, ranks)
                     speed = (run.step - since[1]) * run.config.meta_batch / (time.perf_counter() - since[0])
-                    bar.set_postfix_str(log_window(run, logger, speed))
+                    bar.set_postfix_str(text := log_window(run, logger, speed))
                     since = time.perf_counter(), run.step
+                    if since[0] - told > TOLD_EVERY:
+                        told = since[0]
+                        logger.line(f"step {run.step} of {run.steps}: {text}{remaining(run)}", shown=bar.disable)
             if (received := ranks.maximum(signals.received)) and not run.finished:
                 check_finite(run, folder, ranks)
                 if ranks.rank == 0:
@@ -142,6 +145,12 @@ def log_window(run: Run, logger: Logger, speed: float) -> str:
     return ", ".join([*shown, f"{speed:.3g} tasks/s"])
 
 
+def remaining(run: Run) -> str:
+    """The time that the other steps will take, with their validations, if they take as long as those so far."""
+    left = run.seconds * (run.steps - run.step) / max(1, run.step)
+    return f", {duration(left)} left" if run.step < run.steps else ""
+
+
 def validate(run: Run, episodes: EpisodeList, folder: Path, logger: Logger, signals: StopSignals, ranks: Ranks) -> None:
     """Evaluate on the validation episodes, keep the best weights, and save. A signal interrupts it without effect."""
     mode = run.config.batch_norm
@@ -168,9 +177,8 @@ def validate(run: Run, episodes: EpisodeList, folder: Path, logger: Logger, sign
         tqdm.write(f"metacv: {text}{learning_rates(run.config)}", file=sys.stderr)
         measured = {"diverged": diverged / len(accuracy)}
     else:
-        left = run.seconds * (run.steps - run.step) / max(1, run.step)
-        notes = (", best so far" if better else "") + (f", {duration(left)} left" if run.step < run.steps else "")
-        say(f"step {run.step} of {run.steps}: validation {percent(measured['accuracy'], measured['ci95'])} %{notes}")
+        text = f"validation {percent(measured['accuracy'], measured['ci95'])} %{', best so far' if better else ''}"
+        logger.line(f"step {run.step} of {run.steps}: {text}{remaining(run)}")
         logger.points(run.step, {"val/best_accuracy": run.best["accuracy"]})
     logger.scalars(run.step, {f"val/{name}": value for name, value in measured.items()})
     episode = next(episodes.batches(1))

@@ -1,9 +1,12 @@
 """The words of a command line as Hydra takes them. Paths are typed as they are, with any characters."""
 
+import difflib
 import os
 import re
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from metacv import CONFIG_DIR
 from metacv.errors import UserError
@@ -23,7 +26,12 @@ def hydra_overrides(command: str, words: list[str]) -> list[str]:
         name, equals, _ = word.partition("=")
         if equals and (new := RENAMED.get(name.lstrip("+~"))):
             raise UserError(f"{word}: this setting is called {new} now")
-    words = [_choice(command, word) for word in words]
+    own_files = any(word.partition("=")[0] in ("-cd", "--config-dir") for word in words)
+    words = [_choice(command, word, own_files) for word in words]
+    given = dict.fromkeys(word for word in words if (CONFIG_DIR / word.partition("=")[0]).is_dir())
+    for group in (word.partition("=")[0] for word in given):
+        if len(own := [word for word in given if word.startswith(f"{group}=")]) > 1:
+            raise UserError(f"{' and '.join(own)}: give {group} once")
     sweeps = not {"-m", "--multirun"}.isdisjoint(words)
     if command in ("compare", "report"):  # `compare A B` becomes `compare runs=[A,B]`
         runs = [i for i in _plain(words) if "=" not in words[i] or os.path.exists(words[i])]
@@ -47,7 +55,7 @@ def hydra_overrides(command: str, words: list[str]) -> list[str]:
     return overrides
 
 
-def _choice(command: str, word: str) -> str:
+def _choice(command: str, word: str, own_files: bool) -> str:
     """The word, or `~GROUP` for GROUP=null where no choice is the default; UserError for what names no file."""
     group, equals, _ = word.partition("=")
     if not group or not equals or not (CONFIG_DIR / group).is_dir():
@@ -62,7 +70,39 @@ def _choice(command: str, word: str) -> str:
         return f"~{group}"
     if not names or any(isinstance(name, bool | int | float | dict | list | None) for name in names):
         raise UserError(f"{word}: not the name of a file in configs/{group}")
+    known = choices(group)
+    if not own_files and known and (missing := [str(name) for name in names if str(name) not in known]):
+        raise UserError(f"{group}={missing[0]}: there is no such file in configs/{group}{nearest(missing[0], known)}")
     return word
+
+
+def choices(group: str) -> list[str]:
+    """The names of the files in configs/GROUP."""
+    folder = CONFIG_DIR / group
+    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """Which of the known names may be meant, as the end of an error; all of them if none is near."""
+    near = [own for own in known if own.endswith(f"/{name}")] or difflib.get_close_matches(name, known, cutoff=0.7)
+    if near:
+        return f"; did you mean {' or '.join(near)}?"
+    return f"; one of: {', '.join(known)}" if len(known) < 30 else ""
+
+
+def settings() -> list[str]:
+    """The names of all settings in configs/."""
+    names: dict[str, None] = {}
+    for path in sorted(CONFIG_DIR.rglob("*.yaml")):
+        text, place = path.read_text(), path.relative_to(CONFIG_DIR).parent.as_posix()
+        prefix = "" if place == "." or "@package _global_" in text else f"{place}."
+        content = yaml.safe_load(text) or {}
+        pairs = [(prefix + str(name), value) for name, value in content.items() if name not in ("defaults", "hydra")]
+        while pairs:
+            name, value = pairs.pop()
+            pairs += [(f"{name}.{key}", own) for key, own in value.items()] if isinstance(value, dict) else []
+            names[name] = None
+    return list(names)
 
 
 def _without_options(command: str, words: list[str]) -> list[str]:

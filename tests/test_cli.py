@@ -106,7 +106,15 @@ def assert_one_line(answer: tuple[int, str, str], message: str) -> None:
     ("arguments", "message"),
     [
         (("wya=5",), "wya: there is no such setting"),
-        (("algo=foo",), "Could not find 'algo/foo' Available options in 'algo': baseline"),
+        (("algo=foo",), "algo=foo: there is no such file in configs/algo; one of: baseline, baselinepp"),
+        (("algo=protonets",), "algo=protonets: there is no such file in configs/algo; did you mean protonet?"),
+        (("experiment=maml_20w1s",), "configs/experiment; did you mean omniglot/maml_20w1s?"),
+        (("experiment=maml_5w1s",), "did you mean miniimagenet/maml_5w1s or omniglot/maml_5w1s?"),
+        (("algo=maml", "algo=protonet"), "algo=maml and algo=protonet: give algo once"),
+        (("backbone=conv4", "backbone=resnet12", "way=3"), "backbone=conv4 and backbone=resnet12: give backbone once"),
+        (("shots=5",), "shots: there is no such setting; did you mean shot?"),
+        (("algo.inner_lrr=1",), "algo.inner_lrr: there is no such setting; did you mean algo.inner_lr?"),
+        (("optimizer.weightdecay=1",), "there is no such setting; did you mean optimizer.weight_decay?"),
         (("algo=null",), "algo=null: not the name of a file in configs/algo"),
         (("way=many",), "way=many: not a whole number from 2 to 10000"),
         (("train_way=1000",), "train_way=1000 but glyphs train has only 30 classes"),
@@ -151,6 +159,7 @@ def test_invalid_settings_of_training_exit_with_one_line(metacv, monkeypatch, ar
 
     monkeypatch.setattr("metacv.train.training_step", step)
     assert_one_line(metacv("train", SMALL[0], *arguments), message)
+    assert not [*Path().glob("outputs/train/*/*")]  # a folder of a run, where nothing ran
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,8 @@ def test_every_image_gets_a_label_which_a_kept_model_repeats(metacv, trained, al
         assert float(row["probability"]) == one["probability"] == float(row[f"P({one['label']})"])
         assert Path(one["file"]).is_file()
     right = sum(Path(one["file"]).parent.name == one["label"] for one in found["predictions"])
+    assert found["accuracy"] == right / 3 / len(sizes)
+    assert all(one["truth"] == Path(one["file"]).parent.name for one in found["predictions"])
     assert f"accuracy {100 * right / 3 / len(sizes):.2f} %: {right} of {3 * len(sizes)}" in out
     assert Image.open("one/predictions.png").size[0] > 100
 

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,22 @@ def assert_same_run(one: str | Path, other: str | Path) -> None:
 
     assert_same(ours, theirs, "last.pt")
     assert metrics(one) == metrics(other)
+
+
+def test_train_log_has_the_lines_of_the_output_and_training_lines_that_a_terminal_has_not(metacv, monkeypatch):
+    monkeypatch.setattr("metacv.train.TOLD_EVERY", 0)
+    code, out, _ = metacv(*PROTONET, "log_every=2", RUN)
+    assert code == 0
+    lines = [line.split("  ", 1) for line in Path("run/train.log").read_text().splitlines()]
+    header, *others = [text for _, text in lines]
+    assert header.startswith("ProtoNet, Conv4, Glyphs, 5-way 1-shot: 4 steps on ")
+    training = [text for text in others if "tasks/s" in text]
+    assert [text.split(":")[0] for text in training] == ["step 2 of 4", "step 4 of 4"]
+    assert re.fullmatch(r"step 2 of 4: loss [\d.]+, accuracy [\d.]+, [\d.]+ tasks/s, \d+ s left", training[0])
+    assert sum("validation" in text for text in others) == 2
+    assert out.startswith("\n".join([header, *others]))  # without a terminal, the output has all of them
+    for moment, _ in lines:
+        datetime.strptime(moment, "%Y-%m-%d %H:%M:%S")
 
 
 def test_a_run_writes_checkpoints_metrics_events_and_config(metacv, trained):
