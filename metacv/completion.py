@@ -1,6 +1,7 @@
 """Tab completion: Hydra's own, with the choices that YAML comments and folders of experiments name."""
 
 import contextlib
+import glob
 import os
 import re
 import sys
@@ -8,7 +9,7 @@ from typing import Any
 
 from metacv import CONFIG_DIR
 from metacv.help import COMMANDS
-from metacv.words import choices
+from metacv.words import PATHS, choices
 
 CHOICES = re.compile(r"#\s*(\S+(?: \| [^\s|:,]+)+)")  # in a comment: a | b | c
 
@@ -46,18 +47,35 @@ def candidates(line: str, plugin: Any) -> list[str]:
     if possible or (equals and (CONFIG_DIR / name).is_dir()):  # Hydra knows the groups of other commands too
         earlier = value[: value.rfind(",") + 1]  # values of a sweep, such as a,b,
         return [word for choice in possible if (word := f"{name}={earlier}{choice}").startswith(last)]
-    own = {*COMMANDS, "hydra"}  # other commands are not settings
+    if equals and PATHS.fullmatch(name):
+        return [f"{name}={path}" for path in paths(value)]
     found = [word for word in plugin._query(command, " ".join(words[1:])) if not word.endswith("._target_=")]
-    return [word for word in found if word.rstrip(".=/") not in own or (last and word.startswith(last))]
+    found += ["hydra.run.dir="] if "hydra.run.dir=".startswith(last) else []
+    others = {*COMMANDS, "hydra", *(path.name for path in CONFIG_DIR.iterdir() if path.is_dir())} - groups(command)
+    found = [word for word in found if word.rstrip(".=/") not in others or (last and word.startswith(last))]
+    if command in ("compare", "report"):  # whose plain words are runs
+        return [word for word in found if word.rstrip(".=") != "runs"] + paths(last)
+    return found
+
+
+def paths(start: str) -> list[str]:
+    """Files and folders whose path starts so, folders with a slash."""
+    return sorted(path + "/" * os.path.isdir(path) for path in glob.glob(f"{glob.escape(start)}*"))
+
+
+def groups(command: str) -> set[str]:
+    """The groups of configs/ that a command has."""
+    text = (CONFIG_DIR / f"{command}.yaml").read_text()
+    return {*re.findall(r"^ +- (?:override )?([\w/]+):", text, re.MULTILINE)}
 
 
 def values(command: str, name: str) -> list[str]:
     """The choices of a group, or of a setting whose comment names them."""
-    if re.search(rf"^ +- {re.escape(name)}:", (CONFIG_DIR / f"{command}.yaml").read_text(), re.MULTILINE):
+    if name in groups(command):
         return choices(name)
     group_name, _, setting = name.rpartition(".")
     files = (CONFIG_DIR / group_name).glob("*.yaml") if group_name else [CONFIG_DIR / f"{command}.yaml"]
     lines = (line.strip() for path in files for line in path.open())
     comments = [line.partition("#")[2] for line in lines if line.startswith(f"{setting}:")]
     found = [match[1].split(" | ") for comment in comments if (match := CHOICES.search(f"#{comment}"))]
-    return found[0] if found else []
+    return list(dict.fromkeys(found[0])) if found else []

@@ -437,6 +437,8 @@ def completed(line: str) -> list[str]:
         ("metacv compare dataset=o", ["dataset=omniglot"]),
         ("metacv predict su", ["support="]),
         ("metacv predict dataset=o", []),
+        ("metacv train device=", ["device=auto", "device=cpu", "device=cuda"]),
+        ("metacv train hydra.run.d", ["hydra.run.dir="]),
         ("metacv train experiment=omniglot/protonet_5w5s algo.m", ["algo.metric="]),
         ("metacv train experiment=omniglot/protonet_5w5s dataset.co", ["dataset.counts."]),
         ("metacv train experiment=omniglot/reptile_5w1s algo=maml algo.eval_", ["algo.eval_inner_steps="]),
@@ -445,6 +447,27 @@ def completed(line: str) -> list[str]:
     ],
 )
 def test_completion(line, expected):
+    assert completed(line) == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("metacv report ", ["a run/", "a.txt", "b/", "hydra.run.dir="]),
+        ("metacv report b", ["b/"]),
+        ("metacv report b/", ["b/one/", "b/two/"]),
+        ("metacv compare b/t", ["b/two/"]),
+        ("metacv evaluate checkpoint=b/o", ["checkpoint=b/one/"]),
+        ("metacv train init=a", ["init=a run/", "init=a.txt"]),
+        ("metacv train dataset=image_folder dataset.root=b", ["dataset.root=b/"]),
+        ("metacv train hydra.run.dir=nowhere", []),
+    ],
+)
+def test_completion_offers_paths_where_a_word_may_be_one(line, expected, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("a run", "b/one", "b/two"):
+        Path(folder).mkdir(parents=True)
+    Path("a.txt").touch()
     assert completed(line) == expected
 
 
