@@ -50,9 +50,10 @@ def candidates(line: str, plugin: Any) -> list[str]:
     if equals and PATHS.fullmatch(name):
         return [f"{name}={path}" for path in paths(value)]
     found = [word for word in plugin._query(command, " ".join(words[1:])) if not word.endswith("._target_=")]
-    found += ["hydra.run.dir="] if "hydra.run.dir=".startswith(last) else []
-    others = {*COMMANDS, "hydra", *(path.name for path in CONFIG_DIR.iterdir() if path.is_dir())} - groups(command)
-    found = [word for word in found if word.rstrip(".=/") not in others or (last and word.startswith(last))]
+    found = list(dict.fromkeys([*found, *(["hydra.run.dir="] if "hydra.run.dir=".startswith(last) else [])]))
+    others = {path.name for path in CONFIG_DIR.iterdir() if path.is_dir()} - groups(command)
+    own = {*COMMANDS, "hydra"}  # other commands are not settings
+    found = [word for word in found if (name := word.rstrip(".=/")) not in own | others or (last and name in own)]
     if command in ("compare", "report"):  # whose plain words are runs
         return [word for word in found if word.rstrip(".=") != "runs"] + paths(last)
     return found
