@@ -3,7 +3,7 @@
 import ctypes
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -32,6 +32,11 @@ def precision(name: str, device: torch.device) -> Iterator[None]:
             yield
     finally:
         products.allow_tf32, convolutions.allow_tf32 = before
+
+
+def random_state_kept(device: torch.device) -> AbstractContextManager[None]:
+    """Random draws inside do not change those after it, on the CPU and on `device`."""
+    return torch.random.fork_rng([device] if device.type != "cpu" else [], device_type=device.type)
 
 
 def keep_freed_memory() -> None:
@@ -76,7 +81,7 @@ class Compiled:
         """Changes to tensors and to the random state within are undone."""
         tensors = [*self.state, *inputs]
         before = [t.detach().clone() for t in tensors]
-        with torch.random.fork_rng([inputs[0].device] if inputs[0].device.type != "cpu" else []):
+        with random_state_kept(inputs[0].device):
             yield
         with torch.no_grad():
             for tensor, value in zip(tensors, before, strict=True):

@@ -41,7 +41,7 @@ from metacv.model import (
     target_class,
     with_head,
 )
-from metacv.precision import check_precision, keep_freed_memory, precision
+from metacv.precision import check_precision, keep_freed_memory, precision, random_state_kept
 from metacv.results import ResultFile, summary
 from metacv.run import Run, Stopped, StopSignals, lock_folder, start, warn_of_few_test_classes
 from metacv.text import duration, in_bytes, percent, plural, setting
@@ -275,8 +275,7 @@ def flops_of_a_step(algorithm: Algorithm, sampler: EpisodeSampler | ImageSampler
         raise UserError(f"meta_batch={count}: the images of a step take {in_bytes(size)}, above {in_bytes(MOST)}")
     batch = sampler.sample(count, own)
     sampler.load_state_dict(state)
-    devices = [sampler.device] if sampler.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), FlopCounterMode(display=False) as counter:
+    with random_state_kept(sampler.device), FlopCounterMode(display=False) as counter:
         algorithm.counted().train().training_step(batch)
     return counter.get_total_flops() * count / (own.stop - own.start)
 

@@ -26,7 +26,10 @@ MOST = 2**33  # bytes of a list of episodes, and of the images of a training ste
 
 
 class Sampler:
-    """Draws from the images of a bank, and augments them by a random stream of its own."""
+    """Draws from the images of a bank on the CPU, and augments them by a random stream of its own.
+
+    What it draws is copied to a GPU with `non_blocking`: otherwise each copy waits for the step before.
+    """
 
     device: torch.device
     augment: Augment | None
@@ -34,7 +37,11 @@ class Sampler:
 
     def images_at(self, rows: Tensor) -> Tensor:
         """The images of `rows`, from 0 to 1."""
-        return self.images[rows.to(self.images.device)].to(self.device).float().div_(255)
+        return self.gathered(self.images, rows).float().div_(255)
+
+    def gathered(self, images: Tensor, rows: Tensor) -> Tensor:
+        """The images or features of `rows`, on the sampler's device."""
+        return images[rows.to(images.device, non_blocking=True)].to(self.device, non_blocking=True)
 
     def state_dict(self) -> dict[str, Any]:
         return {"augment": {"generator": self.augment.generator.get_state()}} if self.augment else {}
@@ -104,7 +111,7 @@ class EpisodeSampler(Sampler):
     ) -> TaskBatch:
         """Form the tasks of `rows` [T, N, K+Q] from images or features [U, ...]; uint8 is divided by 255.
         `index` [T, N, K+Q]: their places in `images`, by default `rows`. `changes` [T, N, K+Q, 6]: augmentation."""
-        values = images[(rows if index is None else index).to(images.device)].to(self.device)  # [T, N, K+Q, ...]
+        values = self.gathered(images, rows if index is None else index)  # [T, N, K+Q, ...]
         if values.dtype == torch.uint8:
             values = values.float().div_(255)
         if self.augment and changes is not None:
@@ -121,7 +128,7 @@ class EpisodeSampler(Sampler):
             query_x=values[:, :, self.shot :].flatten(1, 2),
             query_y=labels.repeat_interleave(self.query).expand(len(rows), -1),
             way=self.way,
-            classes=classes.to(self.device),
+            classes=classes.to(self.device, non_blocking=True),
             seeds=rows.flatten(1) @ torch.arange(1, rows[0].numel() + 1),
         )
 
@@ -180,7 +187,7 @@ class ImageSampler(Sampler):
         images = self.images_at(rows)
         if self.augment:
             images = self.augment(images, self.augment.draw(count)[part])
-        return ImageBatch(images, self.labels[rows].to(self.device))
+        return ImageBatch(images, self.labels[rows].to(self.device, non_blocking=True))
 
     def state_dict(self) -> dict[str, Any]:
         return {"position": self.position} | super().state_dict()

@@ -36,7 +36,7 @@ class Augment:
     def __call__(self, images: Tensor, changes: Tensor) -> Tensor:
         """Images [B, C, H, W] changed as `draw` says, [B, 6]."""
         count, _, height, width = images.shape
-        changes = changes.to(images)
+        changes = changes.to(images.device, images.dtype, non_blocking=True)
         if self.crop:
             image, channel, row, column = (torch.arange(n, device=images.device) for n in images.shape)
             down, right = changes[:, :2].long().T.unsqueeze(-1)
@@ -56,5 +56,5 @@ class Augment:
 
 def _grey(images: Tensor) -> Tensor:
     """[B, C, H, W] -> [B, 1, H, W]. Images without three channels are grey already."""
-    colour = images.shape[1] == 3
-    return (images * images.new_tensor(LUMA).view(3, 1, 1)).sum(1, keepdim=True) if colour else images[:, :1]
+    red, *others = images.split(1, dim=1)
+    return LUMA[0] * red + LUMA[1] * others[0] + LUMA[2] * others[1] if len(others) == 2 else red

@@ -184,15 +184,18 @@ def test_r2d2_is_ridge_regression_with_a_learned_scale_and_shift():
     assert not fixed.log_penalty.requires_grad
 
 
-def test_dn4_sums_the_cosines_to_the_nearest_places_over_all_places_of_the_query():
+@pytest.mark.parametrize("neighbours", [2, 8, 99])  # the classes have 6 and 18 places
+def test_dn4_sums_the_cosines_to_the_nearest_places_over_all_places_of_the_query(neighbours):
     tasks = random_tasks(tasks=1, way=2, shot=2, query=3, shape=(5, 2, 3), dtype=torch.float64)
-    logits = DN4(Identity((5, 2, 3)), neighbours=2)(tasks)
+    tasks = replace(tasks, support_y=torch.tensor([[1, 0, 1, 1]]))
+    logits = DN4(Identity((5, 2, 3)), neighbours)(tasks)
     for q in range(6):
         for c in range(2):
             total = 0.0
             for place in tasks.query_x[0, q].flatten(1).T:
                 own = tasks.support_x[0, tasks.support_y[0] == c].flatten(2).permute(0, 2, 1).flatten(0, 1)
-                total += float(F.cosine_similarity(own, place.unsqueeze(0)).sort(descending=True).values[:2].sum())
+                cosines = F.cosine_similarity(own, place.unsqueeze(0))
+                total += float(cosines.sort(descending=True).values[:neighbours].sum())
             assert float(logits[0, q, c]) == pytest.approx(total, rel=1e-9)
 
 

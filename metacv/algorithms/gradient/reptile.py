@@ -61,7 +61,8 @@ class Reptile(InnerLoop):
             count = self.get_buffer("moment_steps")
         seeds = tasks.seeds.tolist() if self.training and tasks.seeds is not None else [0] * len(tasks)
         batches = torch.stack([_batches(tasks.support_x.shape[1], size, steps, seed) for seed in seeds])
-        own = torch.arange(len(tasks), device=tasks.support_x.device)[:, None, None], batches.to(tasks.support_x.device)
+        device = tasks.support_x.device
+        own = torch.arange(len(tasks), device=device)[:, None, None], batches.to(device, non_blocking=True)
         loop = self.training_loop if self.training else self.loop
         found = loop(tasks.support_x[own], tasks.support_y[own], count, *params.values(), *moments.values())
         count, params = found[0], dict(zip(params, found[1:], strict=False))

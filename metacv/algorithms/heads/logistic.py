@@ -1,5 +1,6 @@
 """Logistic regression on the support set, scikit-learn's objective, for many tasks at once."""
 
+from math import sqrt
 from typing import Annotated
 
 import torch
@@ -34,16 +35,16 @@ class Logistic(Head):
 
 
 def fit(kernel: Tensor, targets: Tensor, C: float) -> tuple[Tensor, Tensor]:
-    """Coefficients [T, S, N] and biases [T, 1, N] for products of features [T, S, S] and one-hot labels [T, S, N]."""
+    """Coefficients [T, S, N] and biases [T, 1, N], of products [T, S, S] of features of length 1 and one-hot labels
+    [T, S, N]."""
     # The Hessian of the cross-entropies is at most half the largest eigenvalue of the products, of features with a 1,
-    # and that is at most their trace.
-    curvature = (kernel + 1).diagonal(dim1=1, dim2=2).sum(1).view(-1, 1, 1) / 2
-    rate = 1 / (curvature + 1 / C)
-    root = (rate / C).sqrt()
+    # and that is at most their trace, 2 S.
+    rate = 1 / (kernel.shape[1] + 1 / C)
+    root = sqrt(rate / C)
     momentum = (1 - root) / (1 + root)
     point = torch.zeros_like(targets)
     before, bias, bias_before = point, point[:, :1], point[:, :1]
-    for _ in range(int(PRECISION / root.min()) + 1):  # an error shrinks by a factor of 1 - root each time
+    for _ in range(int(PRECISION / root) + 1):  # an error shrinks by a factor of 1 - root each time
         ahead, bias_ahead = point + momentum * (point - before), bias + momentum * (bias - bias_before)
         error = (kernel @ ahead + bias_ahead).softmax(-1) - targets
         before, bias_before = point, bias

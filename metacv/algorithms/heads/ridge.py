@@ -26,5 +26,6 @@ def ridge(tasks: TaskBatch, penalty: float | Tensor) -> Tensor:
         full = torch.promote_types(tasks.support_x.dtype, torch.float32)
         support, query = tasks.support_x.to(full), tasks.query_x.to(full)  # [T, S, D], [T, Q, D]
         targets = F.one_hot(tasks.support_y, tasks.way).to(support)
-        products = support @ support.mT + penalty * torch.eye(support.shape[1]).to(support)
-        return query @ support.mT @ torch.linalg.solve(products, targets)
+        products = support @ support.mT + penalty * torch.eye(support.shape[1], dtype=full, device=support.device)
+        # Without a check for errors, for which a GPU is waited for; products + penalty I can be inverted.
+        return query @ support.mT @ torch.linalg.solve_ex(products, targets).result

@@ -23,11 +23,14 @@ class DN4(MetricMethod):
 
     def head(self, tasks: TaskBatch) -> Tensor:
         support, query = (F.normalize(maps.flatten(3), dim=2).mT for maps in (tasks.support_x, tasks.query_x))
+        classes = torch.arange(tasks.way, device=query.device).view(-1, 1, 1, 1, 1)  # [N, Q, hw, S, n] below
         logits = []
         for own, labels, queries in zip(support, tasks.support_y, query, strict=True):  # [S, hw, D], [S], [Q, hw, D]
-            classes = [own[labels == c].flatten(0, 1) for c in range(tasks.way)]  # [K hw, D] each
-            cosines = [queries @ places.mT for places in classes]  # [Q, hw, K hw]
-            # Equations 2 and 3: the sum of the cosines to the nearest places, over all places of the query.
-            nearest = [own.topk(min(self.neighbours, own.shape[-1])).values.sum((1, 2)) for own in cosines]
-            logits.append(torch.stack(nearest, dim=1))
+            cosines = (queries @ own.flatten(0, 1).mT).unflatten(-1, own.shape[:2])  # [Q, hw, S, hw]
+            # Equations 2 and 3: the sum of the cosines to the nearest places, over all places of the query. Those of a
+            # class are among the nearest of each image. Masks, not rows: the number of rows would be read from the GPU.
+            nearest = cosines.topk(min(self.neighbours, cosines.shape[-1])).values  # [Q, hw, S, n]
+            of_class = nearest.where(labels.unsqueeze(-1) == classes, -torch.inf).flatten(3)  # [N, Q, hw, S n]
+            nearest = of_class.topk(min(self.neighbours, of_class.shape[-1])).values
+            logits.append(nearest.masked_fill(nearest == -torch.inf, 0).sum((2, 3)).T)  # a small class may have fewer
         return torch.stack(logits)
