@@ -57,7 +57,7 @@ def hydra_overrides(command: str, words: list[str]) -> list[str]:
 
 def _choice(command: str, word: str, own_files: bool) -> str:
     """The word, or `~GROUP` for GROUP=null where no choice is the default; UserError for what names no file."""
-    group, equals, _ = word.partition("=")
+    group, equals, value_text = word.partition("=")
     if not group or not equals or not (CONFIG_DIR / group).is_dir():
         return word
     from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -71,7 +71,7 @@ def _choice(command: str, word: str, own_files: bool) -> str:
     if not names or any(isinstance(name, bool | int | float | dict | list | None) for name in names):
         raise UserError(f"{word}: not the name of a file in configs/{group}")
     known = choices(group)
-    if not own_files and known and (missing := [str(name) for name in names if str(name) not in known]):
+    if not own_files and known and "${" not in value_text and (missing := [str(name) for name in names if str(name) not in known]):
         raise UserError(f"{group}={missing[0]}: there is no such file in configs/{group}{nearest(missing[0], known)}")
     return word
 
