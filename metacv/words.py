@@ -10,8 +10,12 @@ from metacv.errors import UserError
 from metacv.upgrade import RENAMED
 
 IN_ITS_FOLDER = ("true", "false", "auto")  # values of `resume` that are no path
+# Paths that a run reads again when it is resumed or evaluated, perhaps from another folder. Not among them:
+# init, which is read only once, and dataset.split_dir, which is in data_dir unless absolute.
+KEPT_PATHS = re.compile(r"data_dir|\w+\.(teacher|root|\w+_file)")
 PATHS = re.compile(
-    r"\+*(checkpoint|features|init|algo\.teacher|support|adapted|save|resume|data_dir|hydra\.(run|sweep)\.dir|dataset\.(root|\w+_dir|\w+_file))"
+    r"\+*(checkpoint|features|init|support|adapted|save|resume|hydra\.(run|sweep)\.dir|dataset\.\w+_dir"
+    rf"|{KEPT_PATHS.pattern})"
 )
 NO_NAME = re.compile(r"true|false|[+-]?([\d.]+(e[+-]?\d+)?|inf|nan)", re.IGNORECASE)  # hardly a file's
 OPTIONS_WITH_VALUE = {"-c", "--cfg", "-p", "--package"}

@@ -166,7 +166,7 @@ def test_invalid_settings_have_one_clear_line(metacv):
     for words, message in {
         ("ema=1.5",): "ema=1.5: not a number from 0 to below 1 or null",
         ("init=nowhere",): "nowhere: there is no such file",
-        ("algo.teacher=nowhere",): "nowhere: there is no such file",
+        ("algo.teacher=nowhere",): f"{Path.cwd()}/nowhere: there is no such file",
         ("compile=true",): "compile=true: not for a method that trains on images instead of tasks",
         ("algo.label_smoothing=1",): "algo.label_smoothing=1: not a number from 0 to below 1",
         (
