@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -23,6 +23,7 @@ from metacv.bounds import (
     checked,
 )
 from metacv.errors import UserError
+from metacv.words import KEPT_PATHS
 
 T = TypeVar("T")
 BatchNormMode = Literal["inductive", "transductive"]
@@ -144,14 +145,9 @@ def typed(cfg: DictConfig, schema: type[T]) -> T:
         raise UserError(f"~{min(deleted)}: this setting cannot be deleted")
     content: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
     try:
-        config = from_dict(schema, content)
+        return from_dict(schema, with_paths(content, lambda _, path: absolute(path)))
     except ValueError as error:
         raise UserError(str(error)) from None
-    dataset = getattr(config, "dataset", {})
-    for name, value in dataset.items():
-        if is_path(name) and isinstance(value, str) and os.path.exists(place := os.path.expanduser(value)):
-            dataset[name] = os.path.abspath(place)  # found from any folder later
-    return config
 
 
 def from_dict(schema: type[T], content: Mapping[str, Any], prefix: str = "") -> T:
@@ -190,8 +186,24 @@ def is_resumable(name: str) -> bool:
 
 
 def is_path(name: str) -> bool:
-    """Whether a setting of a data set is a path on this machine: `root`, or a name that ends in _file."""
-    return name == "root" or name.endswith("_file")
+    """Whether a setting, by its full name, is a path on this machine that a run reads again later."""
+    return KEPT_PATHS.fullmatch(name) is not None
+
+
+def with_paths(content: Mapping[str, Any], change: Callable[[str, str], Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings, with `change(full name, path)` in place of each path."""
+
+    def changed(name: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return with_paths(value, change, f"{name}.")
+        return change(name, value) if is_path(name) and isinstance(value, str) and value else value
+
+    return {name: changed(f"{prefix}{name}", value) for name, value in content.items()}
+
+
+def absolute(path: str) -> str:
+    """A path that is meant from the current folder, as all folders see it."""
+    return os.path.abspath(os.path.expanduser(path))
 
 
 def class_name(node: Mapping[str, Any]) -> str:

@@ -1,6 +1,5 @@
 """Label images, after a few examples of each class."""
 
-import dataclasses
 import io
 import json
 import sys
@@ -16,7 +15,7 @@ from torch import Tensor
 from metacv import limits
 from metacv.algorithms.base import Algorithm
 from metacv.algorithms.heads.base import WithHead
-from metacv.config import PredictConfig, is_path, to_dict
+from metacv.config import PredictConfig, to_dict, with_paths
 from metacv.data.bank import SPLITS, Dataset, pictures, report_copies
 from metacv.data.image_files import files_below, folders_in, has_only_folders, read_readable, report_skipped
 from metacv.data.task import TaskBatch
@@ -106,11 +105,10 @@ def predict(cfg: PredictConfig, folder: Path) -> Predictions:
     ]
     truth = labels_of_folders(queries, place, support.classes)
     if save:  # first, since it may fail, and should then leave no folder behind
-        paths = {name: None for name in config.dataset if is_path(name)}
-        portable = dataclasses.replace(config, dataset=config.dataset | paths)
+        portable = with_paths(to_dict(config), lambda *_: None) | {"init": None}
         kept = {"images": support.images, "shots": list(support.shots), "classes": list(support.classes)}
         content = {name: checkpoint.content[name] for name in (*WEIGHTS, *OPTIONAL) if name in checkpoint.content}
-        save_checkpoint(save, content | {"config": to_dict(portable), "support": kept})
+        save_checkpoint(save, content | {"config": portable, "support": kept})
     folder.mkdir(parents=True, exist_ok=True)
     write(folder, predictions, support, checkpoint, truth)
     write_bytes_atomically(folder / "predictions.png", picture(images, predictions, support, truth))

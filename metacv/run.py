@@ -25,7 +25,19 @@ from torch.optim.swa_utils import AveragedModel
 
 from metacv import limits
 from metacv.algorithms.base import Algorithm
-from metacv.config import TrainConfig, class_name, differences, from_dict, is_path, is_resumable, to_dict, typed
+from metacv.config import (
+    TrainConfig,
+    absolute,
+    class_name,
+    differences,
+    flat,
+    from_dict,
+    is_path,
+    is_resumable,
+    to_dict,
+    typed,
+    with_paths,
+)
 from metacv.data.sampler import EpisodeSampler, ImageSampler
 from metacv.errors import UserError
 from metacv.files import write_bytes_atomically
@@ -279,13 +291,19 @@ def resumed(source: Checkpoint, overrides: list[str]) -> tuple[TrainConfig, list
     merged = [word for word in own if word.split("=")[0] not in given] + list(given.values())
     config = typed(compose("train", merged), TrainConfig)
     asked = {name.lstrip("+") for name in given}
-    for name, value in source.config.dataset.items():
-        if is_path(name) and f"dataset.{name}" not in asked:
-            config.dataset[name] = value
+    if "data_dir" not in {word.split("=")[0].lstrip("+") for word in own}:
+        asked.add("data_dir")  # by the environment of this command
+    kept = {**dict(flat(vars(source.config))), "data_dir": source.config.data_dir}
+
+    def as_it_began(name: str, path: str) -> str:
+        return path if name in asked else absolute(str(kept.get(name) or path))
+
+    config = TrainConfig(**with_paths(vars(config), as_it_began))
     execution = execution_settings(config.algo)
     for name, now, before in differences(settings(config), settings(source.config)):
-        group, _, own_name = name.partition(".")
-        if not (is_resumable(group) or name in execution or (group == "dataset" and is_path(own_name))):
+        group = name.partition(".")[0]
+        moved = is_path(name) and (now or group == "dataset")
+        if not (is_resumable(group) or name in execution or moved):
             raise UserError(f"resume: {name} is {now}, but {source.path} was trained with {before}")
     return config, merged
 

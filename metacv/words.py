@@ -13,8 +13,12 @@ from metacv.errors import UserError
 from metacv.upgrade import RENAMED
 
 IN_ITS_FOLDER = ("true", "false", "auto")  # values of `resume` that are no path
+# Paths that a run reads again when it is resumed or evaluated, perhaps from another folder. Not among them:
+# init, which is read only once, and dataset.split_dir, which is in data_dir unless absolute.
+KEPT_PATHS = re.compile(r"data_dir|\w+\.(teacher|root|\w+_file)")
 PATHS = re.compile(
-    r"\+*(checkpoint|features|init|algo\.teacher|support|adapted|save|resume|data_dir|hydra\.(run|sweep)\.dir|dataset\.(root|\w+_dir|\w+_file))"
+    r"\+*(checkpoint|features|init|support|adapted|save|resume|hydra\.(run|sweep)\.dir|dataset\.\w+_dir"
+    rf"|{KEPT_PATHS.pattern})"
 )
 NO_NAME = re.compile(r"true|false|[+-]?([\d.]+(e[+-]?\d+)?|inf|nan)", re.IGNORECASE)  # hardly a file's
 OPTIONS_WITH_VALUE = {"-c", "--cfg", "-p", "--package"}
@@ -57,7 +61,7 @@ def hydra_overrides(command: str, words: list[str]) -> list[str]:
 
 def _choice(command: str, word: str, own_files: bool) -> str:
     """The word, or `~GROUP` for GROUP=null where no choice is the default; UserError for what names no file."""
-    group, equals, value_text = word.partition("=")
+    group, equals, _ = word.partition("=")
     if not group or not equals or not (CONFIG_DIR / group).is_dir():
         return word
     from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -71,7 +75,8 @@ def _choice(command: str, word: str, own_files: bool) -> str:
     if not names or any(isinstance(name, bool | int | float | dict | list | None) for name in names):
         raise UserError(f"{word}: not the name of a file in configs/{group}")
     known = choices(group)
-    if not own_files and known and "${" not in value_text and (missing := [str(name) for name in names if str(name) not in known]):
+    missing = [str(name) for name in names if str(name) not in known and "${" not in str(name)]
+    if missing and known and not own_files:
         raise UserError(f"{group}={missing[0]}: there is no such file in configs/{group}{nearest(missing[0], known)}")
     return word
 

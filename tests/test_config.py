@@ -9,7 +9,6 @@ from metacv.config import (
     TrainConfig,
     flat,
     from_dict,
-    is_path,
     is_resumable,
     merged,
     to_dict,
@@ -27,24 +26,10 @@ def train_config():
     return composed
 
 
-def test_root_and_files_are_paths_of_this_machine_and_nothing_else_is():
-    assert [name for name in ("root", "split_file", "split_dir", "size", "invert") if is_path(name)] == [
-        "root",
-        "split_file",
-    ]
-
-
 def test_a_folder_of_split_lists_keeps_its_name_wherever_the_command_runs(train_config, tmp_path, monkeypatch):
     (tmp_path / "splits-vinyals").mkdir()
     monkeypatch.chdir(tmp_path)
     assert train_config("dataset=omniglot").dataset["split_dir"] == "splits-vinyals"
-
-
-def test_an_existing_path_becomes_absolute_and_another_stays(train_config, tmp_path, monkeypatch):
-    (tmp_path / "photos").mkdir()
-    monkeypatch.chdir(tmp_path)
-    assert train_config("dataset=image_folder", "dataset.root=photos").dataset["root"] == str(tmp_path / "photos")
-    assert train_config("dataset=image_folder", "dataset.root=other").dataset["root"] == "other"
 
 
 def test_settings_survive_the_way_through_a_checkpoint(train_config):

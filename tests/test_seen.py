@@ -167,4 +167,5 @@ def test_a_run_does_not_go_on_with_another_teacher_at_the_same_path(metacv, trai
     content = torch.load("teacher/best.pt", weights_only=True)
     torch.save(content | {"step": 3}, "teacher/best.pt")
     code, _, err = metacv("train", "resume=run", "steps=6")
-    assert (code, err) == (1, "metacv: algo.teacher=teacher is not the run that run/last.pt learned from\n")
+    what = f"algo.teacher={tmp_path}/teacher is not the run that run/last.pt learned from"
+    assert (code, err) == (1, f"metacv: {what}\n")

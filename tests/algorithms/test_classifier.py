@@ -167,7 +167,7 @@ def test_invalid_settings_have_one_clear_line(metacv):
     for words, message in {
         ("ema=1.5",): "ema=1.5: not a number from 0 to below 1 or null",
         ("init=nowhere",): "nowhere: there is no such file",
-        ("algo.teacher=nowhere",): "nowhere: there is no such file",
+        ("algo.teacher=nowhere",): f"{Path.cwd()}/nowhere: there is no such file",
         ("algo.label_smoothing=1",): "algo.label_smoothing=1: not a number from 0 to below 1",
         (
             "head=ncm",
