@@ -122,6 +122,8 @@ def prepare(checkpoint: Checkpoint, given: TestConfig, others: Iterable[Checkpoi
     config = with_changes(checkpoint, given)
     device = pick_device(given.device)
     dataset = build_dataset(config.dataset, given.data_dir)
+    if given.dataset.get("_target_"):
+        dataset.prepare_like(build_dataset(checkpoint.config.dataset, given.data_dir))
     bank = dataset.load(given.split)
     if bank.image_shape != checkpoint.image_shape:
         own, trained = ("x".join(map(str, shape)) for shape in (bank.image_shape, checkpoint.image_shape))

@@ -299,6 +299,9 @@ def resumed(source: Checkpoint, overrides: list[str]) -> tuple[TrainConfig, list
         return path if name in asked else absolute(str(kept.get(name) or path))
 
     config = TrainConfig(**with_paths(vars(config), as_it_began))
+    for name, value in config.dataset.items():  # in earlier versions some of these had values
+        if value is None and f"dataset.{name}" not in asked:
+            config.dataset[name] = source.config.dataset.get(name)
     execution = execution_settings(config.algo)
     for name, now, before in differences(settings(config), settings(source.config)):
         group = name.partition(".")[0]

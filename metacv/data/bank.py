@@ -72,6 +72,9 @@ class Dataset(ABC):
         """Prepare any image file like the data set's own images: uint8 [C, H, W]; UserError if it cannot be read."""
         raise UserError(f"{type(self).__name__} does not define how image files are read (method `read`)")
 
+    def prepare_like(self, other: "Dataset") -> None:  # noqa: B027
+        """Prepare image files as `other` does, whose images a model was trained on; for files of any form only."""
+
     @property
     def namespace(self) -> str:
         """Of the names of its classes. Data sets with the same one share classes, which have the same names."""

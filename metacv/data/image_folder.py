@@ -6,9 +6,10 @@ import os
 import sys
 from collections.abc import Callable, Collection
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain, combinations
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from metacv.errors import UserError
 from metacv.files import read_text, user_path
 from metacv.text import printable
 
+PREPARATION = {"size": 84, "color": True, "fit": "crop", "invert": False}
 ALIASES = {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
 
 
@@ -29,16 +31,27 @@ class ImageFolder(Dataset):
     """Images at any depth below root/{train,val,test}/CLASS, or below root/CLASS with the classes split at random."""
 
     root: str | None
-    size: Size  # height and width in pixels
-    color: bool
-    fit: image_files.Fit  # the middle square of an image (crop), or all of it (stretch)
-    invert: bool
+    # How images are prepared. None is the value of PREPARATION, or what `prepare_like` says.
+    size: Size | None  # height and width in pixels
+    color: bool | None
+    fit: image_files.Fit | None  # the middle square of an image (crop), or all of it (stretch)
+    invert: bool | None
     fractions: dict[str, NotNegative]  # the share of the classes that each random split gets, in any unit
     split_seed: Seed  # classes are sorted by a hash of it and their names: one that is added moves few others
     split_file: str | None  # overrides both: class names of train, val and test as JSON, like a run's split.json
 
+    like: Dataset | None = field(default=None, init=False)
+
     def __post_init__(self) -> None:
         check_fractions(self.fractions)
+
+    def prepare_like(self, other: Dataset) -> None:
+        if all(getattr(self, name) is None for name in PREPARATION):
+            self.like = other
+
+    def _prepared(self) -> dict[str, Any]:
+        own = {name: getattr(self, name) for name in PREPARATION}
+        return {name: PREPARATION[name] if value is None else value for name, value in own.items()}
 
     @property
     def folder(self) -> Path:
@@ -63,7 +76,7 @@ class ImageFolder(Dataset):
 
     def _cached(self, kind: str, files: dict[Path, list[Path]], make: Callable[[], ImageBank]) -> ImageBank:
         stats = [(os.path.abspath(path), path.stat()) for path in chain(*files.values())]
-        settings = {name: getattr(self, name) for name in ("size", "color", "fit", "invert")}
+        settings: dict[str, Any] = {"like": repr(self.like)} if self.like else self._prepared()
         settings["decoding"] = image_files.DECODING
         settings["files"] = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
         return cached_bank(self.data_dir, f"image_folder-{kind}", settings, make)
@@ -75,9 +88,12 @@ class ImageFolder(Dataset):
         return [own | {digest} for own, digest in zip(super().identities(bank), hashes, strict=True)]
 
     def read(self, path: Path) -> Tensor:
-        image = image_files.open_image(path, self.size).convert("RGB" if self.color else "L")
-        pixels = image_files.as_tensor(image_files.to_square(image, self.size, self.fit))
-        return 255 - pixels if self.invert else pixels
+        if self.like:
+            return self.like.read(path)
+        size, color, fit, invert = self._prepared().values()
+        image = image_files.open_image(path, size).convert("RGB" if color else "L")
+        pixels = image_files.as_tensor(image_files.to_square(image, size, fit))
+        return 255 - pixels if invert else pixels
 
     def splits(self) -> dict[str, list[str]]:
         folders = self._class_folders()

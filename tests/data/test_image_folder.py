@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from metacv.data.bank import SPLITS
+from metacv.data.glyphs import Glyphs
 from metacv.data.image_folder import ImageFolder
 from metacv.errors import UserError
 
@@ -282,3 +283,28 @@ def test_copies_of_images_of_training_in_the_test_are_counted(tmp_path, capsys):
     counted = "1 of images in train"
     message = copies(tmp_path, capsys, "test")
     assert message == f"metacv: own test: 1 of 5 images are copies: {counted}; accuracies may be too high\n"
+
+
+GIVEN = {"size": 20, "color": False, "fit": "stretch", "invert": True}
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_one_given_setting_leaves_the_others_at_their_defaults_whatever_a_model_was_trained_on(name, tmp_path):
+    root, defaults = fill(tmp_path / "own", 2), {"size": 84, "color": True, "fit": "crop", "invert": False}
+    noise(1, (90, 60)).save(tmp_path / "own" / "class 0" / "0.png")
+    expected = dataset(root, tmp_path, **defaults | {name: GIVEN[name]}).read(root / "class 0" / "0.png")
+    own = dataset(root, tmp_path, **dict.fromkeys(defaults) | {name: GIVEN[name]})
+    own.prepare_like(dataset(root, tmp_path, **GIVEN))
+    assert torch.equal(own.read(root / "class 0" / "0.png"), expected)
+
+
+def test_without_any_images_are_prepared_as_those_that_a_model_was_trained_on(tmp_path):
+    root = fill(tmp_path / "own", 10)
+    own = dataset(root, tmp_path, **dict.fromkeys(GIVEN))
+    assert own.load("train").image_shape == (3, 84, 84)
+    trained = dataset(root, tmp_path, **GIVEN)
+    own.prepare_like(trained)
+    assert torch.equal(own.load("train").images, trained.load("train").images)
+    glyphs = Glyphs(tmp_path, {"train": 2, "val": 2, "test": 2}, 1, 0)
+    own.prepare_like(glyphs)
+    assert torch.equal(own.load("train").images[0], glyphs.read(root / own.splits()["train"][0] / "0.png"))
