@@ -15,6 +15,7 @@ from metacv.evaluate import prepare, with_changes, write_evaluation
 from metacv.files import user_path
 from metacv.model import Checkpoint, load_checkpoint
 from metacv.results import Result
+from metacv.terminal import say
 from metacv.text import plural, printable
 
 SAME = ("way", "shot", "query", "episodes", "batch_norm")
@@ -32,11 +33,12 @@ def compare(cfg: CompareConfig, folder: Path) -> None:
     for place, evaluation in evaluations.items():
         if evaluation.episodes.fingerprint != evaluations[places[0]].episodes.fingerprint:
             raise UserError(f"{place} is tested on other images than {places[0]}: set dataset=...")
-    for evaluation in evaluations.values():
+    names = shortened(places)
+    for name, evaluation in zip(names, evaluations.values(), strict=True):
         measured.append(evaluation.run(evaluation.config.batch_norm))
-        print(measured[-1][1].describe())
+        say(f"{printable(name)}: {measured[-1][1].describe()}")
     accuracies = [accuracy for accuracy, _ in measured]
-    pairs = list(combinations(zip(shortened(places), accuracies, strict=True), 2))
+    pairs = list(combinations(zip(names, accuracies, strict=True), 2))
     differences: list[dict[str, Any]] = [
         difference(one, other, len(pairs)) | {"of": name, "less": other_name}
         for (name, one), (other_name, other) in pairs
@@ -53,7 +55,8 @@ def show(differences: list[dict[str, Any]], episodes: int) -> None:
     print(f"\ndifferences on the same {episodes} episodes, with 95 % intervals{together}:")
     width = max(len(f"{one['of']} - {one['less']}") for one in differences)
     for one in differences:
-        note = "" if abs(one["mean"]) > one["ci95"] > 0 else "   not significant"
+        equal = one["mean"] == one["ci95"] == 0
+        note = "   equal" if equal else "" if abs(one["mean"]) > one["ci95"] > 0 else "   not significant"
         pair = printable(f"{one['of']} - {one['less']}")
         print(f"{pair:<{width}}  {100 * one['mean']:+6.2f} ± {100 * one['ci95']:.2f} %{note}")
     print("(The intervals cover the choice of episodes from these images, for these models. They do not cover other")

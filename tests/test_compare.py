@@ -191,3 +191,14 @@ def test_runs_that_are_tested_on_other_images_are_not_compared(metacv, trained):
     assert metacv("train", *other)[0] == 0
     code, _, err = metacv("compare", str(trained("protonet")), "other", "episodes=4")
     assert (code, err) == (1, f"metacv: other is tested on other images than {trained('protonet')}: set dataset=...\n")
+
+
+def test_runs_are_named_in_their_lines_and_equal_ones_are_said_to_be_equal(metacv, trained, tmp_path):
+    for name in ("a", "b"):
+        shutil.copytree(trained("protonet"), name)
+    code, out, _ = metacv("compare", "a", "b", "episodes=4")
+    assert code == 0
+    first, second, *_, difference, _, _, _ = out.splitlines()
+    assert first.startswith("a: accuracy ")
+    assert second.startswith("b: accuracy ")
+    assert difference == "a - b   +0.00 ± 0.00 %   equal"
