@@ -4,6 +4,7 @@ import glob
 import hashlib
 import os
 import secrets
+import shutil
 import stat
 import struct
 import time
@@ -105,6 +106,12 @@ def write_bytes_atomically(path: Path, content: bytes) -> None:
 def user_path(place: str | Path) -> Path:
     """`place` with the home folder for a leading ~; unchanged if there is no such user."""
     return Path(os.path.expanduser(place))
+
+
+def copy_atomically(source: Path, path: Path) -> None:
+    """Without the whole file in memory."""
+    with source.open("rb") as content:
+        _atomically(path, lambda file: shutil.copyfileobj(content, file))
 
 
 @contextmanager

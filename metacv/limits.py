@@ -9,7 +9,7 @@ LIST = 2**26  # bytes of a CSV list: that of tieredImageNet, the longest, has 20
 GROWTH, SMALL = 20, 10**8  # an archive may unpack to GROWTH times its size + SMALL bytes: images hardly shrink
 
 PICKLE = 2**22  # bytes of the pickle in a checkpoint or a cache: its tensors lie beside it, and ResNet-12's has 20 kB
-STEPS = 2 * 10**7  # of reading one pickle, at most 100 bytes of memory each: tieredImageNet's needs 5 million
+STEPS = 3 * 10**7  # of reading one pickle, at most 100 bytes of memory each: tieredImageNet's needs up to 15 million
 
 # Values written out, with ten letters as one value. A value may be in a file once and in its lists many times.
 VALUES = 10**6  # in a checkpoint or a cache, without its tensors: the names of 100,000 classes

@@ -11,9 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
+from metacv import limits
 from metacv.config import flat
 from metacv.errors import UserError
-from metacv.files import write_bytes_atomically, written_or_refused
+from metacv.files import check_file, write_bytes_atomically, written_or_refused
 from metacv.terminal import say
 from metacv.text import printable
 
@@ -41,20 +42,24 @@ class Logger:
         self.text = folder / "train.log"
         self.metrics = path = folder / "metrics.jsonl"
         self.events = folder / "events.out.tfevents.*"
-        kept = []
-        for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that a kill cut short
+        kept: list[tuple[str, dict[str, float]]] = []  # lines, and their values
+        if path.exists():
+            check_file(path, limits.EVENTS)
+        for line in path.read_text("utf-8", "replace").splitlines() if path.exists() else []:
+            # Without a line that a kill cut short, or that has more than numbers.
+            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
                 content = json.loads(line)
                 of_training = any(name.startswith("train/") for name in content)
-                if content["step"] <= (step if of_training else validated):
-                    kept.append(line + "\n")
+                if 0 <= content["step"] <= (step if of_training else validated):
+                    kept.append((line + "\n", {printable(name): float(value) for name, value in content.items()}))
         with written_or_refused(path):
-            write_bytes_atomically(path, "".join(kept).encode())
+            write_bytes_atomically(path, "".join(line for line, _ in kept).encode())
             self.file = path.open("a")
         with written_or_refused(self.events):
             self.tensorboard = SummaryWriter(str(folder), purge_step=validated + 1)
-        for content in map(json.loads, kept):
-            if (number := content.pop("step")) > validated:  # training after the last validation, purged with the rest
+        for _, content in kept:
+            number = int(content.pop("step"))
+            if number > validated:  # training after the last validation, purged with the rest
                 self.points(number, content)
 
     def __enter__(self) -> "Logger":

@@ -1,6 +1,7 @@
 """A training run: its state, its folder, how it stops and how it resumes."""
 
 import contextlib
+import copy
 import errno
 import random
 import shutil
@@ -8,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,6 +27,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from metacv import limits
 from metacv.algorithms.base import Algorithm
+from metacv.bounds import NotNegative, checked
 from metacv.config import (
     TrainConfig,
     absolute,
@@ -40,7 +43,7 @@ from metacv.config import (
 )
 from metacv.data.sampler import EpisodeSampler, ImageSampler
 from metacv.errors import UserError
-from metacv.files import write_bytes_atomically
+from metacv.files import copy_atomically, write_bytes_atomically
 from metacv.logger import Logger
 from metacv.model import (
     Checkpoint,
@@ -52,7 +55,7 @@ from metacv.model import (
     settings,
 )
 from metacv.pickles import check_extent
-from metacv.text import printable, setting
+from metacv.text import first_line, printable, setting
 from metacv.words import in_words
 
 STATE = ("overrides", "optimizer", "schedule", "sampler", "random", "validated", "best", "since_best", "window")
@@ -183,17 +186,33 @@ class Run:
             used, self.earlier = self.earlier, from_dict(Training, state.get("earlier", {}))
             self.step, self.validated = int(state["step"]), int(state["validated"])
             self.best, self.since_best = dict(state["best"]), int(state["since_best"])
-            self.began = time.perf_counter() - float(state.get("seconds", 0))
+            self.began = time.perf_counter() - checked("seconds", state.get("seconds", 0), NotNegative)
             columns = {name: values.to(self.sampler.device) for name, values in state["window"].items()}
+            if any(values.dim() != 1 or values.is_complex() for values in columns.values()):
+                raise ValueError("window: not a number for each step")
             self.window = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
             if self.finished:  # and so this hardware trains no further step
                 self.hardware = str(state.get("hardware", self.hardware))
-        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-            raise UserError(f"{path}: its state does not fit its config ({error})") from error
+            if self.step < self.steps:
+                self.try_step()
+        except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError, AssertionError) as e:
+            raise UserError(f"{path}: its state does not fit its config ({first_line(e)})") from e
         if not {*used.stages} <= {*self.earlier.stages}:  # a path may lead to another run now
             raise UserError(f"algo.teacher={self.config.algo['teacher']} is not the run that {path} learned from")
         if self.step > self.config.steps:
             raise UserError(f"steps={self.config.steps}, but {path} is at step {self.step}")
+
+    def try_step(self) -> None:
+        """Step a copy of the optimizer and its schedule, which otherwise look at a loaded state only in training."""
+        optimizer, schedule = copy.deepcopy((self.optimizer, self.schedule))
+        for group in optimizer.param_groups if optimizer else ():
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of a copy's order of steps
+            if optimizer and schedule:
+                optimizer.step()
+                schedule.step()
 
     def save(self, folder: Path, logger: Logger, is_best: bool = False) -> None:
         if is_best:
@@ -279,7 +298,7 @@ def start(cfg: DictConfig, folder: Path, overrides: list[str]) -> tuple[TrainCon
     if path.parent.resolve() != folder.resolve():
         for name in ("best.pt", "metrics.jsonl", "events.out.tfevents.*"):
             for file in filter(Path.is_file, path.parent.glob(name)):
-                write_bytes_atomically(folder / file.name, file.read_bytes())
+                copy_atomically(file, folder / file.name)
     return config, merged, source
 
 
@@ -335,9 +354,15 @@ def load_state(path: Path) -> Checkpoint:
         check_extent(overrides, limits.WORDS)
     except ValueError as error:
         raise UserError(f"{path}: the settings of its command line cannot be used ({error})") from None
-    if not words_are_text or not isinstance(best, dict) or not isinstance(best.get("accuracy"), float):
+    if not words_are_text or not is_measured(best):
         raise UserError(f"{path} is damaged")
     return source
+
+
+def is_measured(best: Any) -> bool:
+    """Whether this is the best validation so far, or the accuracy below any that a run begins with."""
+    numbers = isinstance(best, dict) and all(type(value) in (int, float) for value in best.values())
+    return numbers and best.keys() in ({"accuracy"}, {"accuracy", "ci95", "step"})
 
 
 def show_config(folder: Path, config: dict[str, Any], overrides: list[str]) -> None:

@@ -75,7 +75,10 @@ def train(cfg: DictConfig, folder: Path, overrides: list[str]) -> float:
                 validate(run, validation, folder, logger, signals, ranks)
                 since, told = (time.perf_counter(), run.step), time.perf_counter()
             else:
-                run.window.append(training_step(run, ranks))
+                scalars = training_step(run, ranks)
+                if run.window and not run.window[0].keys() <= scalars.keys():  # in a damaged last.pt
+                    raise UserError(f"resume: the last steps had {', '.join(run.window[0])}, not {', '.join(scalars)}")
+                run.window.append(scalars)
                 bar.update()
                 if run.step % run.config.log_every == 0:
                     check_finite(run, folder, ranks)

@@ -4,8 +4,10 @@ import contextlib
 import logging
 import os
 import resource
+import signal
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,12 @@ from metacv.backbones.batch_norm import BatchNorm
 from metacv.data.bank import ImageBank
 from metacv.data.sampler import EpisodeSampler
 from metacv.data.task import TaskBatch
+from metacv.distributed import Ranks
+from metacv.run import Run, load_state
+from metacv.train import prepare
 
 torch.set_num_threads(1)
+ROOM = 3 * 2**30  # bytes
 
 ALGORITHMS = sorted(path.stem for path in (CONFIG_DIR / "algo").glob("*.yaml"))
 # One for each way through the core: inner loops with and without moments, vectors, maps, training on images.
@@ -81,6 +87,36 @@ def bank_of(sizes: list[int], shape=(1, 4, 4), name="toy train") -> ImageBank:
             row += 1
     offsets = torch.tensor([0, *sizes]).cumsum(0)
     return ImageBank(name, images, offsets, tuple(f"class{c}" for c in range(len(sizes))))
+
+
+def resumed_run(path: Path, data_dir: Path) -> Run:
+    """The run of a last.pt of `trained`, ready for two more steps."""
+    source = load_state(path)
+    run, _ = prepare(replace(source.config, steps=6, data_dir=str(data_dir)), [], Ranks())
+    run.load(source)
+    return run
+
+
+@contextlib.contextmanager
+def bounded(seconds: int, room: int = ROOM) -> Iterator[None]:
+    """Little time, and `room` bytes of memory beyond what the process has: a hostile file that is not refused then
+    fails a test and does not stop the machine."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"took more than {seconds} seconds")
+
+    before, statm = resource.getrlimit(resource.RLIMIT_AS), Path("/proc/self/statm")
+    if statm.exists():
+        pages = int(statm.read_text().split()[0])
+        most = pages * resource.getpagesize() + room
+        resource.setrlimit(resource.RLIMIT_AS, (most if before[1] < 0 else min(most, before[1]), before[1]))
+    signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 @pytest.fixture

@@ -1,45 +1,50 @@
 """Files made to hang the program or to fill its memory: each is refused in one line that names it."""
 
 import bz2
+import csv
 import gzip
 import io
 import json
 import lzma
 import os
 import pickle
-import resource
 import shutil
-import signal
 import struct
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import bounded, resumed_run
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from metacv import limits
 from metacv.config import ReportConfig
 from metacv.data.bank import SPLITS, ImageBank, cached_bank
+from metacv.data.image_files import open_exactly, open_image
 from metacv.data.image_folder import ImageFolder
 from metacv.data.miniimagenet import MiniImageNet
 from metacv.data.omniglot import Omniglot
 from metacv.data.sources import listed_files, read_as, unpack
+from metacv.distributed import Ranks
 from metacv.errors import UserError
-from metacv.evaluate import prepare  # noqa: F401  imported before the memory is limited
 from metacv.features import read_features
+from metacv.files import copy_atomically
+from metacv.logger import Logger
 from metacv.model import load_checkpoint, save_checkpoint
 from metacv.report import report
 from metacv.report.figures import sample_episode
 from metacv.results import read_results
 from metacv.run import load_state, resumed
+from metacv.train import prepare, training_step
 
-MEMORY, SECONDS = 3 * 2**30, 30  # that a test may take beyond what it has at its beginning
+SECONDS = 30
 BILLION = 2 * 10**9
 FRACTIONS, COUNTS = dict.fromkeys(SPLITS, 1.0), dict.fromkeys(SPLITS, 1)
 
@@ -54,21 +59,9 @@ PNG = png()
 
 
 @pytest.fixture(autouse=True)
-def bounded() -> Iterator[None]:
-    """Little memory and time, so that a file that is not refused fails the test instead of the machine."""
-
-    def stop(*_: object) -> None:
-        raise TimeoutError(f"took more than {SECONDS} seconds")
-
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    pages = int(Path("/proc/self/statm").read_text().split()[0]) if Path("/proc/self/statm").exists() else 0
-    if pages:
-        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY, before[1]))
-    signal.signal(signal.SIGALRM, stop)
-    signal.alarm(SECONDS)
-    yield
-    signal.alarm(0)
-    resource.setrlimit(resource.RLIMIT_AS, before)
+def little_memory_and_time() -> Iterator[None]:
+    with bounded(SECONDS):
+        yield
 
 
 def refusal(call: Callable[[], object], path: Path) -> str:
@@ -350,8 +343,10 @@ def pipe(path: Path) -> None:
         lambda path: read_as("Toy", path, lambda content: content),
         lambda path: listed_files(path, path.parent),
         unpack,
+        open_image,
+        lambda path: open_exactly(path, ("PNG",), "RGB"),
     ],
-    ids=["checkpoint", "result", "features", "pickle", "list", "archive"],
+    ids=["checkpoint", "result", "features", "pickle", "list", "archive", "image", "own image"],
 )
 def test_only_regular_files_are_read(tmp_path, make, read):
     for name in ("odd.zip", "odd.tar"):
@@ -404,6 +399,91 @@ def test_a_log_that_is_no_file_is_not_copied_into_a_resumed_run(trained, tmp_pat
     (tmp_path / "run/metrics.jsonl").unlink()
     endless(tmp_path / "run/metrics.jsonl")
     assert metacv("train", "resume=run/last.pt", "hydra.run.dir=other")[0] == 0
+
+
+def test_a_run_does_not_resume_in_a_folder_whose_log_is_a_pipe(trained, tmp_path, metacv):
+    shutil.copytree(trained("protonet"), tmp_path / "run")
+    (tmp_path / "run/metrics.jsonl").unlink()
+    pipe(tmp_path / "run/metrics.jsonl")
+    code, _, err = metacv("train", "resume=true", "hydra.run.dir=run", "steps=6")
+    assert (code, err.splitlines()[-1]) == (1, "metacv: run/metrics.jsonl is not a regular file")
+
+
+def test_a_resumed_log_keeps_the_lines_that_have_numbers_alone(tmp_path):
+    good = ['{"step": 1, "train/loss": 1.5}', '{"step": 2, "val/accuracy": NaN}', '{"step": 2, "\\ud800": 1}']
+    bad = [
+        "[1]",
+        '{"step": 1, "val/accuracy": "x"}',
+        '{"step": 1, "val/accuracy": [1]}',
+        '{"step": -1}',
+        '{"step": NaN}',
+    ]
+    bad += [
+        '{"step": 1, "x": 1%s}' % ("0" * 400),
+        "[" * 10**5,
+        '{"step": {}}',
+        '{"step": -1%s}' % ("0" * 30),
+        '{"step": 3}',
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*bad, *good, *bad]))
+    Logger(tmp_path, 2, 2).__exit__(None)
+    Logger(tmp_path, 2, -1).__exit__(None)
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines() == good[:1]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*bad, *good, *bad]))
+    Logger(tmp_path, 2, 2).__exit__(None)
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines() == good
+
+
+def test_a_file_is_copied_without_all_of_it_in_memory(tmp_path):
+    (tmp_path / "a").touch()
+    os.truncate(tmp_path / "a", 2**27)
+    with bounded(30, room=2**25):
+        copy_atomically(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b").stat().st_size == 2**27
+
+
+@pytest.mark.parametrize(
+    ("places", "values"),
+    [
+        (("optimizer", "state", 0), {"exp_avg": [[]]}),
+        (("optimizer", "state", 0), {"exp_avg": torch.zeros(1, 2)}),
+        (("optimizer",), {"param_groups": torch.zeros(1)}),
+        (("schedule",), {"step_size": 0}),
+        (("schedule",), {"step": None}),
+        ((), {"since_best": float("inf")}),
+        ((), {"seconds": float("nan")}),
+        ((), {"best": {"accuracy": 0.5}, "window": {"loss": torch.zeros(2, 2)}}),
+        ((), {"best": {"accuracy": 0.5, "step": 4}}),
+        ((), {"best": {"accuracy": 0.5, "ci95": "x", "step": 4}}),
+        ((), {"best": {"accuracy": 0.5, "ci95": 0.1, "step": 4, "way": 5}}),
+    ],
+)
+def test_a_state_that_cannot_be_continued_is_refused(trained, tmp_path, data_dir, places, values):
+    last = Path(shutil.copy(trained("protonet") / "last.pt", tmp_path / "last.pt"))
+    assert resumed_run(last, data_dir).step == 4
+    change(last, *places, **values)
+    line = refusal(lambda: resumed_run(last, data_dir), last)
+    assert line.startswith((f"{last}: its state does not fit its config (", f"{last} is damaged"))
+
+
+def test_a_state_is_continued_where_only_the_last_validation_is_left(trained, tmp_path, data_dir):
+    last = Path(shutil.copy(trained("protonet") / "last.pt", tmp_path / "last.pt"))
+    one_cycle = {"_target_": "torch.optim.lr_scheduler.OneCycleLR", "max_lr": 0.1, "total_steps": 6}
+    change(last, "config", schedule=one_cycle)
+    config = replace(load_checkpoint(last).config, steps=6, data_dir=str(data_dir))
+    run, _ = prepare(config, [], Ranks())
+    for _ in range(6):
+        training_step(run, Ranks())
+    save_checkpoint(last, run.state())
+    assert resumed_run(last, data_dir).validation_due
+
+
+def test_a_state_with_scalars_of_another_method_is_refused(trained, tmp_path, metacv):
+    shutil.copytree(trained("protonet"), tmp_path / "run")
+    change(tmp_path / "run/last.pt", window={"other": torch.zeros(1)})
+    code, _, err = metacv("train", "resume=true", "hydra.run.dir=run", "steps=6")
+    assert code == 1
+    assert err.splitlines()[-1].startswith("metacv: resume: the last steps had other, not loss")
 
 
 @pytest.mark.parametrize(
@@ -625,13 +705,17 @@ def test_texts_of_a_result_stay_texts_in_markdown(run):
     content = json.loads((run / "result.json").read_text())
     digest = load_checkpoint(run).sha256
     record = content["results"][0] | {"dataset": odd, "rotation": odd, "checkpoint_sha256": digest}
-    record |= {"changes": {odd: odd}, "head": odd, "method": odd}
-    (run / "1.json").write_text(json.dumps(content | {"results": [record]}))
-    assert len(read_results(run / "1.json").results) == 1
+    records = [record | {"changes": {odd: "=1+1" + odd * i}, "head": odd, "method": odd} for i in (1, 2)]
+    (run / "1.json").write_text(json.dumps(content | {"results": records}))
     report(ReportConfig(["runs"]), Path("out"))
-    header, _, row = Path("out/report.md").read_text().splitlines()
-    assert "<" not in header + row
-    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in row
-    assert r"https\://evil.example www\.evil.example \@everyone" in row
-    assert "](" not in row.replace(r"\](", "")
+    header, _, *lines = Path("out/report.md").read_text().splitlines()
+    assert len(lines) == 2
+    for text in (header, *lines):
+        assert "<" not in text
+        assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
+        assert r"https\://evil.example www\.evil.example \@everyone" in text
+        assert "](" not in text.replace(r"\](", "")
     assert "<script" not in Path("out/report.html").read_text()
+    cells = [cell for line in csv.reader(Path("out/report.csv").read_text("utf-8-sig").splitlines()) for cell in line]
+    assert sum(cell.startswith("'=1+1<script>") for cell in cells) == 2
+    assert not [cell for cell in cells if cell.startswith("=")]

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import TRAIN, random_tasks
 
-from metacv import CONFIG_DIR, cli, completion, config, help
+from metacv import CONFIG_DIR, cli, completion, config, help, limits
 from metacv.algorithms import metric
 from metacv.model import load_checkpoint
 from metacv.results import Result, read_results
@@ -71,6 +71,12 @@ def test_every_module_in_the_table_of_files_exists():
             assert (ROOT / name if "/" in name else folder / name).exists(), name
 
 
+def test_the_page_on_security_has_every_limit():
+    rows = re.findall(r"^\| `([A-Z]+)` \| ([\d,]+) \|", (ROOT / "docs/security.md").read_text(), re.MULTILINE)
+    own = {name: value for name, value in vars(limits).items() if name.isupper()}
+    assert {name: int(number.replace(",", "")) for name, number in rows} == own
+
+
 @pytest.mark.parametrize("group", ["algo", "backbone", "dataset", "optimizer", "schedule", "experiment"])
 def test_the_table_of_choices_names_files_of_configs(group):
     row = re.search(rf"^\| `{group}/` \| (.*?) \|", README, re.MULTILINE)
@@ -82,7 +88,7 @@ def test_the_table_of_choices_names_files_of_configs(group):
 
 
 def test_every_file_and_folder_that_the_readme_links_exists():
-    for page in (ROOT / "README.md", ROOT / "docs/own-images.md"):
+    for page in (ROOT / "README.md", ROOT / "docs/own-images.md", ROOT / "docs/security.md"):
         for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text()):
             assert (page.parent / target).exists(), target
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from metacv.data.bank import ImageBank
 from metacv.errors import UserError
+from metacv.files import size_of
 from metacv.text import printable
 
 DECODING = 2  # part of the key of caches: increase it when `open_image` decodes a file differently
@@ -42,6 +43,7 @@ def open_image(path: Path, side: int | None = None) -> Image.Image:
     """Open an image file as 8 bits of mode L or RGB, upright, transparent pixels on white; UserError if impossible."""
     Image.init()
     try:
+        size_of(path)  # refuses pipes, which may have no end
         with Image.open(path, formats=[name for name in Image.OPEN if name not in EXTERNAL]) as image:
             if side:  # a smaller scale is enough, but with no side below twice `side` pixels
                 image.draft(None, (2 * side, 2 * side))
@@ -54,6 +56,8 @@ def open_image(path: Path, side: int | None = None) -> Image.Image:
                 turn = None
             pixels = _to_8_bits(image)
             return pixels if turn is None else pixels.transpose(turn)
+    except UserError:
+        raise
     except OSError as error:
         heic = path.suffix.lower() in (".heic", ".heif")
         reason = "Pillow does not read HEIC: convert it to JPEG or PNG" if heic else "not an image, or damaged"
@@ -65,6 +69,7 @@ def open_image(path: Path, side: int | None = None) -> Image.Image:
 def open_exactly(path: Path, formats: tuple[str, ...], mode: str) -> Image.Image:
     """Open a file of a published data set, of one of Pillow's `formats`, and convert it to `mode`."""
     try:
+        size_of(path)
         with Image.open(path, formats=formats) as image:
             return image.convert(mode)
     except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
