@@ -73,6 +73,7 @@ ACCEPTED = {  # which of the values a setting may have by its type; a setting th
     "zero, half, one and a half": "algo.balance optimizer.lr optimizer.weight_decay schedule.eta_min schedule.gamma "
     "dataset.fractions.train dataset.fractions.val dataset.fractions.test",
     "null": "clip_norm clip_value patience ema init algo.teacher algo.task_chunk backbone.weights dataset.root "
+    "dataset.size dataset.color dataset.fit dataset.invert "
     "dataset.split_file evaluate:way evaluate:shot evaluate:query evaluate:episodes evaluate:batch_norm "
     "evaluate:checkpoint evaluate:features compare:way compare:shot compare:query compare:episodes compare:batch_norm "
     "predict:checkpoint predict:support predict:adapted predict:save predict:batch_norm",

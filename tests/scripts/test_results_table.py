@@ -21,7 +21,7 @@ import results_table
 ROOT = Path(__file__).resolve().parents[2]
 REFERENCE = ROOT / "outputs/reference"
 KEPT = sorted(path for path in REFERENCE.glob("*/*_*w*s") if path.is_dir())
-OTHER_FORMATS = ("benchmark.json", "predictions.json")
+OTHER_FORMATS = ("benchmark.json", "h100.json", "predictions.json")
 RESULT_FILES = sorted(path for path in REFERENCE.rglob("*.json") if path.name not in OTHER_FORMATS)
 
 
