@@ -38,6 +38,7 @@ from metacv.features import read_features
 from metacv.files import copy_atomically
 from metacv.logger import Logger
 from metacv.model import load_checkpoint, save_checkpoint
+from metacv.predict import kept_support
 from metacv.report import report
 from metacv.report.figures import sample_episode
 from metacv.results import read_results
@@ -322,6 +323,16 @@ def test_a_kept_support_set_of_10_001_classes_is_refused(checkpoint, metacv):
     assert err.endswith(f"adapted={checkpoint} has 10001 classes, above 10000\n")
 
 
+@pytest.mark.parametrize("number", [float("inf"), float("nan"), 2**70, "x", None])
+def test_a_kept_support_set_with_an_impossible_number_of_images_is_refused(checkpoint, number):
+    kept = {"images": torch.zeros(2, 1, 28, 28, dtype=torch.uint8), "shots": [1, 1], "classes": ["a", "b"]}
+    content = load_checkpoint(checkpoint).content
+    save_checkpoint(checkpoint, content | {"support": kept})
+    assert kept_support(load_checkpoint(checkpoint)).shots == (1, 1)
+    save_checkpoint(checkpoint, content | {"support": kept | {"shots": [number, 1]}})
+    assert "is damaged" in refusal(lambda: kept_support(load_checkpoint(checkpoint)), checkpoint)
+
+
 # Devices, pipes and large files in place of files
 
 
@@ -458,6 +469,7 @@ def test_a_file_is_copied_without_all_of_it_in_memory(tmp_path):
         ((), {"best": {"accuracy": 0.5, "ci95": 0.1, "step": 4, "way": 5}}),
     ],
 )
+@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")  # of torch, about param_groups
 def test_a_state_that_cannot_be_continued_is_refused(trained, tmp_path, data_dir, places, values):
     last = Path(shutil.copy(trained("protonet") / "last.pt", tmp_path / "last.pt"))
     assert resumed_run(last, data_dir).step == 4
