@@ -73,7 +73,7 @@ ACCEPTED = {  # which of the values a setting may have by its type; a setting th
     "zero, half, one and a half": "algo.balance optimizer.lr optimizer.weight_decay schedule.eta_min schedule.gamma "
     "dataset.fractions.train dataset.fractions.val dataset.fractions.test",
     "null": "clip_norm clip_value patience ema init algo.teacher algo.task_chunk backbone.weights dataset.root "
-    "dataset.size dataset.color dataset.fit dataset.invert "
+    "image_folder:dataset.size image_folder:dataset.color image_folder:dataset.fit image_folder:dataset.invert "
     "dataset.split_file evaluate:way evaluate:shot evaluate:query evaluate:episodes evaluate:batch_norm "
     "evaluate:checkpoint evaluate:features compare:way compare:shot compare:query compare:episodes compare:batch_norm "
     "predict:checkpoint predict:support predict:adapted predict:save predict:batch_norm",
@@ -100,7 +100,8 @@ class Setting(NamedTuple):
 
     @property
     def accepted(self) -> set[str]:
-        return {kind for kinds, keys in ACCEPTED.items() if self.key in keys.split() for kind in kinds.split(", ")}
+        names = {self.key, *(f"{word.partition('=')[2]}:{self.name}" for word in self.words[:1])}  # also of one class
+        return {kind for kinds, keys in ACCEPTED.items() if names & {*keys.split()} for kind in kinds.split(", ")}
 
 
 def nested(setting: Setting) -> Iterator[Setting]:
