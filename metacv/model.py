@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from metacv import limits
+from metacv import KEPT_DIR, limits
 from metacv.algorithms.base import Algorithm
 from metacv.algorithms.heads.base import Head, WithHead
 from metacv.backbones.base import Backbone
@@ -170,8 +170,10 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
 
 
 def checkpoint_path(place: str | Path, name: str = "best.pt") -> Path:
-    """`place` itself if it is a file, otherwise the checkpoint `name` of the run in that folder."""
+    """`place` itself if it is a file, otherwise the checkpoint `name` of the run in that folder, or of a kept model."""
     path = user_path(place)
+    if not path.exists() and (KEPT_DIR / place / name).is_file():
+        path = KEPT_DIR / place
     if not path.is_dir():
         return path
     if not (path / name).is_file():

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import Identity, SmoothNet, bank_of, random_tasks
 
-from metacv import evaluate
+from metacv import KEPT_DIR, evaluate
 from metacv.algorithms.base import accuracies
 from metacv.algorithms.gradient.inner_loop import of_each_task
 from metacv.algorithms.gradient.maml import MAML
@@ -27,7 +27,9 @@ from metacv.backbones.conv4 import Conv4
 from metacv.config import AugmentConfig
 from metacv.data.sampler import EpisodeList, EpisodeSampler
 from metacv.data.task import TaskBatch
+from metacv.errors import UserError
 from metacv.evaluate import evaluate_episodes
+from metacv.model import checkpoint_path
 from metacv.results import summary
 
 SHAPE = (1, 12, 12)
@@ -388,3 +390,15 @@ def test_commands_refuse_predictions_that_are_not_finite_and_name_the_rate(metac
             rf"adaptation diverged with {re.escape(rate)}\n",
             err,
         ), words
+
+
+def test_a_kept_model_is_known_by_its_name_unless_a_folder_here_has_it(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    kept = checkpoint_path("omniglot/protonet_5w1s")
+    assert kept == KEPT_DIR / "omniglot/protonet_5w1s/best.pt"
+    assert kept.is_file()
+    for place in ("omniglot", "omniglot/protonet", "protonet_5w1s"):
+        assert checkpoint_path(place) == Path(place)  # which is no file, as its reader will say
+    Path("omniglot/protonet_5w1s").mkdir(parents=True)
+    with pytest.raises(UserError, match="omniglot/protonet_5w1s has no best.pt"):
+        checkpoint_path("omniglot/protonet_5w1s")

@@ -180,8 +180,7 @@ def test_relationnet_miniimagenet_settings_are_those_of_the_paper(shot, query):
 def test_every_experiment_has_the_number_of_its_own_paper(experiment):
     config = experiment_configs()[experiment]
     modes = [entry["batch_norm"] for entry in config.paper]
-    if experiment != "miniimagenet/classifier_42px":  # a first stage, which no paper has
-        assert modes == [config.batch_norm] + ["inductive"] * ("/reptile" in experiment)
+    assert modes == [config.batch_norm] + ["inductive"] * ("/reptile" in experiment)
     for entry in config.paper:
         assert entry.keys() == {"accuracy", "ci95", "batch_norm", "source"}
         assert 20 < entry["accuracy"] < 100  # in %

@@ -32,6 +32,8 @@ def result(**changes) -> Result:
 
 def test_results_md_is_up_to_date():
     assert (ROOT / "RESULTS.md").read_text() == results_table.page(), "run scripts/results_table.py"
+    methods = results_table.METHODS_PAGE.read_text()
+    assert methods == results_table.with_costs(methods), "run scripts/results_table.py"
 
 
 @pytest.mark.parametrize("path", RESULT_FILES, ids=lambda path: path.relative_to(REFERENCE).as_posix())
