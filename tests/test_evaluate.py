@@ -400,5 +400,5 @@ def test_a_kept_model_is_known_by_its_name_unless_a_folder_here_has_it(monkeypat
     for place in ("omniglot", "omniglot/protonet", "protonet_5w1s"):
         assert checkpoint_path(place) == Path(place)  # which is no file, as its reader will say
     Path("omniglot/protonet_5w1s").mkdir(parents=True)
-    with pytest.raises(UserError, match="omniglot/protonet_5w1s has no best.pt"):
+    with pytest.raises(UserError, match=r"omniglot/protonet_5w1s has no best.pt"):
         checkpoint_path("omniglot/protonet_5w1s")
