@@ -1,8 +1,10 @@
 """Pictures of episodes and of predictions."""
 
-import unicodedata
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
@@ -15,7 +17,8 @@ Colour = tuple[int, int, int]
 Section = tuple[str, list[tuple[Tensor, str, Colour]]]
 
 PAPER, LINE, INK, RIGHT, WRONG = (255, 255, 255), (200, 200, 200), (60, 60, 60), (46, 139, 87), (200, 40, 40)
-GAP, CAPTION, HEADING = 6, 14, 208  # pixels: between images, height of a caption, least width of a heading
+# Pixels: between images, height of a caption, least width of a heading, height of letters.
+GAP, CAPTION, HEADING, FONT_SIZE = 6, 14, 250, 10
 
 
 def episode_picture(tasks: TaskBatch, logits: Tensor, columns: int = 8, rows: int = 20) -> Tensor:
@@ -46,26 +49,57 @@ def captioned_picture(sections: list[Section], columns: int = 8, least_width: in
     draw = ImageDraw.Draw(picture)
     top = GAP
     for (heading, cells), space, height_of_cells in zip(sections, above, heights, strict=True):
-        draw.text((GAP, top), heading, INK)
+        draw.text((GAP, top), heading, INK, _font(heading))
         top += space
         for i, (image, caption, colour) in enumerate(cells):
             x, y = GAP + i % columns * pitch_x, top + i // columns * pitch_y
             picture.paste(ImageOps.expand(_thumbnail(image), border=2, fill=colour), (x - 2, y - 2))
-            draw.text((x, y + height + 2), _fitted(draw, caption, pitch_x - GAP), INK if colour == LINE else colour)
+            text, colour_of_text = _fitted(draw, caption, pitch_x - GAP), INK if colour == LINE else colour
+            draw.text((x, y + height + 2), text, colour_of_text, _font(caption))
         top += height_of_cells
     return picture
 
 
+@cache
+def letters(font: str) -> frozenset[str]:
+    """The letters that a font file has; none if it cannot be read."""
+    from matplotlib.ft2font import FT2Font
+
+    try:
+        return frozenset(map(chr, FT2Font(font).get_charmap()))
+    except (RuntimeError, OSError):
+        return frozenset()
+
+
+def fonts() -> Iterator[str]:
+    """Font files: matplotlib's own, which has Latin, Greek, Cyrillic and Arabic letters, then those of this machine."""
+    from matplotlib import get_data_path
+    from matplotlib.font_manager import fontManager
+
+    yield str(Path(get_data_path()) / "fonts/ttf/DejaVuSans.ttf")
+    yield from (font.fname for font in fontManager.ttflist if "LastResort" not in font.fname)  # boxes for all letters
+
+
+@cache
+def font_for(text: str) -> str:
+    """The first font that has all letters of a text, or the first of all."""
+    known = list(fonts())
+    return next((font for font in known if letters(font) >= {*text} - {" "}), known[0])
+
+
 def legible(name: str, otherwise: str) -> str:
-    """The name without accents if the font of the pictures, which has ASCII only, can show it; else `otherwise`."""
-    plain = "".join(c for c in unicodedata.normalize("NFKD", name) if not unicodedata.combining(c))
-    return plain if plain.isascii() else otherwise
+    """The name if a font on this machine can show it; else `otherwise`."""
+    return name if letters(font_for(name)) >= {*name} - {" "} else otherwise
+
+
+def _font(caption: str) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(font_for(caption), FONT_SIZE)
 
 
 def _fitted(draw: ImageDraw.ImageDraw, caption: str, width: int) -> str:
     """The caption, without its middle if it is wider than `width` pixels."""
-    text, kept = caption, len(caption)
-    while draw.textlength(text) > width:
+    text, kept, font = caption, len(caption), _font(caption)
+    while draw.textlength(text, font) > width:
         kept -= 1
         text = f"{caption[: kept // 2]}..{caption[len(caption) - (kept - kept // 2) :]}"
     return text

@@ -4,6 +4,7 @@ import csv
 import io
 import re
 import shlex
+import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -36,8 +37,15 @@ def csv_bytes(lines: Iterable[Sequence[object]]) -> bytes:
 
 def aligned(lines: list[list[str]]) -> str:
     """A table for the terminal."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+    widths = [max(map(columns, column)) for column in zip(*lines, strict=True)]
+    cells = ([cell + " " * (width - columns(cell)) for cell, width in zip(line, widths, strict=True)] for line in lines)
+    return "\n".join("  ".join(line).rstrip() for line in cells)
+
+
+def columns(text: str) -> int:
+    """The width of a text in a terminal: Chinese letters take two columns, accents that follow a letter none."""
+    wide = sum(unicodedata.east_asian_width(letter) in "WF" for letter in text)
+    return len(text) + wide - sum(unicodedata.combining(letter) > 0 for letter in text)
 
 
 def plural(count: int, noun: str, nouns: str = "") -> str:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from metacv.data.image_files import as_tensor
 from metacv.drawing import LINE, RIGHT, WRONG, captioned_picture, episode_picture, legible
+from metacv.text import aligned
 
 
 def coloured(picture: Tensor, colour: tuple[int, int, int]) -> Tensor:
@@ -74,7 +75,17 @@ def test_a_picture_of_predictions_has_a_cell_for_each_image_in_rows_of_eight():
     assert min(right[2], wrong[2]) >= frame
 
 
-def test_names_that_the_font_cannot_show_become_numbers():
-    assert legible("cat 2", "class 1") == "cat 2"
-    assert legible("épsilon", "class 1") == "epsilon"
-    assert legible("猫", "class 1") == "class 1"
+def test_names_that_no_font_can_show_become_numbers():
+    for name in ("cat 2", "épsilon", "Ölberg", "Кириллица", "Ελλάδα", "عربي"):
+        assert legible(name, "class 1") == name
+    assert legible("\U0010fffd", "class 1") == "class 1"  # a letter of no script
+
+
+def test_a_caption_is_drawn_with_its_own_letters():
+    cell = torch.zeros(1, 28, 28, dtype=torch.uint8)
+    drawn = [captioned_picture([("", [(cell, name, LINE)])]).tobytes() for name in ("Ölberg", "Olberg", "Кириллица")]
+    assert len({*drawn}) == 3
+
+
+def test_tables_of_the_terminal_are_aligned_by_columns_not_letters():
+    assert aligned([["猫", "1"], ["Ölberg", "2"], ["e\u0301", "3"]]) == "猫      1\nÖlberg  2\ne\u0301       3"
