@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import errno
 import os
 import re
 import sys
@@ -77,6 +78,8 @@ def error_line(error: Exception, words: Sequence[str] = ()) -> str:
             return f"{word}: {text}" if word else text
         return text
     if isinstance(error, OSError) and error.strerror:
+        if not error.filename and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # all files have a name
+            return f"the output cannot be written: {error.strerror}"
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return f"{type(error).__name__}: {text[:200]} (HYDRA_FULL_ERROR=1 shows the traceback)"
 

@@ -1,5 +1,6 @@
 """The command line: evaluation, errors in one line, help and completion."""
 
+import errno
 import hashlib
 import os
 import pickle
@@ -24,6 +25,7 @@ from metacv.errors import UserError
 from metacv.evaluate import prepare
 from metacv.model import load_checkpoint
 from metacv.results import Result, read_results
+from metacv.terminal import error_line
 from metacv.train import training_step
 from metacv.words import hydra_overrides, quoted
 
@@ -333,11 +335,13 @@ def test_a_full_disk_gets_one_line_whatever_cannot_be_written(metacv):
     assert code == 1
     assert err == "metacv: run: Hydra cannot write the settings of the run there: File too large\n"
     command = [sys.executable, "-m", "metacv", "--version"]
+    line = "the output cannot be written: No space left on device"
     with open("/dev/full", "w") as full:
         done = subprocess.run(
             command, env=os.environ | {"PYTHONUNBUFFERED": ""}, stdout=full, stderr=subprocess.PIPE, text=True
         )
-    assert (done.returncode, done.stderr) == (1, "metacv: the output cannot be written: No space left on device\n")
+    assert (done.returncode, done.stderr) == (1, f"metacv: {line}\n")
+    assert error_line(OSError(errno.ENOSPC, "No space left on device")) == line  # as `print` raises it, without a name
 
 
 def test_help_names_the_commands_and_the_version(metacv):
