@@ -12,7 +12,7 @@ from metacv.config import from_dict
 from metacv.errors import UserError
 from metacv.files import read_text, write_bytes_atomically, written_or_refused
 from metacv.pickles import check_extent
-from metacv.text import percent, plural
+from metacv.text import percent, plural, printable
 
 SCHEMA = 2
 
@@ -65,7 +65,7 @@ class Result:
             f"{plural(self.query, 'query', 'queries')} per class, {self.episodes} episodes of "
             f"{self.dataset} {self.split}{without}, {self.batch_norm} ({self.tasks_per_second:.3g} tasks/s)"
         )
-        return "\n".join([line, *(f"  after: {stage}" for stage in self.stages)])
+        return "\n".join(map(printable, [line, *(f"  after: {stage}" for stage in self.stages)]))
 
 
 @dataclass

@@ -285,7 +285,7 @@ def start(cfg: DictConfig, folder: Path, overrides: list[str]) -> tuple[TrainCon
     resume = own is not None if cfg.resume == "auto" else cfg.resume
     if resume is not True and not isinstance(resume, str):  # false, or a value that is refused
         if own:
-            raise UserError(f"hydra.run.dir={folder} holds a run; resume=true continues it")
+            raise UserError(f"hydra.run.dir={folder} holds a run; resume=auto continues it")
         return typed(cfg, TrainConfig), [word for word in overrides if word != "resume=auto"], None
     if resume is True and not own:
         raise UserError(f"resume=true, but {folder} has no last.pt: use resume=RUN, or add hydra.run.dir=RUN")

@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import errno
 import os
 import re
 import sys
@@ -48,7 +49,7 @@ def say(text: str) -> None:
 
 def error_line(error: Exception, words: Sequence[str] = ()) -> str:
     """What the command line prints of an error in `words`: one line, without what only the program's authors need."""
-    from hydra.errors import HydraException, OverrideParseException
+    from hydra.errors import HydraException
     from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 
     text = " ".join(str(error).split())
@@ -56,8 +57,6 @@ def error_line(error: Exception, words: Sequence[str] = ()) -> str:
         return text
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key or error.key} is missing"
-    if isinstance(error, OverrideParseException):
-        return f"{error.override}: {text}"
     if isinstance(error, HydraException | OmegaConfBaseException):
         cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else ""
         lines = f"{error}\n{cause}".splitlines()
@@ -67,8 +66,11 @@ def error_line(error: Exception, words: Sequence[str] = ()) -> str:
         if found := re.search(r"not find 'hydra/(?:launcher|sweeper)/\w*?(joblib|slurm|ray|optuna)'", text):
             return f"the extra {found[1]} is not installed; in a checkout: pip install '.[{found[1]}]'"
         if unknown := re.match(r"Could not override '(.+?)'\..*is not in struct", text):
-            near = difflib.get_close_matches(unknown[1], settings(), 1, cutoff=0.7)
-            return f"{unknown[1]}: there is no such setting{f'; did you mean {near[0]}?' if near else ''}"
+            name, known = unknown[1], settings()
+            if name in known:
+                return f"{name}: there is no such setting of this command, or of what it chooses"
+            near = difflib.get_close_matches(name, known, 1, cutoff=0.8)
+            return f"{name}: there is no such setting{f'; did you mean {near[0]}?' if near else ''}"
         if isinstance(error, InterpolationResolutionError) or "Error resolving interpolation" in text:
             text = text.replace('KeyError raised while resolving interpolation: "', "").rstrip('"')
             missing = (re.findall("'(.+?)'", text) or [""])[0]
@@ -76,6 +78,8 @@ def error_line(error: Exception, words: Sequence[str] = ()) -> str:
             return f"{word}: {text}" if word else text
         return text
     if isinstance(error, OSError) and error.strerror:
+        if not error.filename and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # all files have a name
+            return f"the output cannot be written: {error.strerror}"
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return f"{type(error).__name__}: {text[:200]} (HYDRA_FULL_ERROR=1 shows the traceback)"
 

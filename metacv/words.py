@@ -56,7 +56,26 @@ def hydra_overrides(command: str, words: list[str]) -> list[str]:
         overrides = [f"++{word}" if word.startswith(("algo.", "dataset.", "head.")) else word for word in overrides]
     if command == "train" and not any(word.startswith("hydra.run.dir=") for word in words):
         overrides += [f"hydra.run.dir={quoted(folder)}" for word in words if (folder := _resumed_folder(word))]
+    for i in _plain(overrides):
+        _parsed(overrides[i])
     return overrides
+
+
+def _parsed(word: str) -> Any:
+    """The value in Hydra's grammar; UserError if the word does not follow it."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        override = OverridesParser.create().parse_override(word)
+    except HydraException:
+        raise UserError(f"{word}: cannot be read; special characters need quotes, as in \"name='a=b'\"") from None
+    name, value = override.key_or_group, override.value()
+    if not name:
+        raise UserError(f"{word}: settings are given as name=value")
+    if name.split("/")[0] == "hydra" and isinstance(value, bool | int | float):
+        raise UserError(f"{word}: not the name of a file")
+    return value
 
 
 def _choice(command: str, word: str, own_files: bool) -> str:
@@ -64,10 +83,9 @@ def _choice(command: str, word: str, own_files: bool) -> str:
     group, equals, _ = word.partition("=")
     if not group or not equals or not (CONFIG_DIR / group).is_dir():
         return word
-    from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.core.override_parser.types import ChoiceSweep
 
-    value: Any = OverridesParser.create().parse_override(word).value()
+    value = _parsed(word)
     names = value if isinstance(value, list) else value.list if isinstance(value, ChoiceSweep) else [value]
     optional = re.search(rf"^  - {group}: null", (CONFIG_DIR / f"{command}.yaml").read_text(), re.MULTILINE)
     if value is None and optional:

@@ -1,5 +1,6 @@
 """The command line: evaluation, errors in one line, help and completion."""
 
+import errno
 import hashlib
 import os
 import pickle
@@ -24,6 +25,7 @@ from metacv.errors import UserError
 from metacv.evaluate import prepare
 from metacv.model import load_checkpoint
 from metacv.results import Result, read_results
+from metacv.terminal import error_line
 from metacv.train import training_step
 from metacv.words import hydra_overrides, quoted
 
@@ -115,6 +117,19 @@ def assert_one_line(answer: tuple[int, str, str], message: str) -> None:
         (("shots=5",), "shots: there is no such setting; did you mean shot?"),
         (("algo.inner_lrr=1",), "algo.inner_lrr: there is no such setting; did you mean algo.inner_lr?"),
         (("optimizer.weightdecay=1",), "there is no such setting; did you mean optimizer.weight_decay?"),
+        (("save=a.pt",), "save: there is no such setting of this command, or of what it chooses"),
+        (("dataset.size=28",), "dataset.size: there is no such setting of this command, or of what it chooses"),
+        (("optimizer.betas=[1,2]",), "optimizer.betas: there is no such setting\n"),
+        (("=5",), "=5: settings are given as name=value"),
+        (("+=5",), "+=5: settings are given as name=value"),
+        (("~",), "~: settings are given as name=value"),
+        (("/=5",), "/=5: cannot be read; special characters need quotes"),
+        (("algo/=maml",), "algo/=maml: cannot be read; special characters need quotes"),
+        (("way==3",), "way==3: cannot be read; special characters need quotes, as in \"name='a=b'\""),
+        (("way=[1",), "way=[1: cannot be read; special characters need quotes"),
+        (("way=\uff15",), "way=\uff15: cannot be read; special characters need quotes"),
+        (("hydra=5",), "hydra=5: not the name of a file"),
+        (("hydra/launcher=5",), "hydra/launcher=5: not the name of a file"),
         (("algo=null",), "algo=null: not the name of a file in configs/algo"),
         (("way=many",), "way=many: not a whole number from 2 to 10000"),
         (("train_way=1000",), "train_way=1000 but glyphs train has only 30 classes"),
@@ -320,11 +335,13 @@ def test_a_full_disk_gets_one_line_whatever_cannot_be_written(metacv):
     assert code == 1
     assert err == "metacv: run: Hydra cannot write the settings of the run there: File too large\n"
     command = [sys.executable, "-m", "metacv", "--version"]
+    line = "the output cannot be written: No space left on device"
     with open("/dev/full", "w") as full:
         done = subprocess.run(
             command, env=os.environ | {"PYTHONUNBUFFERED": ""}, stdout=full, stderr=subprocess.PIPE, text=True
         )
-    assert (done.returncode, done.stderr) == (1, "metacv: the output cannot be written: No space left on device\n")
+    assert (done.returncode, done.stderr) == (1, f"metacv: {line}\n")
+    assert error_line(OSError(errno.ENOSPC, "No space left on device")) == line  # as `print` raises it, without a name
 
 
 def test_help_names_the_commands_and_the_version(metacv):

@@ -712,6 +712,14 @@ def test_large_files_of_tensorboard_are_not_read(tmp_path, capsys):
     assert f"{tmp_path}: the files of TensorBoard have more than" in capsys.readouterr().err
 
 
+def test_texts_of_a_checkpoint_do_not_reach_the_terminal_as_commands(checkpoint, metacv):
+    change(checkpoint, "training", stages=["\x1b[2J\x1b]0;title\x07first\nmetacv: accuracy 100 %"])
+    code, out, _ = metacv("evaluate", f"checkpoint={checkpoint}", "episodes=2", "query=2", "device=cpu")
+    assert code == 0
+    assert out.splitlines()[1] == "  after: ?[2J?]0;title?first?metacv: accuracy 100 %"
+    assert "\x1b" not in out
+
+
 def test_texts_of_a_result_stay_texts_in_markdown(run):
     odd = "<script>alert(1)</script> | [a](http://b) https://evil.example www.evil.example @everyone `x` ![](//c)"
     content = json.loads((run / "result.json").read_text())

@@ -256,7 +256,7 @@ def test_resuming_refuses_changes_that_would_make_it_another_run(metacv, trained
         ("resume=elsewhere", "elsewhere: there is no such file"),
         ("resume=run/typo.pt", "run/typo.pt: there is no such file"),
         ("resume=run/best.pt", "run/best.pt holds weights only"),
-        ("resume=false", "run holds a run; resume=true continues it"),
+        ("resume=false", "run holds a run; resume=auto continues it"),
     ]:
         code, _, err = metacv("train", "resume=true", RUN, change)
         assert code == 1

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from itertools import chain, combinations
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -146,9 +146,13 @@ class ImageFolder(Dataset):
             raise UserError(f"dataset.split_file={path} is not a split file ({reason})") from None
         if missing := [name for name in chain(*classes.values()) if name not in known]:
             raise UserError(f"dataset.split_file={path}: {self.folder} has no class {missing[0]}")
-        for one, other in combinations(SPLITS, 2):
-            if both := sorted({*classes[one]} & {*classes[other]}):
-                raise UserError(f"dataset.split_file={path}: the class {both[0]} is in both {one} and {other}")
+        split_of: dict[str, str] = {}
+        for split in SPLITS:
+            for name in classes[split]:
+                if name in split_of:
+                    where = f"in {split_of[name]} and in {split}"
+                    raise UserError(f"dataset.split_file={path}: the class {name} is {where}")
+                split_of[name] = split
         return classes
 
     def _decode(self, label: str, files: dict[Path, list[Path]]) -> ImageBank:

@@ -213,7 +213,8 @@ def test_a_split_file_overrides_the_split_folders(split_folders):
         ("[", "is not a split file"),
         ('{"train": []}', "is not a split file"),
         ('{"train": ["train0"], "val": ["nothing"], "test": []}', "has no class nothing"),
-        ('{"train": ["train0"], "val": ["train0"], "test": []}', "the class train0 is in both train and val"),
+        ('{"train": ["train0"], "val": ["train0"], "test": []}', "the class train0 is in train and in val"),
+        ('{"train": ["train0", "train0"], "val": [], "test": []}', "the class train0 is in train and in train"),
         (
             '{"train": ["train0"], "val": ["val0"], "test": []}',
             "has 6 class folders, 1 of them in the split train: a task needs 2 classes$",
