@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from metacv import CONFIG_DIR
+from metacv.backbones.conv4 import Conv4
 from metacv.data.bank import Dataset
 from metacv.model import Training, build_dataset, load_checkpoint
 
@@ -169,3 +170,17 @@ def test_a_run_does_not_go_on_with_another_teacher_at_the_same_path(metacv, trai
     code, _, err = metacv("train", "resume=run", "steps=6")
     what = f"algo.teacher={tmp_path}/teacher is not the run that run/last.pt learned from"
     assert (code, err) == (1, f"metacv: {what}\n")
+
+
+def test_results_say_that_a_network_was_trained_on_imagenet_before(metacv, monkeypatch):
+    text = "ResNet18_Weights.IMAGENET1K_V1 of torchvision, trained on ImageNet"
+    with monkeypatch.context() as patch:
+        patch.setattr(Conv4, "load_pretrained", lambda self: text)
+        assert metacv("train", "algo=protonet", *TRAIN, "hydra.run.dir=first")[0] == 0
+    words = ("algo=maml", *TRAIN, "init=first", "backbone.running_stats=true", "backbone.norm_scale=true")
+    assert metacv("train", *words, "hydra.run.dir=run")[0] == 0
+    for run, stages in (("first", 1), ("run", 2)):
+        code, out, err = metacv("evaluate", f"checkpoint={run}", *TEST, "hydra.run.dir=test")
+        assert (code, err) == (0, "")
+        assert f"  after: {text}" in out
+        assert (len(results("test")[0]["stages"]), results("test")[0]["stages"][0]) == (stages, text)

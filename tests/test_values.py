@@ -1,6 +1,7 @@
 """Every setting of every command with values that make no sense: accepted on purpose, or refused in one short line.
 
-The settings come from the dataclasses of the commands and from the classes that configs/ names.
+The settings come from the dataclasses of the commands and from the classes that configs/ names. The slow test takes
+every tenth of them, and all with METACV_TEST_EVERY_VALUE=1, which takes half an hour of two cores.
 """
 
 import dataclasses
@@ -240,7 +241,7 @@ CHOSEN = [Setting("train", (), group, str) for group in ("experiment", "launcher
 
 
 EVERY = [*SETTINGS, *CHOSEN]
-SOME = EVERY if os.environ.get("METACV_TEST_EVERY_VALUE") else EVERY[::10]  # all take half an hour of two cores
+SOME = EVERY if os.environ.get("METACV_TEST_EVERY_VALUE") else EVERY[::10]
 SAMPLE = [(EVERY[i], kind) for i, kind in zip(range(0, len(EVERY), 16), itertools.cycle(VALUES), strict=False)]
 
 
