@@ -51,7 +51,7 @@ def test_every_result_file_has_the_one_schema_and_belongs_to_its_checkpoint(path
 @pytest.mark.parametrize("folder", KEPT, ids=lambda folder: folder.relative_to(REFERENCE).as_posix())
 def test_a_kept_model_is_small_complete_and_has_the_settings_of_its_config_file(folder):
     assert {path.name for path in folder.iterdir()} == {*results_table.FILES}
-    assert (folder / "best.pt").stat().st_size < 1_000_000
+    assert (folder / "best.pt").stat().st_size < 2_000_000  # the layer for 4112 classes of Omniglot takes 1 MB
     assert (folder / "metrics.jsonl").stat().st_size > 0
     checkpoint = load_checkpoint(folder)
     assert checkpoint.content.keys() - {"splits", "format", "training"} == WEIGHTS | {"validation"}
