@@ -331,6 +331,8 @@ def test_a_kept_support_set_with_an_impossible_number_of_images_is_refused(check
     assert kept_support(load_checkpoint(checkpoint)).shots == (1, 1)
     save_checkpoint(checkpoint, content | {"support": kept | {"shots": [number, 1]}})
     assert "is damaged" in refusal(lambda: kept_support(load_checkpoint(checkpoint)), checkpoint)
+    save_checkpoint(checkpoint, content | {"support": torch.zeros(1)})
+    assert "is damaged" in refusal(lambda: kept_support(load_checkpoint(checkpoint)), checkpoint)
 
 
 # Devices, pipes and large files in place of files
@@ -499,10 +501,12 @@ def test_a_state_with_scalars_of_another_method_is_refused(trained, tmp_path, me
 
 
 @pytest.mark.parametrize(
-    "read", [read_results, lambda path: listed_files(path, path.parent)], ids=["result", "list of images"]
+    "read",
+    [read_results, lambda path: listed_files(path, path.parent), lambda path: Logger(path.parent, 1, 1)],
+    ids=["result", "list of images", "log of a run"],
 )
 def test_a_text_of_many_megabytes_is_not_read(tmp_path, read):
-    path = tmp_path / "long"
+    path = tmp_path / "metrics.jsonl"
     path.touch()
     os.truncate(path, 2**36)
     assert "is larger than" in refusal(lambda: read(path), path)
