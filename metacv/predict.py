@@ -143,7 +143,7 @@ def kept_support(checkpoint: Checkpoint) -> Support:
     except KeyError:
         text = "has no support set; save=FILE together with support=FOLDER makes one"
         raise UserError(f"adapted={checkpoint.path}: {text}") from None
-    except (TypeError, ValueError, AttributeError, OverflowError):
+    except (TypeError, ValueError, AttributeError, IndexError, OverflowError):
         raise UserError(f"adapted={checkpoint.path} is damaged") from None
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import bounded, resumed_run
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
@@ -38,6 +39,7 @@ from metacv.features import read_features
 from metacv.files import copy_atomically
 from metacv.logger import Logger
 from metacv.model import load_checkpoint, save_checkpoint
+from metacv.pickles import check_extent
 from metacv.predict import kept_support
 from metacv.report import report
 from metacv.report.figures import sample_episode
@@ -323,6 +325,7 @@ def test_a_kept_support_set_of_10_001_classes_is_refused(checkpoint, metacv):
     assert err.endswith(f"adapted={checkpoint} has 10001 classes, above 10000\n")
 
 
+@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")  # of torch
 @pytest.mark.parametrize("number", [float("inf"), float("nan"), 2**70, "x", None])
 def test_a_kept_support_set_with_an_impossible_number_of_images_is_refused(checkpoint, number):
     kept = {"images": torch.zeros(2, 1, 28, 28, dtype=torch.uint8), "shots": [1, 1], "classes": ["a", "b"]}
@@ -330,6 +333,8 @@ def test_a_kept_support_set_with_an_impossible_number_of_images_is_refused(check
     save_checkpoint(checkpoint, content | {"support": kept})
     assert kept_support(load_checkpoint(checkpoint)).shots == (1, 1)
     save_checkpoint(checkpoint, content | {"support": kept | {"shots": [number, 1]}})
+    assert "is damaged" in refusal(lambda: kept_support(load_checkpoint(checkpoint)), checkpoint)
+    save_checkpoint(checkpoint, content | {"support": torch.zeros(1)})
     assert "is damaged" in refusal(lambda: kept_support(load_checkpoint(checkpoint)), checkpoint)
 
 
@@ -499,10 +504,12 @@ def test_a_state_with_scalars_of_another_method_is_refused(trained, tmp_path, me
 
 
 @pytest.mark.parametrize(
-    "read", [read_results, lambda path: listed_files(path, path.parent)], ids=["result", "list of images"]
+    "read",
+    [read_results, lambda path: listed_files(path, path.parent), lambda path: Logger(path.parent, 1, 1)],
+    ids=["result", "list of images", "log of a run"],
 )
 def test_a_text_of_many_megabytes_is_not_read(tmp_path, read):
-    path = tmp_path / "long"
+    path = tmp_path / "metrics.jsonl"
     path.touch()
     os.truncate(path, 2**36)
     assert "is larger than" in refusal(lambda: read(path), path)
@@ -644,9 +651,12 @@ def test_numbers_in_the_billions_in_a_result_do_not_slow_a_report(run):
     assert len(report(ReportConfig(["runs"]), Path("out"))) == 4
 
 
-@pytest.mark.parametrize("place", ["result.json", ".hydra/overrides.yaml"])
-def test_a_report_of_100_000_overrides_has_none_of_them(run, capsys, place):
-    words = [f"dataset.a{i}={i}" for i in range(100_000)]
+@pytest.mark.parametrize(
+    ("place", "count"), [("result.json", 100_000), ("result.json", 5000), (".hydra/overrides.yaml", 100_000)]
+)
+def test_a_report_of_thousands_of_overrides_has_none_of_them(run, monkeypatch, capsys, place, count):
+    monkeypatch.setattr(yaml, "load", lambda text, _: [] if len(text) < 1000 else pytest.fail("it is parsed"))
+    words = [f"dataset.a{i}={i}" for i in range(count)]
     content = json.loads((run / "result.json").read_text())
     if place == "result.json":
         (run / place).write_text(json.dumps(content | {"training": content["training"] | {"overrides": words}}))
@@ -655,6 +665,8 @@ def test_a_report_of_100_000_overrides_has_none_of_them(run, capsys, place):
         (run / place).write_text("".join(f"- {word}\n" for word in words))
     (row,) = report(ReportConfig(["runs"]), Path("out"))
     assert not [name for name in row if name.startswith("dataset.a")]
+    refused = (place, count) == ("result.json", 100_000)  # with all that it says
+    assert ("without the settings of its command line" in capsys.readouterr().err) == (not refused)
 
 
 def test_a_result_of_many_changes_is_left_out(run):
@@ -678,6 +690,25 @@ def test_a_result_of_many_changes_is_left_out(run):
 def test_a_result_file_of_many_values_is_refused(tmp_path, text):
     (tmp_path / "result.json").write_text(text)
     refusal(lambda: read_results(tmp_path / "result.json"), tmp_path / "result.json")
+
+
+def test_a_result_file_may_have_100_000_values(run):
+    content = json.loads((run / "result.json").read_text())
+    for count, read in ((99_000, True), (100_000, False)):
+        (run / "result.json").write_text(json.dumps(content | {"training": {"losses": [0] * count}}))
+        if read:
+            assert len(read_results(run / "result.json").results) == 1
+        else:
+            refusal(lambda: read_results(run / "result.json"), run / "result.json")
+
+
+def test_lists_may_be_nested_50_times():
+    value: list[Any] = []
+    for _ in range(50):
+        value = [value]
+    check_extent(value, 1000)
+    with pytest.raises(ValueError, match="nested more than 50 times"):
+        check_extent([value], 1000)
 
 
 def write_picture(folder: Path, content: bytes) -> None:
