@@ -185,6 +185,8 @@ class Run:
                 torch.cuda.set_rng_state_all(cuda)
             used, self.earlier = self.earlier, from_dict(Training, state.get("earlier", {}))
             self.step, self.validated = int(state["step"]), int(state["validated"])
+            if not -1 <= self.validated <= self.step:
+                raise ValueError(f"validated at step {self.validated} of {self.step}")
             self.best, self.since_best = dict(state["best"]), int(state["since_best"])
             self.began = time.perf_counter() - checked("seconds", state.get("seconds", 0), NotNegative)
             columns = {name: values.to(self.sampler.device) for name, values in state["window"].items()}
