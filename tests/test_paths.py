@@ -24,7 +24,7 @@ from metacv.train import train
 
 
 def is_text(hint: object) -> bool:
-    return hint is str or (isinstance(hint, UnionType) and str in typing.get_args(hint))
+    return hint is str or (typing.get_origin(hint) in (UnionType, typing.Union) and str in typing.get_args(hint))
 
 
 TEXTS = [own for own in SETTINGS if own.command == "train" and is_text(own.hint)]
