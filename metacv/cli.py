@@ -104,7 +104,9 @@ def _train(words: list[str], reported: list[Exception]) -> int:
 
     from metacv.errors import UserError
 
-    sys.argv = ["metacv train", *hydra_overrides("train", words)]
+    overrides = hydra_overrides("train", words)
+    overrides.sort(key=lambda word: word not in ("-m", "--multirun"))  # argparse takes no option between settings
+    sys.argv = ["metacv train", *overrides]
     failed: list[Exception] = []
 
     def job(cfg: DictConfig) -> float:

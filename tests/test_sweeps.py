@@ -1,7 +1,10 @@
 """Sweeps with the launchers and sweepers of Hydra's plugins: each needs its extra, and takes tens of seconds."""
 
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -36,6 +39,26 @@ def test_a_launcher_runs_every_combination(plugin, words, tmp_path, data_dir, mo
     files = [read_results(path) for path in (tmp_path / "sweep").glob("*/result.json")]
     assert sorted((file.training["seed"], file.results[0].shot) for file in files) == [(0, 1), (0, 2), (1, 1), (1, 2)]
     assert len(list((tmp_path / "sweep").glob("*/best.pt"))) == 4
+
+
+def test_a_job_that_is_requeued_goes_on_from_its_last_validation(tmp_path, data_dir):
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    words = [*quick("protonet"), "steps=400", "eval_every=20", "resume=auto", "seed=3"]
+    launch = ["-m", "hydra/launcher=submitit_local", "hydra.sweep.dir=sweep", "hydra.sweep.subdir=job"]
+    environment = os.environ | {"METACV_DATA_DIR": str(data_dir), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "metacv", "train", *launch, *words]
+    sweep = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
+    while not (tmp_path / "sweep/job/last.pt").exists():
+        assert sweep.poll() is None
+        time.sleep(0.1)
+    found = subprocess.run(["pgrep", "-f", f"submitit.core._submit {tmp_path}"], capture_output=True, text=True)
+    os.kill(int(found.stdout.split()[0]), signal.SIGUSR2)  # as Slurm before it takes a job's place
+    assert sweep.wait(timeout=300) == 0
+    first, *lines = (tmp_path / "sweep/job/train.log").read_text().splitlines()
+    assert "400 steps on " in first
+    (again,) = [line for line in lines if ", from step " in line]
+    assert int(again.split("from step ")[1].split()[0]) % 20 == 0
+    assert read_results(tmp_path / "sweep/job/result.json").training["steps"] == 400
 
 
 def test_slurm_gets_the_resources_of_the_config(tmp_path, monkeypatch):

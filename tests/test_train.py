@@ -457,6 +457,11 @@ def test_a_sweep_runs_every_combination_and_continues_after_one_that_fails(metac
     ]
 
 
+def test_the_option_of_a_sweep_may_stand_between_settings(metacv):
+    assert metacv("train", *quick("protonet"), "-m", "seed=0,1", "hydra.sweep.dir=sweep")[0] == 0
+    assert len(list(Path("sweep").glob("*/result.json"))) == 2
+
+
 def test_a_sweep_that_was_interrupted_is_finished_by_the_same_command_with_resume_auto(metacv, monkeypatch):
     """The first run was finished, the second stopped by a signal, and the third not begun."""
     command = ("train", "-m", *quick("protonet"), "seed=0,1,2", "resume=auto")
