@@ -22,6 +22,10 @@ PATHS = re.compile(
 )
 NO_NAME = re.compile(r"true|false|[+-]?([\d.]+(e[+-]?\d+)?|inf|nan)", re.IGNORECASE)  # hardly a file's
 OPTIONS_WITH_VALUE = {"-c", "--cfg", "-p", "--package"}
+OPTIONS = re.compile(  # of train, which are Hydra's
+    r"-(c|p|m|r|i|cp|cn|cd)|--(cfg|package|multirun|run|info|resolve|hydra-help|version|config-(path|name|dir)|"
+    r"experimental-rerun)(=.*)?"
+)
 
 
 def hydra_overrides(command: str, words: list[str]) -> list[str]:
@@ -41,7 +45,11 @@ def hydra_overrides(command: str, words: list[str]) -> list[str]:
         runs = [i for i in _plain(words) if "=" not in words[i] or os.path.exists(words[i])]
         setting = f"runs=[{','.join(quoted(words[i]) for i in runs)}]"
         words = [word for i, word in enumerate(words) if i not in runs] + [setting] * bool(runs)
-    if command != "train":
+    if command == "train":
+        for word in words:
+            if word.startswith("-") and not OPTIONS.fullmatch(word):
+                raise UserError(f"{word}: there is no such option; -m, --cfg job and --help are")
+    else:
         if sweeps:
             raise UserError("-m: sweeps work with train only")
         words = _without_options(command, words)

@@ -165,6 +165,9 @@ def assert_one_line(answer: tuple[int, str, str], message: str) -> None:
         (("resume=nowhere",), "nowhere: there is no such file"),
         (("hydra.run.dir=/proc/nowhere",), "/proc/nowhere"),
         (("way=[1",), "way=[1"),
+        (("--nope",), "--nope: there is no such option"),
+        (("-x", "way=3"), "-x: there is no such option"),
+        (("way=3", "--cfgg", "job"), "--cfgg: there is no such option"),
     ],
 )
 def test_invalid_settings_of_training_exit_with_one_line(metacv, monkeypatch, arguments, message):
