@@ -121,12 +121,11 @@ def _train(words: list[str], reported: list[Exception]) -> int:
         try:
             return train(cfg, folder, list(hydra_config.overrides.task))
         except Exception as error:
+            remove_unused(folder)
             if hydra_config.mode == RunMode.MULTIRUN:  # Hydra continues with the other jobs, and raises this in the end
-                remove_unused(folder)
                 reported.append(error)
                 report_error(error, hydra_config.overrides.task)
                 raise
-            remove_unused(folder)
             failed.append(error)  # raised below, where Hydra does not print it too
             return math.nan
 

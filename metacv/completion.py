@@ -9,7 +9,7 @@ from typing import Any
 
 from metacv import CONFIG_DIR
 from metacv.help import COMMANDS
-from metacv.words import PATHS, choices
+from metacv.words import PATHS, choices, groups
 
 CHOICES = re.compile(r"#\s*(\S+(?: \| [^\s|:,]+)+)")  # in a comment: a | b | c
 
@@ -51,7 +51,7 @@ def candidates(line: str, plugin: Any) -> list[str]:
         return [f"{name}={path}" for path in paths(value)]
     found = [word for word in plugin._query(command, " ".join(words[1:])) if not word.endswith("._target_=")]
     found = list(dict.fromkeys([*found, *(["hydra.run.dir="] if "hydra.run.dir=".startswith(last) else [])]))
-    others = {path.name for path in CONFIG_DIR.iterdir() if path.is_dir()} - groups(command)
+    others = {path.name for path in CONFIG_DIR.iterdir() if path.is_dir()} - groups(command).keys()
     own = {*COMMANDS, "hydra"}  # other commands are not settings
     found = [word for word in found if (name := word.rstrip(".=/")) not in own | others or (last and name in own)]
     if command in ("compare", "report"):  # whose plain words are runs
@@ -62,12 +62,6 @@ def candidates(line: str, plugin: Any) -> list[str]:
 def paths(start: str) -> list[str]:
     """Files and folders whose path starts so, folders with a slash."""
     return sorted(path + "/" * os.path.isdir(path) for path in glob.glob(f"{glob.escape(start)}*"))
-
-
-def groups(command: str) -> set[str]:
-    """The groups of configs/ that a command has."""
-    text = (CONFIG_DIR / f"{command}.yaml").read_text()
-    return {*re.findall(r"^ +- (?:override )?([\w/]+):", text, re.MULTILINE)}
 
 
 def values(command: str, name: str) -> list[str]:

@@ -74,17 +74,17 @@ def letters(font: str) -> frozenset[str]:
 def fonts() -> Iterator[str]:
     """Font files: matplotlib's own, which has Latin, Greek, Cyrillic and Arabic letters, then those of this machine."""
     from matplotlib import get_data_path
-    from matplotlib.font_manager import fontManager
 
     yield str(Path(get_data_path()) / "fonts/ttf/DejaVuSans.ttf")
+    from matplotlib.font_manager import fontManager  # looks for all fonts, which can take seconds
+
     yield from (font.fname for font in fontManager.ttflist if "LastResort" not in font.fname)  # boxes for all letters
 
 
 @cache
 def font_for(text: str) -> str:
     """The first font that has all letters of a text, or the first of all."""
-    known = list(fonts())
-    return next((font for font in known if letters(font) >= {*text} - {" "}), known[0])
+    return next((font for font in fonts() if letters(font) >= {*text} - {" "}), next(fonts()))
 
 
 def legible(name: str, otherwise: str) -> str:
@@ -93,7 +93,12 @@ def legible(name: str, otherwise: str) -> str:
 
 
 def _font(caption: str) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(font_for(caption), FONT_SIZE)
+    return _opened(font_for(caption))
+
+
+@cache
+def _opened(font: str) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(font, FONT_SIZE)
 
 
 def _fitted(draw: ImageDraw.ImageDraw, caption: str, width: int) -> str:

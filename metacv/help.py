@@ -1,12 +1,12 @@
 """`metacv COMMAND --help`: choices, settings and their comments from the YAML files."""
 
 import re
-from typing import Any
 
 import yaml
 
 from metacv import CONFIG_DIR
 from metacv.words import choices as choices_of
+from metacv.words import groups
 
 COMMANDS = sorted(path.stem for path in CONFIG_DIR.glob("*.yaml"))  # each has a function of its name in metacv/
 
@@ -17,7 +17,7 @@ def help_text(command: str, words: list[str]) -> str:
     content = yaml.safe_load(text)
     settings = [_readable(text.partition("\n\n")[2].partition("\nhydra:")[0])]
     choices = []
-    for group, chosen in _chosen(command, content["defaults"], words).items():
+    for group, chosen in _chosen(command, words).items():
         files = {name: CONFIG_DIR / group / f"{name}.yaml" for name in choices_of(group)}
         width = len(group) + 2 + max(map(len, files))
         for name, path in files.items():
@@ -35,15 +35,15 @@ def help_text(command: str, words: list[str]) -> str:
     return template.replace("$CHOICES", "\n".join(choices).rstrip()).replace("$CONFIG", "\n\n".join(settings).rstrip())
 
 
-def _chosen(command: str, defaults: list[Any], words: list[str]) -> dict[str, str | None]:
+def _chosen(command: str, words: list[str]) -> dict[str, str | None]:
     """The choice in each group: that of the command line, of the algorithm or experiment, or the default."""
     from metacv.config import composed
 
-    groups = [group for default in defaults if isinstance(default, dict) for group in default if " " not in group]
-    given = {name: value for name, _, value in (word.partition("=") for word in words) if name in groups}
+    own = groups(command)
+    given = {name: value for name, _, value in (word.partition("=") for word in words) if name in own}
     known = [name for name in ("algo", "experiment") if (CONFIG_DIR / name / f"{given.get(name)}.yaml").is_file()]
     chosen = composed(command, [f"{name}={given[name]}" for name in known]).hydra.runtime.choices
-    return {group: given.get(group, chosen[group]) for group in groups}
+    return {group: given.get(group, chosen[group]) for group in own}
 
 
 def _readable(text: str) -> str:

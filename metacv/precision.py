@@ -57,7 +57,7 @@ class Compiled:
     """
 
     def __init__(self, function: Callable[..., Sequence[Tensor]], state: Sequence[Tensor] = ()) -> None:
-        """`function` takes the tensors of `state`, which keep their places in memory, and then the inputs of a call.
+        """`function` takes the inputs of a call, and uses the tensors of `state`, which keep their places in memory.
 
         All tensors that change between calls must be in `state` or inputs, also those that `function` itself changes.
         """
@@ -90,7 +90,7 @@ class Compiled:
 
     def _compiled(self, inputs: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
         with self._undone(inputs):
-            graph = make_fx(self.function)(*self.state, *inputs)
+            graph = make_fx(lambda *tensors: self.function(*tensors[len(self.state) :]))(*self.state, *inputs)
         graph.graph.eliminate_dead_code()
         graph.recompile()
         compiled = torch.compile(graph, dynamic=False)
@@ -103,10 +103,10 @@ class Compiled:
         with self._undone(inputs):
             with torch.cuda.stream(aside):  # a capture must not be the first use of libraries and memory
                 for _ in range(2):
-                    self.function(*self.state, *own)
+                    self.function(*own)
             current.wait_stream(aside)
             with torch.cuda.graph(graph):
-                outputs = [t.detach() for t in self.function(*self.state, *own)]
+                outputs = [t.detach() for t in self.function(*own)]
 
         def replay(*inputs: Tensor) -> Sequence[Tensor]:
             torch._foreach_copy_([t.detach() for t in own], list(inputs))
@@ -121,9 +121,8 @@ class CompiledGradient:
 
     def __init__(self, algorithm: nn.Module, add_gradient: Callable[[Any, float], dict[str, Tensor]]) -> None:
         self.learned = [p for p in algorithm.parameters() if p.requires_grad]
-        self.state = [*algorithm.parameters(), *algorithm.buffers()]
         self.add_gradient = add_gradient
-        self.compiled = Compiled(self._step, self.state)
+        self.compiled = Compiled(self._step, [*algorithm.parameters(), *algorithm.buffers()])
         self.names: list[str] = []  # of the scalars
 
     def __call__(self, batch: Any, share: float) -> dict[str, Tensor]:
@@ -135,10 +134,10 @@ class CompiledGradient:
             p.grad = grad * share if earlier is None else earlier + grad * share
         return {name: scalar * share for name, scalar in zip(self.names, scalars, strict=True)}
 
-    def _step(self, *tensors: Tensor) -> list[Tensor]:
+    def _step(self, *inputs: Tensor) -> list[Tensor]:
         for p in self.learned:
             p.grad = None
-        batch = replace(self.batch, **dict[str, Any](zip(self.inputs, tensors[len(self.state) :], strict=True)))
+        batch = replace(self.batch, **dict[str, Any](zip(self.inputs, inputs, strict=True)))
         scalars = self.add_gradient(batch, 1.0)
         self.names = list(scalars)
         return [*(torch.zeros_like(p) if p.grad is None else p.grad for p in self.learned), *scalars.values()]

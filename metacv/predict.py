@@ -214,8 +214,8 @@ def check_place_to_save(path: Path) -> None:
     raise UserError(f"save={path}: exists already, and is not a model that `save` wrote")
 
 
-def share_correct(predictions: Predictions, truth: list[str]) -> float:
-    return sum(one["label"] == own for one, own in zip(predictions, truth, strict=True)) / len(truth)
+def count_correct(predictions: Predictions, truth: list[str]) -> int:
+    return sum(one["label"] == own for one, own in zip(predictions, truth, strict=True))
 
 
 def write(folder: Path, predictions: Predictions, support: Support, checkpoint: Checkpoint, truth: list[str]) -> None:
@@ -229,7 +229,7 @@ def write(folder: Path, predictions: Predictions, support: Support, checkpoint: 
         "predictions": predictions,
     }
     if truth:
-        content["accuracy"] = share_correct(predictions, truth)
+        content["accuracy"] = count_correct(predictions, truth) / len(truth)
         content["predictions"] = [one | {"truth": own} for one, own in zip(predictions, truth, strict=True)]
     write_bytes_atomically(folder / "predictions.csv", csv_bytes(table))
     write_bytes_atomically(folder / "predictions.json", (json.dumps(content, indent=1) + "\n").encode())
@@ -244,10 +244,8 @@ def show(folder: Path, predictions: Predictions, truth: list[str], cfg: PredictC
     if len(predictions) > LINES:
         print(f"... and {len(predictions) - LINES} more")
     if truth:
-        share = share_correct(predictions, truth)
-        print(
-            f"accuracy {100 * share:.2f} %: {round(share * len(truth))} of {len(truth)}, by the names of their folders"
-        )
+        correct, count = count_correct(predictions, truth), len(truth)
+        print(f"accuracy {100 * correct / count:.2f} %: {correct} of {count}, by the names of their folders")
     if batch_norm == "transductive":
         print("batch_norm=transductive: each label depends on all query images; batch_norm=inductive labels each alone")
     for kind in ("csv", "json", "png"):

@@ -1,7 +1,6 @@
 """What reaches the terminal: errors in one line, and nothing from ranks other than 0."""
 
 import contextlib
-import difflib
 import errno
 import os
 import re
@@ -13,7 +12,7 @@ from tqdm import tqdm
 
 from metacv.errors import UserError
 from metacv.text import printable, short
-from metacv.words import settings
+from metacv.words import nearest, settings
 
 
 def world_size() -> int:
@@ -69,8 +68,7 @@ def error_line(error: Exception, words: Sequence[str] = ()) -> str:
             name, known = unknown[1], settings()
             if name in known:
                 return f"{name}: there is no such setting of this command, or of what it chooses"
-            near = difflib.get_close_matches(name, known, 1, cutoff=0.8)
-            return f"{name}: there is no such setting{f'; did you mean {near[0]}?' if near else ''}"
+            return f"{name}: there is no such setting{nearest(name, known, most=1, cutoff=0.8)}"
         if isinstance(error, InterpolationResolutionError) or "Error resolving interpolation" in text:
             text = text.replace('KeyError raised while resolving interpolation: "', "").rstrip('"')
             missing = (re.findall("'(.+?)'", text) or [""])[0]

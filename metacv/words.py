@@ -95,8 +95,7 @@ def _choice(command: str, word: str, own_files: bool) -> str:
 
     value = _parsed(word)
     names = value if isinstance(value, list) else value.list if isinstance(value, ChoiceSweep) else [value]
-    optional = re.search(rf"^  - {group}: null", (CONFIG_DIR / f"{command}.yaml").read_text(), re.MULTILINE)
-    if value is None and optional:
+    if value is None and groups(command).get(group, "") is None:
         return f"~{group}"
     if not names or any(isinstance(name, bool | int | float | dict | list | None) for name in names):
         raise UserError(f"{word}: not the name of a file in configs/{group}")
@@ -107,15 +106,23 @@ def _choice(command: str, word: str, own_files: bool) -> str:
     return word
 
 
+def groups(command: str) -> dict[str, str | None]:
+    """The groups of configs/ that a command has, and the default choice in each."""
+    defaults = yaml.safe_load((CONFIG_DIR / f"{command}.yaml").read_text())["defaults"]
+    pairs = [pair for default in defaults if isinstance(default, dict) for pair in default.items()]
+    return {group: choice for group, choice in pairs if " " not in group}  # but for `override`
+
+
 def choices(group: str) -> list[str]:
     """The names of the files in configs/GROUP."""
     folder = CONFIG_DIR / group
     return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
 
 
-def nearest(name: str, known: list[str]) -> str:
-    """Which of the known names may be meant, as the end of an error; all of them if none is near."""
-    near = [own for own in known if own.endswith(f"/{name}")] or difflib.get_close_matches(name, known, cutoff=0.7)
+def nearest(name: str, known: list[str], most: int = 3, cutoff: float = 0.7) -> str:
+    """Which of the known names may be meant, as the end of an error; all of them if they are few and none is near."""
+    near = [own for own in known if own.endswith(f"/{name}")]
+    near = near or difflib.get_close_matches(name, known, most, cutoff)
     if near:
         return f"; did you mean {' or '.join(near)}?"
     return f"; one of: {', '.join(known)}" if len(known) < 30 else ""

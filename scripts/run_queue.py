@@ -26,7 +26,6 @@ from pathlib import Path
 from results_table import ROOT
 
 from metacv.errors import UserError
-from metacv.files import user_path
 from metacv.run import load_state
 from metacv.text import duration, plural
 
@@ -131,10 +130,7 @@ def stop(jobs: list[Job]) -> None:
 def bring_back(run: Path, aside: Path | None) -> None:
     """Let a run go on that another machine has begun, if its folder here holds none."""
     if aside and (aside / "last.pt").exists() and not (run / "last.pt").exists():
-        run.mkdir(parents=True, exist_ok=True)
-        for name in STATE:
-            if (aside / name).exists():
-                shutil.copy(aside / name, run / name)
+        copy_state(aside, run)
 
 
 def put_aside(job: Job, run: Path, aside: Path) -> None:
@@ -142,16 +138,19 @@ def put_aside(job: Job, run: Path, aside: Path) -> None:
     if job.state == "done":
         shutil.rmtree(aside, ignore_errors=True)
     elif (run / "last.pt").exists():
-        aside.mkdir(parents=True, exist_ok=True)
-        for name in STATE:
-            if (run / name).exists():
-                shutil.copy(run / name, aside / name)
+        copy_state(run, aside)
+
+
+def copy_state(source: Path, target: Path) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    for path in filter(Path.exists, (source / name for name in STATE)):
+        shutil.copy(path, target / path.name)
 
 
 def progress(run: Path, job: Job) -> str:
     """How far an unfinished run is."""
     try:
-        last = load_state(user_path(run / "last.pt"))
+        last = load_state(run / "last.pt")
     except UserError:
         return ""
     if job.state == "done":

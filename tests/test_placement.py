@@ -114,7 +114,7 @@ def error_of(function: Callable[..., None], *arguments: Any) -> str:
 
 def not_captured(compiled: Compiled, _: object) -> Callable[..., Sequence[Tensor]]:
     """What a CUDA graph computes."""
-    return lambda *inputs: torch.enable_grad()(compiled.function)(*compiled.state, *inputs)
+    return lambda *inputs: torch.enable_grad()(compiled.function)(*inputs)
 
 
 def run_method(name: str, data_dir: Path, changes: dict[str, Any], settings: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """A classifier whose parameters are adapted to each task by gradient steps: what MAML and Reptile share."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from copy import copy, deepcopy
 from functools import partial
 from typing import Any, Literal
@@ -51,8 +51,10 @@ class AsProducts(TorchFunctionMode):
         return (product if function is torch.conv2d else function)(*args, **(kwargs or {}))
 
 
-def products_on_a_gpu(images: Tensor) -> AbstractContextManager[Any]:
-    return nullcontext() if images.device.type == "cpu" else AsProducts()
+def together(network: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """Outputs [T, ...] of a network for each of T inputs at once, of which the last are images [T, B, C, H, W]."""
+    with nullcontext() if inputs[-1].device.type == "cpu" else AsProducts():
+        return vmap(network, randomness="different")(*inputs)
 
 
 def product(
@@ -143,8 +145,7 @@ class InnerLoop(Algorithm):
         """Logits [T, B, N] of images [T, B, C, H, W] under the parameters of each task."""
         if len(images) > 1 and self.tasks_together(images[0]) > 1:
             # Gradients are taken outside of vmap: inside, those of fused batch norm are wrong (pytorch/functorch#534).
-            with products_on_a_gpu(images):
-                return vmap(partial(functional_call, self.net), randomness="different")(params, images)
+            return together(partial(functional_call, self.net), params, images)
         pairs = zip(of_each_task(params), images, strict=True)
         return torch.stack([functional_call(self.net, own, task) for own, task in pairs])
 
@@ -157,9 +158,7 @@ class InnerLoop(Algorithm):
                     # Each query is the last image of a batch with the support images.
                     batches = torch.cat([support.expand(len(some), *support.shape), some.unsqueeze(1)], dim=1)
                     if len(batches) > 1:
-                        call = partial(functional_call, self.net, params)
-                        with products_on_a_gpu(batches):
-                            logits.append(vmap(call, randomness="different")(batches)[:, -1])
+                        logits.append(together(partial(functional_call, self.net, params), batches)[:, -1])
                     else:
                         logits.append(functional_call(self.net, params, batches[0])[-1:])
         return torch.cat(logits).unflatten(0, tasks.query_y.shape)

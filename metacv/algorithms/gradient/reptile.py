@@ -116,8 +116,7 @@ class Reptile(InnerLoop):
         return {"loss": loss * share, "accuracy": accuracy * share}
 
     def compile_training(self) -> None:
-        state = list(self.net.buffers())
-        self.training_loop = Compiled(lambda *tensors: self.loop(*tensors[len(state) :]), state)
+        self.training_loop = Compiled(self.loop, list(self.net.buffers()))
 
 
 def _batches(images: int, size: int, steps: int, seed: int) -> Tensor:
