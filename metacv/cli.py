@@ -5,6 +5,7 @@ import io
 import math
 import os
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -24,9 +25,7 @@ def main() -> None:
         sys.stdout.flush()
     except KeyboardInterrupt:
         code = 130
-    except (
-        OSError
-    ) as error:  # of the output: its reader has exited, as in `metacv --help | head -1`, or the disk is full
+    except OSError as error:  # of the output: its reader has exited, as in `metacv --help | head`, or the disk is full
         code = 141 if isinstance(error, BrokenPipeError) else 1
         if code == 1:
             print(f"metacv: the output cannot be written: {error.strerror}", file=sys.stderr)
@@ -102,6 +101,7 @@ def _train(words: list[str], reported: list[Exception]) -> int:
     from hydra.types import RunMode
     from omegaconf import DictConfig
 
+    from metacv import sweep
     from metacv.errors import UserError
 
     overrides = hydra_overrides("train", words)
@@ -129,6 +129,8 @@ def _train(words: list[str], reported: list[Exception]) -> int:
             failed.append(error)  # raised below, where Hydra does not print it too
             return math.nan
 
+    if not any(word.startswith("-") and word not in ("-m", "--multirun") for word in overrides):
+        print(f"metacv {__version__}: train {shlex.join(words)}", flush=True)  # importing torch takes seconds
     try:
         hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="train")(job)()
     except OSError as error:
@@ -137,6 +139,9 @@ def _train(words: list[str], reported: list[Exception]) -> int:
         named = (re.fullmatch(r"(?:hydra\.(?:run|sweep)\.dir|resume)=(.+)", word) for word in words)  # Hydra names none
         folder = next((found[1] for found in named if found and found[1] not in IN_ITS_FOLDER), "outputs")
         raise UserError(f"{folder}: Hydra cannot write the settings of the run there: {error.strerror}") from error
+    finally:
+        if sweep.Folder.started and (table := sweep.ranking(sweep.Folder.started)):
+            print(f"\n{table}")
     if failed:
         raise failed[0]
     return 0

@@ -29,8 +29,9 @@ T = TypeVar("T")
 BatchNormMode = Literal["inductive", "transductive"]
 Precision = Literal["fp32", "tf32", "bf16"]
 Split = Literal["train", "val", "test"]
-LOCAL = {"device", "data_dir", "resume", "log_every", "projector"}  # do not change what a run computes
-RESUMABLE = LOCAL | {"steps", "compile", "eval_every", "patience", "paper"}  # do not change what a step computes
+# Settings that do not change what a run computes, and those that do not change what a step computes.
+LOCAL = {"device", "data_dir", "name", "resume", "dry_run", "log_every", "projector"}
+RESUMABLE = LOCAL | {"steps", "compile", "eval_every", "patience", "paper"}
 
 
 @dataclass
@@ -82,7 +83,9 @@ class TrainConfig:
     seed: Seed = MISSING
     device: str = "auto"
     data_dir: str = ""
+    name: str | None = None
     resume: bool | str = False
+    dry_run: bool = False
     log_every: Count = 10
     projector: bool = False
     paper: list[dict[str, Any]] = field(default_factory=list)

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
-from torchvision.transforms.functional import to_pil_image
 
 from metacv.data.image_files import as_tensor
 from metacv.data.task import TaskBatch
@@ -112,5 +111,6 @@ def _fitted(draw: ImageDraw.ImageDraw, caption: str, width: int) -> str:
 
 def _thumbnail(image: Tensor) -> Image.Image:
     """An image [C, H, W] (uint8) in RGB; a small one at twice its size."""
-    thumbnail: Image.Image = to_pil_image(image[:3].cpu()).convert("RGB")
+    pixels = image[:3].expand(3, -1, -1).permute(1, 2, 0)  # grey images have one channel
+    thumbnail = Image.fromarray(pixels.contiguous().cpu().numpy())
     return ImageOps.scale(thumbnail, 2, Image.Resampling.NEAREST) if thumbnail.width <= 42 else thumbnail

@@ -1,4 +1,4 @@
-"""The logs of a run: train.log for people; metrics.jsonl and TensorBoard with the same names (train/loss, ...)."""
+"""A run's logs: train.log and results.png to look at, metrics.jsonl and TensorBoard's events with the same names."""
 
 import contextlib
 import json
@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ from metacv import limits
 from metacv.config import flat
 from metacv.errors import UserError
 from metacv.files import check_file, write_bytes_atomically, written_or_refused
-from metacv.terminal import say
+from metacv.pictures import results_picture
+from metacv.terminal import alone, say
 from metacv.text import printable
+
+REDRAWN = 10  # seconds at least between two drawings of the curves
 
 
 @contextlib.contextmanager
@@ -37,10 +41,9 @@ class Logger:
     """
 
     def __init__(self, folder: Path, step: int, validated: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # takes a second to import
-
         self.text = folder / "train.log"
         self.metrics = path = folder / "metrics.jsonl"
+        self.results = folder / "results.png"
         self.events = folder / "events.out.tfevents.*"
         kept: list[tuple[str, dict[str, float]]] = []  # lines, and their values
         if path.exists():
@@ -55,12 +58,20 @@ class Logger:
         with written_or_refused(path):
             write_bytes_atomically(path, "".join(line for line, _ in kept).encode())
             self.file = path.open("a")
-        with written_or_refused(self.events):
-            self.tensorboard = SummaryWriter(str(folder), purge_step=validated + 1)
+        self.validated = validated
+        self.lines = [dict(content) for _, content in kept]
+        self.drawn = -float(REDRAWN)
         for _, content in kept:
             number = int(content.pop("step"))
             if number > validated:  # training after the last validation, purged with the rest
                 self.points(number, content)
+
+    @cached_property
+    def tensorboard(self) -> Any:
+        """TensorBoard's writer, made for the first point."""
+        from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+
+        return SummaryWriter(str(self.events.parent), purge_step=self.validated + 1)
 
     def __enter__(self) -> "Logger":
         return self
@@ -70,14 +81,15 @@ class Logger:
             with written_or_refused(self.metrics):
                 self.file.close()
             with written_or_refused(self.events):
-                self.tensorboard.close()
+                if "tensorboard" in vars(self):
+                    self.tensorboard.close()
 
     def line(self, text: str, shown: bool = True) -> None:
         """A line of train.log, with the time, and of the output."""
         with written_or_refused(self.text), self.text.open("a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {printable(text)}\n")
         if shown:
-            say(text)
+            say(text if alone() else f"{self.text.parent.name}: {text}")
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """One line and one point of each curve, of values by their tags, such as train/loss."""
@@ -85,7 +97,15 @@ class Logger:
         with written_or_refused(self.metrics):
             self.file.write(line)
             self.file.flush()
+        self.lines.append({"step": step, **values})
         self.points(step, values)
+
+    def curves(self, title: str, often: bool = False) -> None:
+        """Draw the curves so far into results.png, unless this was done less than REDRAWN seconds ago."""
+        if often or time.monotonic() - self.drawn >= REDRAWN:
+            with written_or_refused(self.results):
+                write_bytes_atomically(self.results, results_picture(self.lines, title))
+            self.drawn = time.monotonic()
 
     def points(self, step: int, values: dict[str, float]) -> None:
         """For TensorBoard alone."""

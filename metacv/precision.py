@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from metacv.errors import UserError
 from metacv.text import first_line
@@ -90,6 +89,8 @@ class Compiled:
 
     def _compiled(self, inputs: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
         with self._undone(inputs):
+            from torch.fx.experimental.proxy_tensor import make_fx  # takes a quarter of a second
+
             graph = make_fx(lambda *tensors: self.function(*tensors[len(self.state) :]))(*self.state, *inputs)
         graph.graph.eliminate_dead_code()
         graph.recompile()

@@ -2,8 +2,10 @@
 
 import contextlib
 import errno
+import multiprocessing
 import os
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -40,10 +42,39 @@ def silent_unless_rank_zero() -> Iterator[str | None]:
         yield folder
 
 
+def progress(total: int, unit: str, label: str = "", start: int = 0) -> tqdm:
+    """A progress bar on a terminal, with the time left at the mean speed so far; nothing elsewhere.
+
+    Runs of a sweep at the same time have none, since their bars would overwrite each other.
+    """
+    columns, rows = shutil.get_terminal_size()  # 80x24 where a terminal says 0x0
+    return tqdm(
+        total=total,
+        initial=start,
+        desc=label or None,
+        leave=False,
+        disable=None if alone() else True,
+        ncols=columns,
+        nrows=rows,
+        smoothing=0,
+        bar_format=f"{{desc}}{{bar}} {{n_fmt}} of {{total_fmt}} {unit}s, {{remaining}} left{{postfix}}",
+    )
+
+
+def alone() -> bool:
+    """Whether no other run of a sweep uses the same output: several at a time have a process each."""
+    return multiprocessing.parent_process() is None
+
+
 def say(text: str) -> None:
     """Print a line at once, above a progress bar if there is one, and into a pipe or a file too."""
     tqdm.write(text)
     sys.stdout.flush()
+
+
+def warn(text: str) -> None:
+    """Print a warning in one line, above a progress bar if there is one."""
+    tqdm.write(f"metacv: warning: {printable(text)}", file=sys.stderr)
 
 
 def error_line(error: Exception, words: Sequence[str] = ()) -> str:

@@ -58,6 +58,11 @@ def in_bytes(count: int) -> str:
     return f"{count / 1e9:,.1f} GB"
 
 
+def three_digits(number: float) -> str:
+    """`0.0312`, `5.93`, `6,400`: a speed."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+
 def percent(accuracy: float, ci95: float) -> str:
     """An accuracy with its interval, both from 0 to 1, as `98.37 ± 0.48`."""
     return f"{100 * accuracy:.2f} ± {100 * ci95:.2f}"

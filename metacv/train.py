@@ -5,7 +5,6 @@ import json
 import math
 import random
 import shlex
-import sys
 import time
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 from metacv import seen
 from metacv.algorithms.base import Algorithm
@@ -26,6 +24,7 @@ from metacv.data.sampler import MOST, EpisodeList, EpisodeSampler, ImageSampler
 from metacv.data.transforms import Augment
 from metacv.distributed import Ranks, connect
 from metacv.drawing import episode_picture
+from metacv.dry_run import dry_run
 from metacv.errors import UserError
 from metacv.evaluate import centre, evaluate_episodes, learning_rates, record
 from metacv.files import write_bytes_atomically
@@ -43,8 +42,10 @@ from metacv.model import (
 )
 from metacv.precision import check_precision, keep_freed_memory, precision, random_state_kept
 from metacv.results import ResultFile, summary
-from metacv.run import Run, Stopped, StopSignals, lock_folder, start, warn_of_few_test_classes
-from metacv.text import duration, in_bytes, percent, plural, setting
+from metacv.run import Run, Stopped, StopSignals, lock_folder, remove_unused, start, warn_of_few_test_classes
+from metacv.terminal import progress, warn
+from metacv.text import duration, in_bytes, percent, plural, setting, three_digits
+from metacv.unusual import unusual
 
 DIAGNOSED_TASKS = 20
 TOLD_EVERY = 30  # seconds between lines of train.log, and of an output without a progress bar
@@ -55,6 +56,8 @@ def train(cfg: DictConfig, folder: Path, overrides: list[str]) -> float:
     """Train, with checkpoints and logs in `folder`, and return the best accuracy in validation, from 0 to 1."""
     with contextlib.ExitStack() as stack:
         ranks = connect()
+        if cfg.dry_run:
+            stack.callback(remove_unused, folder)  # after the lock is released
         ranks.on_every_rank(lambda: stack.enter_context(lock_folder(folder)))  # other ranks than 0 have a temporary one
         config, words, source = ranks.run_on_rank_zero(lambda: start(cfg, folder, overrides))
         run, validation = ranks.on_every_rank(lambda: prepare(config, words, ranks))
@@ -63,12 +66,19 @@ def train(cfg: DictConfig, folder: Path, overrides: list[str]) -> float:
             write_bytes_atomically(folder / "split.json", json.dumps(run.splits, indent=1).encode())
         if ranks.rank:  # random draws in training, such as DropBlock's masks, differ between ranks
             torch.manual_seed(int(torch.randint(2**62, (ranks.rank,))[-1]))
+        if config.dry_run:
+            print("\n".join(header(run, validation, folder)))
+            print("\n".join(dry_run(run, ready_to_test(run), validation, lambda: training_step(run, ranks))))
+            return math.nan
         stack.enter_context(errors_of_threads_once())
         logger = stack.enter_context(Logger(folder, run.step, run.validated))
-        logger.line(header(run, folder))
+        for line in header(run, validation, folder):
+            logger.line(line)
+        for text in unusual(config):
+            warn(text)
         signals = stack.enter_context(StopSignals())
-        bar = stack.enter_context(tqdm(total=run.steps, initial=run.step, unit="step", disable=None))
-        since, told = (time.perf_counter(), run.step), time.perf_counter()
+        bar = stack.enter_context(progress(run.steps, "step", start=run.step))
+        since, told = (time.perf_counter(), run.step), -math.inf
         while not run.finished:
             if run.validation_due:
                 check_finite(run, folder, ranks)
@@ -85,9 +95,9 @@ def train(cfg: DictConfig, folder: Path, overrides: list[str]) -> float:
                     speed = (run.step - since[1]) * run.config.meta_batch / (time.perf_counter() - since[0])
                     bar.set_postfix_str(text := log_window(run, logger, speed))
                     since = time.perf_counter(), run.step
-                    if since[0] - told > TOLD_EVERY:
+                    if since[0] - told > TOLD_EVERY:  # and after the first steps
+                        logger.line(f"step {run.step} of {run.steps}: {text}{remaining(run)}", bar.disable or told < 0)
                         told = since[0]
-                        logger.line(f"step {run.step} of {run.steps}: {text}{remaining(run)}", shown=bar.disable)
             if (received := ranks.maximum(signals.received)) and not run.finished:
                 check_finite(run, folder, ranks)
                 if ranks.rank == 0:
@@ -99,18 +109,41 @@ def train(cfg: DictConfig, folder: Path, overrides: list[str]) -> float:
             text = f"every validation had predictions that are not finite{learning_rates(run.config)}"
             raise UserError(f"{text}; there is no best.pt, and {folder / 'last.pt'} has the last weights")
         finish(run, validation, logger)
-    report(run, validation, folder)
+        report(run, validation, folder, logger)
     if signals.received:  # after the last step
         raise SystemExit(128 + signals.received)
     return run.best["accuracy"]
 
 
-def header(run: Run, folder: Path) -> str:
-    """What is trained, on what, and where it is kept."""
-    config, start = run.config, f", from step {run.step}" if run.step else ""
-    method, network, data = (class_name(node) for node in (config.algo, config.backbone, config.dataset))
-    task = f"{config.way}-way {config.shot}-shot"
-    return f"{method}, {network}, {data}, {task}: {plural(run.steps, 'step')}{start} on {run.hardware}, into {folder}"
+def header(run: Run, validation: EpisodeList, folder: Path) -> list[str]:
+    """What is trained, on what, and where it is kept, in aligned lines."""
+    config, shape = run.config, "x".join(map(str, run.sampler.bank.image_shape))
+    trained = f"on batches of {plural(config.meta_batch, 'image')}"
+    if isinstance(run.sampler, EpisodeSampler):
+        trained = f"on {config.train_way}-way {config.train_shot}-shot tasks, {config.meta_batch} a step"
+    banks = {"train": run.sampler.bank, "val": validation.sampler.bank}
+    splits = (f"{name} {len(b.sizes):,} classes, {len(b.images):,} images" for name, b in banks.items())
+    parameters = sum(parameter.numel() for parameter in run.algorithm.parameters())
+    start = f", from step {run.step:,}" if run.step else ""
+    facts = {
+        "method": f"{method(config)}, trained {trained}",
+        "data": f"{class_name(config.dataset)}, {shape}: {'; '.join(splits)}",
+        "network": f"{class_name(config.backbone)}, {parameters:,} parameters in all",
+        "device": ", ".join([run.hardware, *([config.precision] if config.precision != "fp32" else [])]),
+        "steps": f"{run.steps:,}{start}, validated every {config.eval_every:,} on {len(validation):,} "
+        f"{config.way}-way {config.shot}-shot tasks",
+        "folder": str(folder),
+    }
+    return [f"{name:<9} {fact}" for name, fact in facts.items()]
+
+
+def method(config: TrainConfig) -> str:
+    """The algorithm, and the head that classifies in its place if there is one."""
+    return " + ".join(filter(None, map(class_name, (config.algo, config.head))))
+
+
+def title(config: TrainConfig) -> str:
+    return f"{method(config)} on {class_name(config.dataset)}, {config.way}-way {config.shot}-shot"
 
 
 def training_step(run: Run, ranks: Ranks) -> dict[str, Tensor]:
@@ -144,14 +177,18 @@ def log_window(run: Run, logger: Logger, speed: float) -> str:
     run.window = []
     tags = {f"train/{name}": value for name, value in means.items()}
     logger.scalars(run.step, tags | {"train/tasks_per_second": speed})
-    shown = [f"{name} {means[name]:.3f}" for name in ("loss", "accuracy") if name in means]
-    return ", ".join([*shown, f"{speed:.3g} tasks/s"])
+    shown = [f"loss {means['loss']:.3f}"] * ("loss" in means)
+    shown += [f"accuracy {100 * means['accuracy']:.1f} %"] * ("accuracy" in means)
+    return ", ".join(
+        [*shown, f"{three_digits(speed)} {'tasks' if isinstance(run.sampler, EpisodeSampler) else 'images'}/s"]
+    )
 
 
 def remaining(run: Run) -> str:
     """The time that the other steps will take, with their validations, if they take as long as those so far."""
     left = run.seconds * (run.steps - run.step) / max(1, run.step)
-    return f", {duration(left)} left" if run.step < run.steps else ""
+    without = ", validation not counted" if run.validated < 0 else ""
+    return f", {duration(left)} left{without}" if run.step < run.steps else ""
 
 
 def validate(run: Run, episodes: EpisodeList, folder: Path, logger: Logger, signals: StopSignals, ranks: Ranks) -> None:
@@ -160,9 +197,7 @@ def validate(run: Run, episodes: EpisodeList, folder: Path, logger: Logger, sign
     accuracy = torch.zeros(len(episodes), dtype=torch.float64)
     own = ranks.share(len(episodes))
     try:
-        tested = with_head(run.tested, run.config)
-        if isinstance(tested, WithHead) and tested.needs_centre:
-            run.centre = centre(tested, run.sampler.bank, run.sampler.device)
+        tested = ready_to_test(run)
         accuracy[own] = evaluate_episodes(tested, episodes.part(own), mode, "validating", signals.check)
     except Stopped:
         accuracy += torch.inf  # which the sum passes on to the other ranks
@@ -177,13 +212,14 @@ def validate(run: Run, episodes: EpisodeList, folder: Path, logger: Logger, sign
         return
     if diverged:
         text = f"validation at step {run.step}: predictions are not finite in {diverged} of {len(accuracy)} episodes"
-        tqdm.write(f"metacv: {text}{learning_rates(run.config)}", file=sys.stderr)
+        warn(f"{text}{learning_rates(run.config)}")
         measured = {"diverged": diverged / len(accuracy)}
     else:
         text = f"validation {percent(measured['accuracy'], measured['ci95'])} %{', best so far' if better else ''}"
         logger.line(f"step {run.step} of {run.steps}: {text}{remaining(run)}")
         logger.points(run.step, {"val/best_accuracy": run.best["accuracy"]})
     logger.scalars(run.step, {f"val/{name}": value for name, value in measured.items()})
+    logger.curves(title(run.config))
     episode = next(episodes.batches(1))
     logger.picture(run.step, "val/episode", episode_picture(episode, tested.predict(episode, mode)))
     (some,) = episodes.part(slice(DIAGNOSED_TASKS)).batches(DIAGNOSED_TASKS)
@@ -193,9 +229,18 @@ def validate(run: Run, episodes: EpisodeList, folder: Path, logger: Logger, sign
     run.save(folder, logger, better)
 
 
+def ready_to_test(run: Run) -> Algorithm:
+    """What is validated: the method, or the head of the settings, with the mean training feature if it needs that."""
+    tested = with_head(run.tested, run.config)
+    if isinstance(tested, WithHead) and tested.needs_centre:
+        run.centre = centre(tested, run.sampler.bank, run.sampler.device)
+    return tested
+
+
 def finish(run: Run, validation: EpisodeList, logger: Logger) -> None:
     """Write TensorBoard's table of runs, and features for its projector if the settings ask for them."""
     logger.hparams(to_dict(run.config))
+    logger.curves(title(run.config), often=True)
     if run.config.projector:
         bank = validation.sampler.bank
         # Shuffled, so that batch statistics are those of many classes.
@@ -323,8 +368,8 @@ def clip(algorithm: Algorithm, norm: float | None, value: float | None) -> None:
             nn.utils.clip_grad_value_(parameters, value)
 
 
-def report(run: Run, validation: EpisodeList, folder: Path) -> None:
-    """Write result.json, and print the best validation and the next commands."""
+def report(run: Run, validation: EpisodeList, folder: Path, logger: Logger) -> None:
+    """Write result.json, and print the best validation, what was written and the next commands."""
     config, best = run.config, run.best
     images = validation.sampler.bank.fingerprint
     known = {"split": "val", "seed": 0, "batch_norm": config.batch_norm, "device": run.hardware}
@@ -332,13 +377,14 @@ def report(run: Run, validation: EpisodeList, folder: Path) -> None:
     training = {"steps": run.step, "seconds": round(run.seconds, 1), "seed": config.seed, "overrides": run.overrides}
     ResultFile([result], training).write(folder / "result.json")
     if run.steps == 0:
-        print("all parameters are frozen: the initial weights were validated, and nothing was trained")
+        logger.line("all parameters are frozen: the initial weights were validated, and nothing was trained")
     elif run.step < run.steps:
-        print(f"stopped at step {run.step}: no new best in {run.since_best} validations (patience)")
-    print(
+        logger.line(f"stopped at step {run.step}: no new best in {run.since_best} validations (patience)")
+    for line in (
         f"best in validation: {percent(best['accuracy'], best['ci95'])} % at step {best['step']} "
-        f"({config.way}-way {config.shot}-shot, {config.eval_episodes} episodes, {config.batch_norm})\n"
-        f"checkpoint: {folder / 'best.pt'}\n"
-        f"on test:    metacv evaluate {setting('checkpoint', folder)}\n"
-        f"curves:     tensorboard --logdir {shlex.quote(str(folder))}"
-    )
+        f"({config.way}-way {config.shot}-shot, {config.eval_episodes} episodes, {config.batch_norm})",
+        f"checkpoint: {folder / 'best.pt'}",
+        f"curves:     {folder / 'results.png'}, or: tensorboard --logdir {shlex.quote(str(folder))}",
+        f"on test:    metacv evaluate {setting('checkpoint', folder)}",
+    ):
+        logger.line(line)

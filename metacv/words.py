@@ -56,6 +56,8 @@ def hydra_overrides(command: str, words: list[str]) -> list[str]:
     for i in _plain(words):
         if "=" not in words[i] and not words[i].startswith("~"):
             raise UserError(f"{words[i]}: settings are given as name=value")
+    if command == "train":
+        words = _named(words, sweeps)
     overrides = [_quoted_path(command, word, sweeps) for word in words]
     if command != "train" or any(
         word.startswith("resume=") and word not in ("resume=false", "resume=auto") for word in words
@@ -67,6 +69,20 @@ def hydra_overrides(command: str, words: list[str]) -> list[str]:
     for i in _plain(overrides):
         _parsed(overrides[i])
     return overrides
+
+
+def _named(words: list[str], sweep: bool) -> list[str]:
+    """The words with the folder that `name=NAME` stands for in its place."""
+    names = [word for word in words if word.startswith("name=") and word != "name=null"]
+    if not names:
+        return words
+    setting, folder = ("hydra.sweep.dir", "outputs/sweep") if sweep else ("hydra.run.dir", "outputs/train")
+    others = [word for word in words if word not in names]
+    if clash := [*names[1:], *(word for word in others if word.startswith(f"{setting}="))]:
+        raise UserError(f"{names[0]} and {clash[0]}: give one of them")
+    if not (name := _unquoted(names[0].partition("=")[2])):
+        raise UserError("name is empty")
+    return [*others, f"{setting}={folder}/{name}"]
 
 
 def _parsed(word: str) -> Any:

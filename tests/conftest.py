@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import re
 import resource
 import signal
 import sys
@@ -178,6 +179,11 @@ def metacv(monkeypatch, tmp_path, data_dir, capsys):
         return code if isinstance(code, int) else int(code is not None), captured.out, captured.err
 
     return run
+
+
+def after_first_line(out: str) -> str:
+    """What train prints after its first line, which repeats the command."""
+    return re.sub(r"\Ametacv \S+: train.*\n", "", out)
 
 
 def assert_same(one: Any, other: Any, place: str = "state") -> None:

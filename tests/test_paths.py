@@ -30,7 +30,7 @@ def is_text(hint: object) -> bool:
 TEXTS = [own for own in SETTINGS if own.command == "train" and is_text(own.hint)]
 PATHS = [own for own in TEXTS if is_path(own.name)]
 OTHER_TEXTS = {  # names, what is read only once, and what is in data_dir
-    *("device", "backbone.name", "backbone.weights", "dataset.name", "init", "resume"),
+    *("device", "backbone.name", "backbone.weights", "dataset.name", "name", "init", "resume"),
     *("dataset.split_dir", "dataset.split_files.train", "dataset.split_files.val", "dataset.split_files.test"),
 }
 each_path = pytest.mark.parametrize("path", PATHS, ids=lambda own: own.name)
@@ -107,7 +107,7 @@ def test_a_run_with_a_teacher_is_not_resumed_without_one(folders):
 
 
 IMAGES = ("dataset=image_folder", "dataset.size=16", "dataset.color=false", "way=2")
-OWN = ("algo=classifier", *TRAIN[1:], *IMAGES, "schedule=constant")
+OWN = ("algo=classifier", *TRAIN[1:], *IMAGES, "schedule=constant", "meta_batch=16")
 RELATIVE = ("algo.teacher=first", "data_dir=data", "dataset.root=own", "dataset.split_file=own.json")
 
 

@@ -16,12 +16,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ALGORITHMS, BACKBONES, KINDS, SMALL, TRAIN, assert_same, bank_of, quick, random_tasks
+from conftest import (
+    ALGORITHMS,
+    BACKBONES,
+    KINDS,
+    SMALL,
+    TRAIN,
+    after_first_line,
+    assert_same,
+    bank_of,
+    quick,
+    random_tasks,
+)
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from metacv import CONFIG_DIR
+from metacv import CONFIG_DIR, __version__
 from metacv import run as run_module
 from metacv.algorithms.metric.protonet import ProtoNet
 from metacv.algorithms.metric.relationnet import RelationNet
@@ -94,13 +105,13 @@ def test_train_log_has_the_lines_of_the_output_and_training_lines_that_a_termina
     code, out, _ = metacv(*PROTONET, "log_every=2", RUN)
     assert code == 0
     lines = [line.split("  ", 1) for line in Path("run/train.log").read_text().splitlines()]
-    header, *others = [text for _, text in lines]
-    assert header.startswith("ProtoNet, Conv4, Glyphs, 5-way 1-shot: 4 steps on ")
-    training = [text for text in others if "tasks/s" in text]
+    texts = [text for _, text in lines]
+    training = [text for text in texts if "tasks/s" in text]
     assert [text.split(":")[0] for text in training] == ["step 2 of 4", "step 4 of 4"]
-    assert re.fullmatch(r"step 2 of 4: loss [\d.]+, accuracy [\d.]+, [\d.]+ tasks/s, \d+ s left", training[0])
-    assert sum("validation" in text for text in others) == 2
-    assert out.startswith("\n".join([header, *others]))  # without a terminal, the output has all of them
+    speed = r"step 2 of 4: loss [\d.]+, accuracy [\d.]+ %, [\d.]+ tasks/s, \d+ s left, validation not counted"
+    assert re.fullmatch(speed, training[0])
+    assert sum(": validation" in text for text in texts) == 2
+    assert after_first_line(out).splitlines() == texts  # without a terminal, the output has all of them
     for moment, _ in lines:
         datetime.strptime(moment, "%Y-%m-%d %H:%M:%S")
 
@@ -363,10 +374,22 @@ def test_gradients_are_clipped_by_value_and_by_the_norm_of_each_network():
 def test_a_run_says_into_a_pipe_what_it_trains_and_each_validation_at_once(tmp_path, data_dir):
     process = start(tmp_path, data_dir, *PROTONET[1:], "steps=400", "eval_every=2", RUN)
     assert process.stdout is not None
-    first, second = process.stdout.readline(), process.stdout.readline()
+    lines = [process.stdout.readline() for _ in range(9)]
     process.terminate()
-    assert re.fullmatch(r"ProtoNet, Conv4, Glyphs, 5-way 1-shot: 400 steps on .*, into run\n", first)
-    assert re.fullmatch(r"step 2 of 400: validation \d+\.\d\d ± \d+\.\d\d %, best so far, \d+ (s|min) left\n", second)
+    assert lines[0].startswith(f"metacv {__version__}: train algo=protonet ")
+    starts = [re.match(r"\w+ +", line) for line in lines[1:7]]
+    assert [start and start[0].rstrip() for start in starts] == [
+        "method",
+        "data",
+        "network",
+        "device",
+        "steps",
+        "folder",
+    ]
+    assert {start and len(start[0]) for start in starts} == {10}
+    assert "train 30 classes, 600 images; val 10 classes, 200 images" in lines[2]
+    assert re.fullmatch(r"step 1 of 400: loss .* tasks/s, \d+ (s|min) left, validation not counted\n", lines[7])
+    assert re.fullmatch(r"step 2 of 400: validation \d+\.\d\d ± \d+\.\d\d %, best so far, \d+ (s|min) left\n", lines[8])
     process.communicate(timeout=60)
 
 
@@ -402,7 +425,7 @@ def test_a_validation_that_diverged_is_logged_as_such_and_never_the_best(metacv,
     lines = [line for line in metrics("run") if any(name.startswith("val/") for name in line)]
     assert [line.get("val/diverged") for line in lines] == [0.25, None, 0.25, None]
     assert ["val/accuracy" in line for line in lines] == [False, True, False, True]
-    assert "metacv: validation at step 6: predictions are not finite in 2 of 8 episodes\n" in err
+    assert "metacv: warning: validation at step 6: predictions are not finite in 2 of 8 episodes\n" in err
 
 
 def test_a_run_whose_validations_all_diverged_fails_and_names_the_rate(metacv, monkeypatch):
@@ -617,8 +640,9 @@ def test_one_run_in_a_folder_at_a_time_which_a_signal_stops_with_the_usual_exit_
     process = start(tmp_path, data_dir)
     try:
         wait_for(tmp_path / "run/last.pt", process)
-        refused = metacv("train", "resume=true", RUN)
-        assert refused == (1, "", "metacv: hydra.run.dir=run: another run is writing there\n")
+        code, out, err = metacv("train", "resume=true", RUN)
+        assert (code, after_first_line(out)) == (1, "")
+        assert err == "metacv: hydra.run.dir=run: another run is writing there\n"
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
     finally:

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from metacv.data.bank import SPLITS, ImageBank, cached_bank
 from metacv.data.image_files import as_tensor
 from metacv.data.miniimagenet import SIZE, MiniImageNet
 from metacv.data.sources import PickledArray, Source, SplitSpec, integers, read_as, split_classes
 from metacv.errors import UserError
+from metacv.terminal import progress
 
 TITLE = "tieredImageNet"
 CLASSES = split_classes("tieredimagenet")
@@ -62,12 +62,14 @@ def read_content(content: Any, path: Path, split: str) -> ImageBank:
     offsets = torch.cat([torch.zeros(1, dtype=torch.long), sizes.cumsum(0)])
     free = dict(zip(order, offsets[:-1].tolist(), strict=True))  # the next row of each class
     images = torch.empty(len(files), 3, SIZE, SIZE, dtype=torch.uint8)
-    for i, c in enumerate(tqdm(labels, f"{TITLE} {split}", unit="image", leave=False, disable=None)):
-        images[free[c]] = decode(files[i], i)
-        files[i] = None
-        free[c] += 1
-        if i % 10_000 == 0:
-            return_memory()
+    with progress(len(labels), "image", f"{TITLE} {split}") as bar:
+        for i, c in enumerate(labels):
+            images[free[c]] = decode(files[i], i)
+            files[i] = None
+            free[c] += 1
+            bar.update()
+            if i % 10_000 == 0:
+                return_memory()
     return ImageBank(TITLE, images, offsets, tuple(names[c] for c in order))
 
 

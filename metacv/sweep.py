@@ -1,0 +1,67 @@
+"""What a sweep prints at its end: its runs, ranked by their accuracy in validation."""
+
+import shlex
+from contextlib import suppress
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+from metacv.errors import UserError
+from metacv.text import aligned, percent, plural, printable, setting
+
+if TYPE_CHECKING:
+    from metacv.results import Result
+
+LINES = 20  # of a ranking at most
+
+
+class Folder(Callback):
+    """Keeps the folder of the sweep, which Hydra passes to its callbacks only. configs/train.yaml names this class."""
+
+    started: Path | None = None
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        Folder.started = Path(config.hydra.sweep.dir)
+
+
+def ranking(folder: Path) -> str:
+    """A table of the runs of a sweep for each task, the best in validation first, and the next commands.
+
+    Runs are compared only where they were validated on the same episodes in the same way. Empty without a run.
+    """
+    from metacv.results import read_results  # imports torch, which takes seconds
+
+    runs: list[tuple[str, Result, list[str]]] = []  # with the settings of the command line
+    for path in sorted(folder.glob("*/result.json")):
+        with suppress(UserError):
+            file = read_results(path)
+            if file.training and file.results:
+                runs.append((path.parent.name, file.results[0], list(map(str, file.training.get("overrides", [])))))
+    if not runs:
+        return ""
+    shared = set.intersection(*({*words} for _, _, words in runs))
+    runs.sort(key=lambda run: (protocol(run[1]), -run[1].accuracy))
+    tables = []
+    for task, group in groupby(runs, key=lambda run: protocol(run[1])):
+        lines = [
+            [f"{percent(result.accuracy, result.ci95)} %", name, " ".join(word for word in words if word not in shared)]
+            for name, result, words in group
+        ]
+        more = f"\n... and {plural(len(lines) - LINES, 'run')} more" if len(lines) > LINES else ""
+        tables.append(printable(f"best in validation: {task}") + "\n" + aligned(lines[:LINES]) + more)
+    if len(tables) > 1:
+        tables.append("Runs of different tables were validated differently: metacv compare RUN RUN ... compares them.")
+    test, report = setting("checkpoint", folder), shlex.quote(str(folder))
+    return "\n\n".join([*tables, f"on test: metacv evaluate {test}\nreport:  metacv report {report}"])
+
+
+def protocol(result: "Result") -> str:
+    """How an accuracy was measured: accuracies with the same text can be compared."""
+    rotation = "" if result.rotation == "none" else f", rotation {result.rotation}"
+    return (
+        f"{result.way}-way {result.shot}-shot, {plural(result.query, 'query', 'queries')} per class, "
+        f"{plural(result.episodes, 'episode')} of {result.dataset} {result.split}{rotation}, {result.batch_norm}"
+    )
