@@ -122,12 +122,12 @@ def header(run: Run, validation: EpisodeList, folder: Path) -> list[str]:
     if isinstance(run.sampler, EpisodeSampler):
         trained = f"on {config.train_way}-way {config.train_shot}-shot tasks, {config.meta_batch} a step"
     banks = {"train": run.sampler.bank, "val": validation.sampler.bank}
-    splits = (f"{name} {len(b.sizes):,} classes, {len(b.images):,} images" for name, b in banks.items())
+    splits = (f"{name} {len(b.sizes):,} classes ({len(b.images):,} images)" for name, b in banks.items())
     parameters = sum(parameter.numel() for parameter in run.algorithm.parameters())
     start = f", from step {run.step:,}" if run.step else ""
     facts = {
         "method": f"{method(config)}, trained {trained}",
-        "data": f"{class_name(config.dataset)}, {shape}: {'; '.join(splits)}",
+        "data": f"{class_name(config.dataset)}, {shape}: {', '.join(splits)}",
         "network": f"{class_name(config.backbone)}, {parameters:,} parameters in all",
         "device": ", ".join([run.hardware, *([config.precision] if config.precision != "fp32" else [])]),
         "steps": f"{run.steps:,}{start}, validated every {config.eval_every:,} on {len(validation):,} "
@@ -187,8 +187,8 @@ def log_window(run: Run, logger: Logger, speed: float) -> str:
 def remaining(run: Run) -> str:
     """The time that the other steps will take, with their validations, if they take as long as those so far."""
     left = run.seconds * (run.steps - run.step) / max(1, run.step)
-    without = ", validation not counted" if run.validated < 0 else ""
-    return f", {duration(left)} left{without}" if run.step < run.steps else ""
+    besides = " and validation" if run.validated < 0 else ""
+    return f", {duration(left)}{besides} left" if run.step < run.steps else ""
 
 
 def validate(run: Run, episodes: EpisodeList, folder: Path, logger: Logger, signals: StopSignals, ranks: Ranks) -> None:
