@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 import re
 import shlex
 import unicodedata
@@ -63,6 +64,11 @@ def percent(accuracy: float, ci95: float) -> str:
     return f"{100 * accuracy:.2f} ± {100 * ci95:.2f}"
 
 
+def significant(value: float) -> str:
+    """Three significant digits without an exponent: `0.25`, `12.3` or `1,230`."""
+    return f"{float(f'{value:.3g}'):,.10g}"
+
+
 def duration(seconds: float) -> str:
     """`40 s`, `25 min` or `3.5 h`."""
     if seconds < 100:
@@ -73,6 +79,13 @@ def duration(seconds: float) -> str:
 def first_line(error: Exception) -> str:
     """The first line of an error's text, of 300 letters at most, or the name of its class if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+def shortened(places: Sequence[str | Path]) -> list[str]:
+    """Paths without the folders that all of them share."""
+    whole = [os.path.abspath(place) for place in places]
+    common = os.path.commonpath([os.path.dirname(place) for place in whole])
+    return [os.path.relpath(place, common) for place in whole]
 
 
 def setting(name: str, value: Path) -> str:
