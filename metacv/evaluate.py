@@ -191,7 +191,9 @@ def ranking(measured: list[tuple[Checkpoint, str, Result]]) -> str:
     ways = {str(validated_in(checkpoint.config)) for checkpoint, *_ in measured}
     lines, numbers = [["run", "validation", measured[0][2].split, ""]], []
     for validation, (_, name, result) in zip(validations, measured, strict=True):
-        best = [validation.get(name) for name in ("accuracy", "ci95")] if isinstance(validation, dict) else []
+        best: list[Any] = (
+            [validation.get(name) for name in ("accuracy", "ci95")] if isinstance(validation, dict) else []
+        )
         known = [float(number) for number in best if type(number) in (int, float) and math.isfinite(number)]
         shown = f"{percent(*known)} %" if len(known) == 2 else ""
         numbers.append(known[0] if shown else math.nan)

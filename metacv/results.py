@@ -112,14 +112,14 @@ def _result(record: dict[str, Any]) -> Result:
 
 
 def task_text(method: str, head: str, way: int, shot: int, query: int) -> str:
-    """`ProtoNet + Ridge, 5-way 1-shot, 15 queries per class`."""
+    """`Classifier + Ridge, 5-way 1-shot, 15 queries per class`."""
     name = f"{method} + {head}" if head else method
     return f"{name}, {way}-way {shot}-shot, {plural(query, 'query', 'queries')} per class"
 
 
 def warn_at_chance(result: Result, name: str = "") -> None:
     """Print a warning if an accuracy, of the run called `name`, may be that of guessing."""
-    if result.accuracy - result.ci95 <= 1 / result.way:
+    if result.accuracy - result.ci95 <= 1 / result.way + 1e-6:  # accuracies are rounded
         run = f"{printable(name)}: " if name else ""
         text = f"the accuracy is not above chance ({100 / result.way:.3g} %)"
         print(f"metacv: warning: {run}{text}", file=sys.stderr)
