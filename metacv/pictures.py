@@ -24,7 +24,7 @@ PRINTED = {"savefig.dpi": 150, "text.parse_math": False, "font.size": 9}  # of P
 HUES = ("#4e79a7", "#d9730d", "#e15759", "#2a9d8f", "#59a14f", "#a8860f", "#b07aa1", "#d4738a", "#9c755f", "#8a8f98")
 MARKERS = "os^Dv"
 MOST_CLASSES = 20  # of a confusion matrix
-EMBEDDED, IMAGES_EACH, FEWEST = 10, 60, 20  # classes, images of each, and images at least
+EMBEDDED, IMAGES_EACH, FEWEST = 10, 30, 20  # classes, images of each, and images at least
 LETTER, LONGEST = 0.085, 30  # inches of a letter, and letters of a name at most
 
 
@@ -50,7 +50,7 @@ def confusion_matrix(found: Confusion, tested: str) -> Figure:
     count = len(found.names)
     classes = list(range(count)) if count <= MOST_CLASSES else found.hardest_classes(MOST_CLASSES)
     shares = 100 * found.shares(classes)
-    names = legible_names([found.names[c] for c in classes])
+    names = legible_names(found.names, classes)
     cell = 0.62 if len(classes) <= 8 else 0.36  # inches
     margin = 0.3 + LETTER * max(map(columns, names))
     side = cell * len(classes)
@@ -91,7 +91,7 @@ def embedding(predictions: Predictions, tested: str) -> Figure | None:
         return None
     with threadpool_limits(1):  # several threads would wait for each other at every small step
         points = TSNE(init="pca", perplexity=min(30, len(features) / 4), random_state=0).fit_transform(features.numpy())
-    names = legible_names([class_names(sampler)[c] for c in own])
+    names = legible_names(class_names(sampler), own.tolist())
     figure = Figure(figsize=(4.6 + LETTER * max(map(columns, names)), 4.4))
     width, height = figure.get_size_inches()
     axes = figure.add_axes((0.1 / width, 0.1 / height, 4 / width, 3.75 / height))
@@ -110,10 +110,11 @@ def embedding(predictions: Predictions, tested: str) -> Figure | None:
     return figure
 
 
-def legible_names(names: Sequence[str]) -> list[str]:
-    """The names of classes as a picture can show them: without the outer folders, and without a long middle."""
-    ends = ["/".join(name.split("/")[-2:]) for name in names]
-    return [clipped(legible(name, f"class {i}")) for i, name in enumerate(ends, start=1)]
+def legible_names(names: Sequence[str], classes: Sequence[int]) -> list[str]:
+    """The names of `classes` as a picture can show them: without outer folders, and without a long middle. A name in
+    letters that no font has is a number: that of its line in classes.csv."""
+    ends = ["/".join(names[c].split("/")[-2:]) for c in classes]
+    return [clipped(legible(name, f"class {c + 1}")) for c, name in zip(classes, ends, strict=True)]
 
 
 def clipped(name: str) -> str:
@@ -136,5 +137,5 @@ def in_their_letters(texts: Sequence[Text]) -> None:
 def png(figure: Figure) -> bytes:
     """The figure as a file, the same for the same data."""
     content = io.BytesIO()
-    figure.savefig(content, format="png", metadata={"Software": None})
+    figure.savefig(content, format="png", bbox_inches="tight", pad_inches=0.1, metadata={"Software": None})
     return content.getvalue()

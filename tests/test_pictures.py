@@ -125,14 +125,15 @@ def test_every_letter_of_class_names_is_drawn_and_a_dollar_stays_one():
         for figure in pictures:
             assert png(figure).startswith(b"\x89PNG")
     labels = [label.get_text() for label in pictures[0].axes[0].get_xticklabels()]
-    assert labels == legible_names(NAMES)
+    assert labels == legible_names(NAMES, range(5))
     assert labels[1] == "красная_шапочка"
     assert labels[3] == "cost_$x^2$_of_{"
     assert labels == [text.get_text() for text in pictures[1].axes[0].get_legend().get_texts()]
 
 
 def test_long_names_lose_their_middle_and_outer_folders():
-    assert legible_names(["images/Greek/alpha"]) == ["Greek/alpha"]
+    assert legible_names(["beta", "images/Greek/alpha"], [1]) == ["Greek/alpha"]
+    assert legible_names(["a", "b", "\U0010fffd"], [2, 0]) == ["class 3", "a"]  # no font has this letter
     assert clipped("a" * 20 + "b" * 20) == "a" * 14 + "…" + "b" * 15
     assert clipped("猫" * 40) == "猫" * 7 + "…" + "猫" * 7
 
