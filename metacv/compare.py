@@ -1,7 +1,5 @@
 """Which of several runs is better: their accuracies on the same episodes, and the differences per episode."""
 
-import os
-from collections.abc import Sequence
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any
@@ -14,9 +12,10 @@ from metacv.errors import UserError
 from metacv.evaluate import prepare, with_changes, write_evaluation
 from metacv.files import user_path
 from metacv.model import Checkpoint, load_checkpoint
+from metacv.progress import header
 from metacv.results import Result
 from metacv.terminal import say
-from metacv.text import plural, printable
+from metacv.text import plural, printable, shortened
 
 SAME = ("way", "shot", "query", "episodes", "batch_norm")
 
@@ -34,9 +33,9 @@ def compare(cfg: CompareConfig, folder: Path) -> None:
         if evaluation.episodes.fingerprint != evaluations[places[0]].episodes.fingerprint:
             raise UserError(f"{place} is tested on other images than {places[0]}: set dataset=...")
     names = shortened(places)
+    say(header([evaluation.about for evaluation in evaluations.values()]))
     for name, evaluation in zip(names, evaluations.values(), strict=True):
-        measured.append(evaluation.run(evaluation.config.batch_norm))
-        say(f"{printable(name)}: {measured[-1][1].describe()}")
+        measured.append(evaluation.run_and_tell(evaluation.config.batch_norm, name))
     accuracies = [accuracy for accuracy, _ in measured]
     pairs = list(combinations(zip(names, accuracies, strict=True), 2))
     differences: list[dict[str, Any]] = [
@@ -91,10 +90,3 @@ def check_same_tasks(checkpoints: dict[str, Checkpoint], cfg: CompareConfig) -> 
         own, expected = getattr(configs[place], name), getattr(configs[first], name)
         if own != expected:
             raise UserError(f"{place} is tested with {name}={own}, {first} with {name}={expected}: set {name}=...")
-
-
-def shortened(places: Sequence[str | Path]) -> list[str]:
-    """Paths without the folders that all of them share."""
-    whole = [os.path.abspath(place) for place in places]
-    common = os.path.commonpath([os.path.dirname(place) for place in whole])
-    return [os.path.relpath(place, common) for place in whole]

@@ -2,9 +2,12 @@
 
 import dataclasses
 import io
+import math
+import sys
 import time
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,17 +15,18 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from torch.nn.utils.rnn import pad_sequence
 
 from metacv import seen, version
-from metacv.algorithms.base import Algorithm, MetricMethod, accuracies, evaluating
+from metacv.algorithms.base import Algorithm, MetricMethod, evaluating, predicted
 from metacv.algorithms.heads.base import WithHead
 from metacv.config import BatchNormMode, EvaluateConfig, TestConfig, TrainConfig, class_name, differences, merged
+from metacv.confusion import Predictions
 from metacv.data.bank import ImageBank
 from metacv.data.sampler import EpisodeList, EpisodeSampler
 from metacv.errors import UserError
 from metacv.features import evaluate_features
-from metacv.files import write_bytes_atomically, written_or_refused
+from metacv.files import user_path, write_bytes_atomically, written_or_refused
 from metacv.model import (
     Checkpoint,
     build_dataset,
@@ -32,7 +36,10 @@ from metacv.model import (
     with_head,
 )
 from metacv.precision import keep_freed_memory
-from metacv.results import Result, ResultFile, check_accuracies, summary
+from metacv.progress import Progress, header
+from metacv.results import Result, ResultFile, check_accuracies, summary, task_text, warn_at_chance
+from metacv.terminal import say
+from metacv.text import aligned, percent, plural, printable, shortened
 
 CHANGEABLE = ("way", "shot", "query", "episodes", "batch_norm", "seed")
 CLASSES = {"dataset": "dataset", "method": "algo", "head": "head"}  # fields of a result: groups of the settings
@@ -63,13 +70,35 @@ class Evaluation:
             of_head = {"head": class_name(own.head), **of_head}
         return {name: now for name, now in of_algo.items() if name not in self.algorithm.execution_settings} | of_head
 
-    def run(self, batch_norm: str) -> tuple[Tensor, Result]:
-        """The accuracy of each episode, [E], and the record of the evaluation."""
+    @property
+    def about(self) -> dict[str, str]:
+        """What is evaluated, on what."""
+        config, sampler = self.config, self.episodes.sampler
+        method, head, data = (class_name(getattr(config, group)) for group in ("algo", "head", "dataset"))
+        bank, rotation = sampler.bank, f", rotation {sampler.rotation}" * (sampler.rotation != "none")
+        images = f"{len(bank.class_names):,} classes, {len(bank.images):,} images"
+        return {
+            "method": task_text(method, head, sampler.way, sampler.shot, sampler.query),
+            "data": f"{data} {self.split}: {images}; {'x'.join(map(str, bank.image_shape))}{rotation}",
+            "episodes": f"{len(self.episodes):,}",
+            "device": describe_device(sampler.device),
+        }
+
+    def run_and_tell(self, batch_norm: str, name: str) -> tuple[Tensor, Result]:
+        """The accuracy of each episode, [E], and the record of the evaluation, which is printed with a run's name."""
+        predictions, result = self.run(batch_norm, f"evaluating {name}")
+        say(f"{printable(name)}: {result.describe()}")
+        warn_at_chance(result, name)
+        return predictions.accuracy, result
+
+    def run(self, batch_norm: str, label: str = "evaluating") -> tuple[Predictions, Result]:
+        """The predictions, and the record of the evaluation; UserError if some are not finite."""
         start = time.perf_counter()
-        accuracy = evaluate_episodes(self.algorithm, self.episodes, batch_norm)
+        predictions = predict_episodes(self.algorithm, self.episodes, batch_norm, Progress(label, lines=True))
         seconds = time.perf_counter() - start
+        accuracy = predictions.accuracy
         check_accuracies(accuracy, learning_rates(self.config))
-        return accuracy, record(
+        return predictions, record(
             self.config,
             self.episodes,
             batch_norm=batch_norm,
@@ -97,21 +126,100 @@ def record(config: TrainConfig, episodes: EpisodeList, **measured: Any) -> Resul
 
 
 def evaluate(cfg: EvaluateConfig, folder: Path) -> None:
-    """Evaluate a checkpoint or features, and write result.json and accuracies.npy into `folder`."""
+    """Evaluate a checkpoint, all runs below a folder, or features; and write the results into `folder`."""
+    if not cfg.checkpoint and not cfg.features:
+        raise UserError("checkpoint is missing")
+    if not cfg.features and (below := runs_below(user_path(str(cfg.checkpoint)))):
+        return evaluate_runs(cfg, folder, below)
     measured = [evaluate_features(cfg)] if cfg.features else evaluate_checkpoint(cfg)
-    write_evaluation(folder, measured)
+    write_evaluation(folder, [(predictions.accuracy, result) for predictions, result in measured])
     for _, result in measured:
         print(result.describe())
+        warn_at_chance(result)
+    if len(measured) == 1:
+        from metacv.pictures import write_pictures  # here, since matplotlib takes time, which training need not wait
+
+        write_pictures(folder, *measured[0])
     print(f"result: {folder / 'result.json'}")
 
 
-def evaluate_checkpoint(cfg: EvaluateConfig) -> list[tuple[Tensor, Result]]:
-    """Accuracies and record for each batch-norm mode that is asked for."""
-    if not cfg.checkpoint:
-        raise UserError("checkpoint is missing")
-    modes = typing.get_args(BatchNormMode) if cfg.batch_norm == "both" else (cfg.batch_norm,)
-    evaluation = prepare(load_checkpoint(cfg.checkpoint), dataclasses.replace(cfg, batch_norm=modes[0]))
+def evaluate_checkpoint(cfg: EvaluateConfig) -> list[tuple[Predictions, Result]]:
+    """Predictions and record for each batch-norm mode that is asked for."""
+    modes = batch_norm_modes(cfg)
+    given = dataclasses.replace(cfg, batch_norm=modes[0])
+    evaluation = prepare(load_checkpoint(str(cfg.checkpoint)), given)
+    say(header([evaluation.about]))
     return [evaluation.run(mode or evaluation.config.batch_norm) for mode in modes]
+
+
+def evaluate_runs(cfg: EvaluateConfig, folder: Path, places: list[Path]) -> None:
+    """Evaluate all runs, those in `places`, in the same way. UserError in the end if one could not be."""
+    modes, failed = batch_norm_modes(cfg), []
+    evaluations: dict[str, Evaluation] = {}
+    measured: dict[tuple[str, str], tuple[Tensor, Result]] = {}
+
+    @contextmanager
+    def or_named(name: str) -> Iterator[None]:
+        """Print the error of a run, and go on."""
+        try:
+            yield
+        except UserError as error:
+            failed.append(name)
+            print(f"metacv: {printable(f'{name}: {error}')}", file=sys.stderr)
+
+    for place, name in zip(places, shortened(places), strict=True):
+        with or_named(name):
+            evaluations[name] = prepare(load_checkpoint(place), dataclasses.replace(cfg, batch_norm=modes[0]))
+    if evaluations:
+        say(header([evaluation.about for evaluation in evaluations.values()]))
+    for name, evaluation in evaluations.items():
+        with or_named(name):
+            for mode in (mode or evaluation.config.batch_norm for mode in modes):
+                measured[name, mode] = evaluation.run_and_tell(mode, name)
+    if measured:
+        write_evaluation(folder, [*measured.values()])
+        own = [(evaluations[name].checkpoint, name, result) for (name, _), (_, result) in measured.items()]
+        print(f"\n{ranking(own)}\nresult: {folder / 'result.json'}")
+    if failed:
+        raise UserError(f"{len(failed)} of {plural(len(places), 'run')} could not be evaluated: {', '.join(failed)}")
+
+
+def ranking(measured: list[tuple[Checkpoint, str, Result]]) -> str:
+    """A table of runs, each with its name and a test. The best in validation is the first: a choice among many test
+    accuracies takes one that is high by chance. Runs that were validated in different ways stay in their order."""
+    validations = [checkpoint.content.get("validation") for checkpoint, *_ in measured]
+    ways = {str(validated_in(checkpoint.config)) for checkpoint, *_ in measured}
+    lines, numbers = [["run", "validation", measured[0][2].split, ""]], []
+    for validation, (_, name, result) in zip(validations, measured, strict=True):
+        best: list[Any] = (
+            [validation.get(name) for name in ("accuracy", "ci95")] if isinstance(validation, dict) else []
+        )
+        known = [float(number) for number in best if type(number) in (int, float) and math.isfinite(number)]
+        shown = f"{percent(*known)} %" if len(known) == 2 else ""
+        numbers.append(known[0] if shown else math.nan)
+        lines.append([printable(name), shown, f"{percent(result.accuracy, result.ci95)} %", result.batch_norm])
+    ranked = len(ways) == 1 and not any(map(math.isnan, numbers))
+    order = sorted(range(len(numbers)), key=lambda i: -numbers[i]) if ranked else range(len(numbers))
+    title = "runs, the best in validation first:" if ranked else "runs, in order of their names (not all were validated"
+    title += "" if ranked else " on the same tasks):"
+    return f"{title}\n{aligned([lines[0], *(lines[i + 1] for i in order)])}"
+
+
+def validated_in(config: TrainConfig) -> tuple[Any, ...]:
+    """Equal for runs that were validated on the same episodes."""
+    images = {name: value for name, value in config.dataset.items() if name != "train_rotation"}
+    return images, config.way, config.shot, config.query, config.batch_norm, config.eval_episodes
+
+
+def runs_below(place: Path) -> list[Path]:
+    """The runs in a folder that is none itself."""
+    if not place.is_dir() or (place / "best.pt").exists():
+        return []
+    return sorted(path.parent for path in place.rglob("best.pt"))
+
+
+def batch_norm_modes(cfg: EvaluateConfig) -> tuple[BatchNormMode | None, ...]:
+    return typing.get_args(BatchNormMode) if cfg.batch_norm == "both" else (cfg.batch_norm,)
 
 
 def prepare(checkpoint: Checkpoint, given: TestConfig, others: Iterable[Checkpoint] = ()) -> Evaluation:
@@ -155,67 +263,67 @@ def evaluate_episodes(
     label: str = "evaluating",
     check: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """The accuracy of each episode, float64 [E], with a progress bar on a terminal.
+    """The accuracy of each episode, float64 [E], with a progress bar on a terminal. `check` is called now and then, and
+    may raise."""
+    return predict_episodes(algorithm, episodes, batch_norm, Progress(label, check)).accuracy
 
-    `check` is called now and then, and may raise. Each image passes once if its features depend on no other image.
-    """
+
+def predict_episodes(algorithm: Algorithm, episodes: EpisodeList, batch_norm: str, progress: Progress) -> Predictions:
+    """The class of each query. Each image passes once if its features depend on no other image."""
     if isinstance(algorithm, MetricMethod) and algorithm.embeds_each_image_alone(batch_norm):
-        cached = _from_features(algorithm, episodes, batch_norm, label, check)
+        cached = _from_features(algorithm, episodes, batch_norm, progress)
         if cached is not None:
             return cached
     results = []
-    with tqdm(total=len(episodes), desc=label, unit="task", leave=False, disable=None) as bar:
+    with progress.of(len(episodes), "task") as done:
         for tasks in episodes.batches(max(1, IMAGES_AT_ONCE // episodes.rows[0].numel())):
-            check()
-            results.append(accuracies(algorithm.predict(tasks, batch_norm), tasks.query_y))
-            bar.update(len(tasks))
-    return torch.cat(results).double().cpu()
+            results.append(predicted(algorithm.predict(tasks, batch_norm)))
+            done(len(tasks))
+    return Predictions(episodes, torch.cat(results).cpu())
 
 
 def _from_features(
-    algorithm: MetricMethod, episodes: EpisodeList, batch_norm: str, label: str, check: Callable[[], None]
-) -> Tensor | None:
-    """`evaluate_episodes` with each image embedded once; None if the features would take too much memory."""
+    algorithm: MetricMethod, episodes: EpisodeList, batch_norm: str, progress: Progress
+) -> Predictions | None:
+    """`predict_episodes` with each image embedded once; None if the features would take too much memory."""
     sampler, device = episodes.sampler, episodes.sampler.device
     rows, index = episodes.rows.unique(return_inverse=True)
     supports, support_index = episodes.rows[:, :, : sampler.shot].unique(return_inverse=True)
     passes = len(rows) + algorithm.copies * len(supports)
     results = []
-    with (
-        evaluating(algorithm, batch_norm, device),
-        tqdm(total=passes, desc=label, unit="image", leave=False, disable=None) as bar,
-    ):
 
-        def embedded(rows: Tensor, copies: int) -> Tensor | None:
-            """Features [R, ...] of the images at `rows`, or of copies of each [R, copies, ...]."""
-            features, step = torch.empty(0), max(1, IMAGES_AT_ONCE // (4 + 4 * copies))
-            for start in range(0, len(rows), step):
-                check()
-                some = rows[start : start + step]
-                images = sampler.images_at(some)
-                own = algorithm.embed_copies(images, some.tolist()) if copies else algorithm.embed(images)
-                if start == 0:
-                    if len(rows) * own[0].numel() > FEATURES_KEPT:
-                        return None
-                    features = own.new_empty(len(rows), *own.shape[1:])
-                features[start : start + len(some)] = own
-                bar.update(len(some) * max(1, copies))
-            return features
+    def embedded(rows: Tensor, copies: int) -> Tensor | None:
+        """Features [R, ...] of the images at `rows`, or of copies of each [R, copies, ...]."""
+        features, step = torch.empty(0), max(1, IMAGES_AT_ONCE // (4 + 4 * copies))
+        for start in range(0, len(rows), step):
+            some = rows[start : start + step]
+            images = sampler.images_at(some)
+            own = algorithm.embed_copies(images, some.tolist()) if copies else algorithm.embed(images)
+            if start == 0:
+                if len(rows) * own[0].numel() > FEATURES_KEPT:
+                    return None
+                features = own.new_empty(len(rows), *own.shape[1:])
+            features[start : start + len(some)] = own
+            done(len(some) * max(1, copies))
+        return features
 
-        features = embedded(rows, 0)
-        copied = embedded(supports, algorithm.copies) if algorithm.copies else None
+    with evaluating(algorithm, batch_norm, device):
+        with progress.of(passes, "image") as done:
+            features = embedded(rows, 0)
+            copied = embedded(supports, algorithm.copies) if algorithm.copies else None
         if features is None or (algorithm.copies and copied is None):
             return None
         support = algorithm.copies * support_index[0].numel()  # copies in an episode
         each = max((index[0].numel() + support) * features[0].numel(), support**2)
         batches = (part.split(max(1, FEATURES_AT_ONCE // each)) for part in (episodes.rows, index, support_index))
-        for some, places, support_places in zip(*batches, strict=True):
-            check()
-            tasks = sampler.tasks(features, some, places.to(device))
-            if copied is not None:
-                tasks = tasks.with_copies(copied[support_places.to(device)].flatten(1, 3))
-            results.append(accuracies(algorithm.head(tasks), tasks.query_y))
-    return torch.cat(results).double().cpu()
+        with progress.of(len(episodes), "task") as done:
+            for some, places, support_places in zip(*batches, strict=True):
+                tasks = sampler.tasks(features, some, places.to(device))
+                if copied is not None:
+                    tasks = tasks.with_copies(copied[support_places.to(device)].flatten(1, 3))
+                results.append(predicted(algorithm.head(tasks)))
+                done(len(tasks))
+    return Predictions(episodes, torch.cat(results).cpu(), rows, features)
 
 
 def learning_rates(config: TrainConfig) -> str:
@@ -242,10 +350,14 @@ def with_changes(checkpoint: Checkpoint, given: Any, names: tuple[str, ...] = CH
 def write_evaluation(
     folder: Path, measured: list[tuple[Tensor, Result]], differences: list[dict[str, Any]] | None = None
 ) -> None:
-    """result.json, and accuracies.npy [results, E]: the accuracy of every episode, in the order of the results."""
+    """result.json, and accuracies.npy [results, E]: the accuracy of every episode, in the order of the results.
+
+    The row of a run with fewer episodes than another ends with NaN.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     content = io.BytesIO()
-    numpy.save(content, torch.stack([accuracy for accuracy, _ in measured]).numpy())
+    rows = [accuracy for accuracy, _ in measured]
+    numpy.save(content, pad_sequence(rows, batch_first=True, padding_value=math.nan).numpy())
     with written_or_refused(folder / "accuracies.npy"):
         write_bytes_atomically(folder / "accuracies.npy", content.getvalue())
     ResultFile([result for _, result in measured], differences=differences).write(folder / "result.json")

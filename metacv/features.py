@@ -7,18 +7,20 @@ from typing import Any
 
 import numpy
 import torch
-from torch import Tensor
 
 from metacv import version
-from metacv.algorithms.base import accuracies
+from metacv.algorithms.base import predicted
 from metacv.algorithms.heads.base import Head
 from metacv.config import EvaluateConfig, class_name
+from metacv.confusion import Predictions
 from metacv.data.bank import ImageBank
 from metacv.data.sampler import EpisodeList, EpisodeSampler
 from metacv.errors import UserError
 from metacv.files import check_growth, size_of, user_path
 from metacv.model import build_node, describe_device, pick_device
-from metacv.results import Result, check_accuracies, summary
+from metacv.progress import Progress, header
+from metacv.results import Result, check_accuracies, summary, task_text
+from metacv.terminal import say
 from metacv.text import first_line
 
 DEFAULT_HEAD = {"_target_": "metacv.algorithms.heads.ncm.NearestMean"}
@@ -26,8 +28,8 @@ TASK = {"way": 5, "shot": 1, "query": 15, "episodes": 600}  # where the settings
 TASKS_AT_ONCE = 100
 
 
-def evaluate_features(cfg: EvaluateConfig) -> tuple[Tensor, Result]:
-    """The accuracy of each episode, [E], and its record; UserError if a setting or the file is wrong."""
+def evaluate_features(cfg: EvaluateConfig) -> tuple[Predictions, Result]:
+    """The class of each query, and the record of the evaluation; UserError if a setting or the file is wrong."""
     given = {name: getattr(cfg, name) for name in ("checkpoint", "batch_norm", "algo", "dataset")}
     if wrong := [name for name, value in given.items() if value] + ["split"] * (cfg.split != "test"):
         raise UserError(f"{wrong[0]}: not together with features, which have no {wrong[0]}")
@@ -38,13 +40,26 @@ def evaluate_features(cfg: EvaluateConfig) -> tuple[Tensor, Result]:
     task = {name: value if (own := getattr(cfg, name)) is None else own for name, value in TASK.items()}
     bank, device = read_features(user_path(str(cfg.features))), pick_device(cfg.device)
     sampler = EpisodeSampler(bank, task["way"], task["shot"], task["query"], seed=cfg.seed, device=device)
-    episodes, start = EpisodeList(sampler, task["episodes"]), time.perf_counter()
-    with torch.no_grad():
-        batches = (tasks.map(lambda features: features.flatten(2)) for tasks in episodes.batches(TASKS_AT_ONCE))
-        accuracy = torch.cat([accuracies(head(tasks), tasks.query_y) for tasks in batches]).double().cpu()
+    episodes = EpisodeList(sampler, task["episodes"])
+    about = {
+        "method": task_text("features", class_name(node), task["way"], task["shot"], task["query"]),
+        "data": f"{bank.name}: {len(bank.class_names):,} classes, {len(bank.images):,} images",
+        "episodes": f"{len(episodes):,}",
+        "device": describe_device(device),
+    }
+    say(header([about]))
+    start = time.perf_counter()
+    results = []
+    with torch.no_grad(), Progress(lines=True).of(len(episodes), "task") as done:
+        for tasks in episodes.batches(TASKS_AT_ONCE):
+            results.append(predicted(head(tasks.map(lambda features: features.flatten(2)))))
+            done(len(tasks))
+    rows = torch.arange(len(bank.images))
+    predictions = Predictions(episodes, torch.cat(results).cpu(), rows, bank.images)
+    accuracy = predictions.accuracy
     check_accuracies(accuracy, f": {class_name(node)} diverged")
     known: dict[str, Any] = task | summary(accuracy)
-    return accuracy, Result(
+    return predictions, Result(
         **known,
         dataset=str(cfg.features),
         split="test",

@@ -16,7 +16,6 @@ from metacv import limits
 from metacv.config import flat
 from metacv.errors import UserError
 from metacv.files import check_file, write_bytes_atomically, written_or_refused
-from metacv.pictures import results_picture
 from metacv.terminal import alone, say
 from metacv.text import printable
 
@@ -103,6 +102,8 @@ class Logger:
     def curves(self, title: str, often: bool = False) -> None:
         """Draw the curves so far into results.png, unless this was done less than REDRAWN seconds ago."""
         if often or time.monotonic() - self.drawn >= REDRAWN:
+            from metacv.curves import results_picture  # imports matplotlib, which takes half a second
+
             with written_or_refused(self.results):
                 write_bytes_atomically(self.results, results_picture(self.lines, title))
             self.drawn = time.monotonic()

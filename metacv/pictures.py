@@ -1,49 +1,141 @@
-"""Figures of a run, drawn with matplotlib."""
+"""Pictures of an evaluation: which classes are mixed up, and where the images of classes lie in feature space."""
 
 import io
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy
+import torch
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.style import context
+from matplotlib.text import Text
+from threadpoolctl import threadpool_limits
+
+from metacv.confusion import Confusion, Predictions, class_names, confusion
+from metacv.drawing import font_for, legible
+from metacv.files import write_bytes_atomically, written_or_refused
+from metacv.results import Result
+from metacv.text import columns
 
 STYLE = "metacv.report.figures"  # the file figures.mplstyle
-POINTS = 150  # of a curve at most
-BLUE, ORANGE = "#4e79a7", "#d9730d"
+PRINTED = {"savefig.dpi": 150, "text.parse_math": False, "font.size": 9}  # of PNG; a $ in a class name is a dollar
+# Ten hues with a contrast of 3 or more on a light and on a dark ground; after Tableau's.
+HUES = ("#4e79a7", "#d9730d", "#e15759", "#2a9d8f", "#59a14f", "#a8860f", "#b07aa1", "#d4738a", "#9c755f", "#8a8f98")
+MARKERS = "os^Dv"
+MOST_CLASSES = 20  # of a confusion matrix
+EMBEDDED, IMAGES_EACH, FEWEST = 10, 30, 20  # classes, images of each, and images at least
+LETTER, LONGEST = 0.085, 30  # inches of a letter, and letters of a name at most
 
 
-@context(STYLE)
-def results_picture(lines: Sequence[dict[str, float]], title: str) -> bytes:
-    """A PNG of a run's curves: loss, accuracy in training and validation with its interval, and learning rate.
+def write_pictures(folder: Path, predictions: Predictions, result: Result) -> None:
+    """classes.csv, confusion.png and embedding.png of an evaluation; prints the hardest pairs and what was written."""
+    found = confusion(predictions)
+    method = f"{result.method} + {result.head}" if result.head else result.method
+    tested = f"{result.dataset} {result.split}, {method}, {result.way}-way {result.shot}-shot"
+    files = {"classes.csv": found.csv(result.query), "confusion.png": png(confusion_matrix(found, tested))}
+    if len(predictions.features) and (figure := embedding(predictions, tested)):
+        files["embedding.png"] = png(figure)
+    for name, content in files.items():
+        with written_or_refused(folder / name):
+            write_bytes_atomically(folder / name, content)
+    if text := found.describe():
+        print(text)
+    print(f"written: {folder}/{', '.join(files)}")
 
-    `lines` are those of metrics.jsonl, with accuracies from 0 to 1.
-    """
-    figure = Figure(figsize=(10, 3), layout="constrained")
-    figure.suptitle(title)
-    loss, accuracy, rate = figure.subplots(1, 3)
-    for axes, name in ((loss, "loss"), (accuracy, "accuracy in %"), (rate, "learning rate")):
-        axes.set_title(name)
-        axes.set_xlabel("step")
-    for axes, tag, scale in ((loss, "train/loss", 1), (accuracy, "train/accuracy", 100), (rate, "train/lr", 1)):
-        steps, values = curve(lines, tag)
-        if len(steps):
-            axes.plot(steps, scale * values, color=BLUE, label="training")
-    steps, values = curve(lines, "val/accuracy")
-    if len(steps):
-        _, half = curve(lines, "val/ci95")
-        best = int(values.argmax())
-        accuracy.errorbar(steps, 100 * values, 100 * half, color=ORANGE, marker="o", label="validation")
-        accuracy.axvline(steps[best], color=ORANGE, ls=":", label=f"best, step {steps[best]:g}")
-        accuracy.legend(loc="lower right")
+
+@context([STYLE, PRINTED])
+def confusion_matrix(found: Confusion, tested: str) -> Figure:
+    """Shares of queries by class and by predicted class, of all classes or of those of the hardest pairs."""
+    count = len(found.names)
+    classes = list(range(count)) if count <= MOST_CLASSES else found.hardest_classes(MOST_CLASSES)
+    shares = 100 * found.shares(classes)
+    names = legible_names(found.names, classes)
+    cell = 0.62 if len(classes) <= 8 else 0.36  # inches
+    margin = 0.3 + LETTER * max(map(columns, names))
+    side = cell * len(classes)
+    lines = [tested, "Rows: class. Columns: predicted class.", "In % of the row's queries in tasks with both classes."]
+    if len(classes) < count:
+        lines.append(f"The {len(classes)} of {count:,} classes that are mixed up most; dots: never in one task.")
+    width, height = max(margin + side + 0.3, 5.2), margin + side + 0.25 + 0.17 * len(lines)
+    figure = Figure(figsize=(width, height))
+    axes = figure.add_axes((margin / width, margin / height, side / width, side / height))
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=110)
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+    for (i, j), share in numpy.ndenumerate(shares):
+        if numpy.isnan(share):
+            axes.text(j, i, "·", ha="center", va="center", color="#8a8f98")
+        elif i == j or share >= 0.5:
+            axes.text(j, i, f"{share:.0f}", ha="center", va="center", color="white" if share > 60 else "black", size=8)
+    axes.set_xticks(range(len(names)), names, rotation=90)
+    axes.set_yticks(range(len(names)), names)
+    axes.tick_params(length=0, labelcolor="black")
+    in_their_letters([*axes.get_xticklabels(), *axes.get_yticklabels()])
+    figure.text(0.1 / width, 1 - 0.1 / height, "\n".join(lines), va="top")
+    return figure
+
+
+@context([STYLE, PRINTED])
+def embedding(predictions: Predictions, tested: str) -> Figure | None:
+    """t-SNE of the features of some images of some classes; None if there are too few, or all are the same."""
+    from sklearn.manifold import TSNE  # takes time
+
+    sampler, rows = predictions.episodes.sampler, predictions.rows
+    classes = sampler.classes_of(rows).where(rows < len(sampler.bank.images), -1)  # -1: rotated
+    own = classes[classes >= 0].unique()
+    own = own[torch.linspace(0, len(own) - 1, min(EMBEDDED, len(own))).long()]
+    places = [(classes == c).nonzero()[:IMAGES_EACH, 0] for c in own]
+    features = torch.cat([predictions.features[place].flatten(1).float().cpu() for place in places])
+    if len(features) < FEWEST or not features.var(dim=0).any():
+        return None
+    with threadpool_limits(1):  # several threads would wait for each other at every small step
+        points = TSNE(init="pca", perplexity=min(30, len(features) / 4), random_state=0).fit_transform(features.numpy())
+    names = legible_names(class_names(sampler), own.tolist())
+    figure = Figure(figsize=(4.6 + LETTER * max(map(columns, names)), 4.4))
+    width, height = figure.get_size_inches()
+    axes = figure.add_axes((0.1 / width, 0.1 / height, 4 / width, 3.75 / height))
+    ends = numpy.cumsum([0, *map(len, places)])
+    for name, start, end, hue, marker in zip(names, ends, ends[1:], HUES, MARKERS * 2, strict=False):
+        x, y = points[start:end].T
+        axes.scatter(x, y, 14, [hue], marker=marker, linewidths=0, label=name)
+    axes.tick_params(left=False, bottom=False, labelleft=False, labelbottom=False)
+    axes.grid(False)
+    axes.spines[:].set_visible(True)
+    legend = axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.01), frameon=False, handletextpad=0.1)
+    in_their_letters(legend.get_texts())
+    of_all = f" of {sampler.classes}" if len(own) < sampler.classes else ""
+    title = f"{tested}\nfeatures of {len(features)} images of {len(own)}{of_all} classes, by t-SNE"
+    figure.text(0.1 / width, 1 - 0.08 / height, title, va="top")
+    return figure
+
+
+def legible_names(names: Sequence[str], classes: Sequence[int]) -> list[str]:
+    """The names of `classes` as a picture can show them: without outer folders, and without a long middle. A name in
+    letters that no font has is a number: that of its line in classes.csv."""
+    ends = ["/".join(names[c].split("/")[-2:]) for c in classes]
+    return [clipped(legible(name, f"class {c + 1}")) for c, name in zip(classes, ends, strict=True)]
+
+
+def clipped(name: str) -> str:
+    """The name without its middle if it takes more than LONGEST columns."""
+    text, kept = name, len(name)
+    while columns(text) > LONGEST:
+        kept -= 1
+        text = f"{name[: kept // 2]}…{name[len(name) - (kept - kept // 2) :]}"
+    return text
+
+
+def in_their_letters(texts: Sequence[Text]) -> None:
+    """Give each text a font that has its letters."""
+    for text in texts:
+        size = text.get_fontsize()
+        text.set_fontproperties(FontProperties(fname=font_for(text.get_text()), size=size))
+
+
+@context([STYLE, PRINTED])
+def png(figure: Figure) -> bytes:
+    """The figure as a file, the same for the same data."""
     content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=120)
+    figure.savefig(content, format="png", bbox_inches="tight", pad_inches=0.1, metadata={"Software": None})
     return content.getvalue()
-
-
-def curve(lines: Sequence[dict[str, float]], tag: str) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """Steps and values of a curve, each the mean of so many points that there are at most POINTS."""
-    points = numpy.array([(line["step"], line[tag]) for line in lines if tag in line]).reshape(-1, 2)
-    each = -(-len(points) // POINTS) or 1
-    starts = numpy.arange(0, len(points), each)
-    means = numpy.add.reduceat(points, starts) / numpy.diff([*starts, len(points)])[:, None] if len(points) else points
-    return means[:, 0], means[:, 1]

@@ -12,7 +12,8 @@ from metacv.config import from_dict
 from metacv.errors import UserError
 from metacv.files import read_text, write_bytes_atomically, written_or_refused
 from metacv.pickles import check_extent
-from metacv.text import percent, plural, printable
+from metacv.terminal import warn
+from metacv.text import percent, plural, printable, significant
 
 SCHEMA = 2
 
@@ -56,14 +57,17 @@ class Result:
     torch: str = ""
     metacv: str = ""
 
+    @property
+    def task(self) -> str:
+        """The method and the task that it is tested on."""
+        return task_text(self.method, self.head, self.way, self.shot, self.query)
+
     def describe(self) -> str:
         """For the terminal: a line, and one for each earlier stage."""
-        method = f"{self.method} + {self.head}" if self.head else self.method
         without = f" without {plural(self.left_out, 'class', 'classes')} of training" if self.left_out else ""
         line = (
-            f"accuracy {percent(self.accuracy, self.ci95)} %: {method}, {self.way}-way {self.shot}-shot, "
-            f"{plural(self.query, 'query', 'queries')} per class, {self.episodes} episodes of "
-            f"{self.dataset} {self.split}{without}, {self.batch_norm} ({self.tasks_per_second:.3g} tasks/s)"
+            f"accuracy {percent(self.accuracy, self.ci95)} %: {self.task}, {self.episodes} episodes of "
+            f"{self.dataset} {self.split}{without}, {self.batch_norm} ({significant(self.tasks_per_second)} tasks/s)"
         )
         return "\n".join(map(printable, [line, *(f"  after: {stage}" for stage in self.stages)]))
 
@@ -105,6 +109,20 @@ def _result(record: dict[str, Any]) -> Result:
     if any(isinstance(value, int | float) and abs(value) >= 1e25 for value in record.values()):
         raise ValueError
     return from_dict(Result, record)
+
+
+def task_text(method: str, head: str, way: int, shot: int, query: int) -> str:
+    """`Classifier + Ridge, 5-way 1-shot, 15 queries per class`."""
+    name = f"{method} + {head}" if head else method
+    return f"{name}, {way}-way {shot}-shot, {plural(query, 'query', 'queries')} per class"
+
+
+def warn_at_chance(result: Result, name: str = "") -> None:
+    """Print a warning if an accuracy, of the run called `name`, may be that of guessing."""
+    if result.accuracy - result.ci95 <= 1 / result.way + 1e-6:  # accuracies are rounded
+        run = f"{name}: " if name else ""
+        text = f"the accuracy is not above chance ({100 / result.way:.3g} %)"
+        warn(f"{run}{text}")
 
 
 def summary(accuracies: Tensor) -> dict[str, float]:

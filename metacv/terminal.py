@@ -42,7 +42,7 @@ def silent_unless_rank_zero() -> Iterator[str | None]:
         yield folder
 
 
-def progress(total: int, unit: str, label: str = "", start: int = 0) -> tqdm:
+def progress_bar(total: int, unit: str, label: str = "", start: int = 0) -> tqdm:
     """A progress bar on a terminal, with the time left at the mean speed so far; nothing elsewhere.
 
     Runs of a sweep at the same time have none, since their bars would overwrite each other.

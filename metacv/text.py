@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 import re
 import shlex
 import unicodedata
@@ -58,14 +59,14 @@ def in_bytes(count: int) -> str:
     return f"{count / 1e9:,.1f} GB"
 
 
-def three_digits(number: float) -> str:
-    """`0.0312`, `5.93`, `6,400`: a speed."""
-    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
-
-
 def percent(accuracy: float, ci95: float) -> str:
     """An accuracy with its interval, both from 0 to 1, as `98.37 ± 0.48`."""
     return f"{100 * accuracy:.2f} ± {100 * ci95:.2f}"
+
+
+def significant(value: float) -> str:
+    """Three significant digits without an exponent: `0.25`, `12.3` or `1,230`."""
+    return f"{float(f'{value:.3g}'):,.10g}"
 
 
 def duration(seconds: float) -> str:
@@ -78,6 +79,13 @@ def duration(seconds: float) -> str:
 def first_line(error: Exception) -> str:
     """The first line of an error's text, of 300 letters at most, or the name of its class if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+def shortened(places: Sequence[str | Path]) -> list[str]:
+    """Paths without the folders that all of them share."""
+    whole = [os.path.abspath(place) for place in places]
+    common = os.path.commonpath([os.path.dirname(place) for place in whole])
+    return [os.path.relpath(place, common) for place in whole]
 
 
 def setting(name: str, value: Path) -> str:

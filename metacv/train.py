@@ -41,10 +41,10 @@ from metacv.model import (
     with_head,
 )
 from metacv.precision import check_precision, keep_freed_memory, precision, random_state_kept
-from metacv.results import ResultFile, summary
+from metacv.results import ResultFile, summary, warn_at_chance
 from metacv.run import Run, Stopped, StopSignals, lock_folder, remove_unused, start, warn_of_few_test_classes
-from metacv.terminal import progress, warn
-from metacv.text import duration, in_bytes, percent, plural, setting, three_digits
+from metacv.terminal import progress_bar, warn
+from metacv.text import duration, in_bytes, percent, plural, setting, significant
 from metacv.unusual import unusual
 
 DIAGNOSED_TASKS = 20
@@ -77,7 +77,7 @@ def train(cfg: DictConfig, folder: Path, overrides: list[str]) -> float:
         for text in unusual(config):
             warn(text)
         signals = stack.enter_context(StopSignals())
-        bar = stack.enter_context(progress(run.steps, "step", start=run.step))
+        bar = stack.enter_context(progress_bar(run.steps, "step", start=run.step))
         since, told = (time.perf_counter(), run.step), -math.inf
         while not run.finished:
             if run.validation_due:
@@ -180,7 +180,7 @@ def log_window(run: Run, logger: Logger, speed: float) -> str:
     shown = [f"loss {means['loss']:.3f}"] * ("loss" in means)
     shown += [f"accuracy {100 * means['accuracy']:.1f} %"] * ("accuracy" in means)
     return ", ".join(
-        [*shown, f"{three_digits(speed)} {'tasks' if isinstance(run.sampler, EpisodeSampler) else 'images'}/s"]
+        [*shown, f"{significant(speed)} {'tasks' if isinstance(run.sampler, EpisodeSampler) else 'images'}/s"]
     )
 
 
@@ -376,6 +376,7 @@ def report(run: Run, validation: EpisodeList, folder: Path, logger: Logger) -> N
     result = record(config, validation, **known, **best, **run.training.of_result(), images_sha256=images)
     training = {"steps": run.step, "seconds": round(run.seconds, 1), "seed": config.seed, "overrides": run.overrides}
     ResultFile([result], training).write(folder / "result.json")
+    warn_at_chance(result)
     if run.steps == 0:
         logger.line("all parameters are frozen: the initial weights were validated, and nothing was trained")
     elif run.step < run.steps:

@@ -166,6 +166,8 @@ def metacv(monkeypatch, tmp_path, data_dir, capsys):
     """The command line in this process, in an empty folder: metacv("train", "steps=2") -> (exit code, out, err)."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("METACV_DATA_DIR", str(data_dir))
+    # They take most of the time of a short evaluation; tests/test_pictures.py draws them.
+    monkeypatch.setattr("metacv.pictures.write_pictures", lambda *_: None)
 
     def run(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["metacv", *arguments])

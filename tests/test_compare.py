@@ -198,7 +198,7 @@ def test_runs_are_named_in_their_lines_and_equal_ones_are_said_to_be_equal(metac
         shutil.copytree(trained("protonet"), name)
     code, out, _ = metacv("compare", "a", "b", "episodes=4")
     assert code == 0
-    first, second, *_, difference, _, _, _ = out.splitlines()
+    *_, first, second, _, _, difference, _, _, _ = out.splitlines()
     assert first.startswith("a: accuracy ")
     assert second.startswith("b: accuracy ")
     assert difference == "a - b   +0.00 ± 0.00 %   equal"

@@ -16,8 +16,8 @@ from conftest import after_first_line, quick
 from PIL import Image
 
 from metacv.config import TrainConfig
+from metacv.curves import POINTS, curve, results_picture
 from metacv.drawing import as_tensor
-from metacv.pictures import POINTS, curve, results_picture
 from metacv.results import read_results
 from metacv.sweep import ranking
 from metacv.unusual import unusual

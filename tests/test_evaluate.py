@@ -384,7 +384,8 @@ def test_commands_refuse_predictions_that_are_not_finite_and_name_the_rate(metac
     }
     for words, rate in commands.items():
         code, out, err = metacv(*words, "episodes=8", "query=5", "device=cpu")
-        assert (code, out) == (1, ""), words
+        assert code == 1, words
+        assert out == "" or out.splitlines()[-1].startswith("device    "), out  # the header, and no accuracy
         assert re.fullmatch(
             rf"metacv: predictions are not finite in \d of 8 episodes, first in episode \d \(counted from 0\): "
             rf"adaptation diverged with {re.escape(rate)}\n",

@@ -26,6 +26,7 @@ from PIL import Image
 
 from metacv import CONFIG_DIR, config
 from metacv.bounds import TORCH, Positive, checked
+from metacv.confusion import Predictions
 from metacv.distributed import Ranks
 from metacv.model import load_checkpoint, with_head
 from metacv.run import start
@@ -194,7 +195,10 @@ def refused_or_built(metacv, trained, monkeypatch):
     monkeypatch.setattr(socket, "socket", no_network)
     monkeypatch.setattr("metacv.train.train", build)
     monkeypatch.setattr(
-        "metacv.evaluate.evaluate_episodes", lambda _, episodes, *__: torch.rand(len(episodes)).double()
+        "metacv.evaluate.predict_episodes",
+        lambda _, episodes, *__: Predictions(
+            episodes, torch.zeros(len(episodes), episodes.sampler.way * episodes.sampler.query).short()
+        ),
     )
     monkeypatch.setattr(
         "metacv.predict.label", lambda _, support, images, *__: torch.zeros(len(images), len(support.shots))

@@ -153,13 +153,23 @@ def evaluating(algorithm: Algorithm, batch_norm: str, device: torch.device) -> I
 
 
 def accuracies(logits: Tensor, labels: Tensor) -> Tensor:
-    """The share of correct queries of each task: logits [T, Q, N], labels [T, Q] -> [T].
+    """The share of correct queries of each task: logits [T, Q, N], labels [T, Q] -> [T]; NaN as in `correct_share`."""
+    return correct_share(predicted(logits), labels)
 
-    NaN for a task with logits that are not finite: the class that argmax finds there means nothing.
-    """
+
+def predicted(logits: Tensor) -> Tensor:
+    """The class of each query: logits [T, Q, N] -> int16 [T, Q]. It is -1 where logits are not finite: the class that
+    argmax finds there means nothing."""
     logits = logits.detach()
-    correct = (logits.argmax(dim=-1) == labels).float()
-    return correct.where(logits.isfinite().all(dim=-1), torch.nan).mean(dim=1)
+    return logits.argmax(dim=-1).where(logits.isfinite().all(dim=-1), -1).short()
+
+
+def correct_share(predictions: Tensor, labels: Tensor) -> Tensor:
+    """The share of correct queries of each task, of what `predicted` returns: [T, Q], labels [T, Q] -> [T].
+
+    NaN for a task with logits that are not finite.
+    """
+    return (predictions == labels).float().where(predictions >= 0, torch.nan).mean(dim=1)
 
 
 def per_task(network: nn.Module, function: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from metacv.data.bank import ImageBank
 from metacv.errors import UserError
 from metacv.files import size_of
-from metacv.terminal import progress
+from metacv.terminal import progress_bar
 from metacv.text import printable
 
 DECODING = 2  # part of the key of caches: increase it when `open_image` decodes a file differently
@@ -139,7 +139,7 @@ def map_on_threads(label: str, function: Callable[[Path], T], files: list[Path])
     # Several files at a time: with small files taken one by one, two threads are slower than one.
     size = max(1, min(8, len(files) // (4 * threads)))
     chunks = [files[start : start + size] for start in range(0, len(files), size)]
-    with ThreadPoolExecutor(threads) as pool, progress(len(files), "image", label) as bar:
+    with ThreadPoolExecutor(threads) as pool, progress_bar(len(files), "image", label) as bar:
         for results in pool.map(lambda chunk: [function(path) for path in chunk], chunks):  # an error stops the rest
             yield from results
             bar.update(len(results))

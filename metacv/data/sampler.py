@@ -118,19 +118,22 @@ class EpisodeSampler(Sampler):
             values = self.augment(values.flatten(0, 2), changes.flatten(0, 2)).view_as(values)
         labels = torch.arange(self.way, device=self.device)
         rows = rows.cpu()
-        first = rows[:, :, 0]  # an image of each class
-        classes = torch.bucketize(first % len(self.bank.images), self.bank.offsets[1:], right=True)
-        if self.rotation == "as_classes":
-            classes += first // len(self.bank.images) * len(self.bank.sizes)
         return TaskBatch(
             support_x=values[:, :, : self.shot].flatten(1, 2),
             support_y=labels.repeat_interleave(self.shot).expand(len(rows), -1),
             query_x=values[:, :, self.shot :].flatten(1, 2),
             query_y=labels.repeat_interleave(self.query).expand(len(rows), -1),
             way=self.way,
-            classes=classes.to(self.device, non_blocking=True),
+            classes=self.classes_of(rows[:, :, 0]).to(self.device, non_blocking=True),
             seeds=rows.flatten(1) @ torch.arange(1, rows[0].numel() + 1),
         )
+
+    def classes_of(self, rows: Tensor) -> Tensor:
+        """The class of each row of `self.images`, from 0 to `self.classes` - 1, in the shape of `rows`."""
+        classes = torch.bucketize(rows % len(self.bank.images), self.bank.offsets[1:], right=True)
+        if self.rotation == "as_classes":
+            classes += rows // len(self.bank.images) * len(self.bank.sizes)
+        return classes
 
     def sample(self, tasks: int, part: slice = slice(None)) -> TaskBatch:
         """The next `tasks` tasks, augmented; with `part` only those of them, which is how ranks share a batch."""

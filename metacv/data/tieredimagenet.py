@@ -16,7 +16,7 @@ from metacv.data.image_files import as_tensor
 from metacv.data.miniimagenet import SIZE, MiniImageNet
 from metacv.data.sources import PickledArray, Source, SplitSpec, integers, read_as, split_classes
 from metacv.errors import UserError
-from metacv.terminal import progress
+from metacv.terminal import progress_bar
 
 TITLE = "tieredImageNet"
 CLASSES = split_classes("tieredimagenet")
@@ -62,7 +62,7 @@ def read_content(content: Any, path: Path, split: str) -> ImageBank:
     offsets = torch.cat([torch.zeros(1, dtype=torch.long), sizes.cumsum(0)])
     free = dict(zip(order, offsets[:-1].tolist(), strict=True))  # the next row of each class
     images = torch.empty(len(files), 3, SIZE, SIZE, dtype=torch.uint8)
-    with progress(len(labels), "image", f"{TITLE} {split}") as bar:
+    with progress_bar(len(labels), "image", f"{TITLE} {split}") as bar:
         for i, c in enumerate(labels):
             images[free[c]] = decode(files[i], i)
             files[i] = None

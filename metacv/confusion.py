@@ -1,0 +1,148 @@
+"""What each query of an evaluation was taken for: accuracies by episode and by class, and classes that are mixed up."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy
+import torch
+from torch import Tensor
+
+from metacv.algorithms.base import correct_share
+from metacv.data.sampler import EpisodeList, EpisodeSampler
+from metacv.text import csv_bytes, plural, printable
+
+if TYPE_CHECKING:  # importing scipy takes a second, for which training need not wait
+    from scipy import sparse
+
+HARDEST = 3  # pairs on the terminal
+HEADING = ("class", "episodes", "queries", "accuracy in %", "ci95 in %", "most often taken for", "share in %")
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The class that each query was taken for, and the features of images where each was embedded once."""
+
+    episodes: EpisodeList
+    classes: Tensor  # int16 [E, Q], from 0 to N - 1; -1 where logits are not finite
+    rows: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))  # of EpisodeSampler.images, [R]
+    features: Tensor = field(default_factory=lambda: torch.empty(0))  # [R, ...]
+
+    @property
+    def labels(self) -> Tensor:
+        """The class of each query of any episode, [Q]."""
+        sampler = self.episodes.sampler
+        return torch.arange(sampler.way).repeat_interleave(sampler.query)
+
+    @property
+    def accuracy(self) -> Tensor:
+        """Of each episode, float64 [E]; NaN for one with logits that are not finite."""
+        return correct_share(self.classes, self.labels).double()
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Queries of class `true` that were taken for class `other`."""
+
+    true: int
+    other: int
+    wrong: int
+    queries: int  # of class `true` in tasks with both classes
+
+    @property
+    def share(self) -> float:
+        return self.wrong / self.queries
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """Queries by their class, and by the class that they were taken for. `pairs`: the worst first."""
+
+    names: list[str]
+    episodes: numpy.ndarray  # that each class was in, [C]
+    accuracy: numpy.ndarray  # the mean of these episodes, [C]; NaN for a class in none
+    ci95: numpy.ndarray  # half its 95 % interval, [C]; NaN for a class in fewer than two episodes
+    taken: "sparse.csr_matrix"  # queries of the row that were taken for the column, [C, C]
+    together: "sparse.csr_matrix"  # queries of the row in tasks with both classes, [C, C]
+    pairs: list[Pair]
+
+    def shares(self, classes: list[int]) -> numpy.ndarray:
+        """The shares of the queries of the row that were taken for the column; NaN for classes never in one task."""
+        queries = self.together[classes][:, classes].toarray()
+        taken = self.taken[classes][:, classes].toarray()
+        return numpy.where(queries > 0, taken / queries.clip(1), numpy.nan)
+
+    def hardest_classes(self, most: int) -> list[int]:
+        """The classes of the worst pairs, up to `most`, those of a pair side by side; then the others in order."""
+        found = dict.fromkeys(c for pair in self.pairs for c in (pair.true, pair.other))
+        return list(found | dict.fromkeys(range(len(self.names))))[:most]
+
+    def describe(self) -> str:
+        """The hardest pairs in a line; empty if no query was taken for another class."""
+        found = [
+            f"{self.names[own.true]} taken for {self.names[own.other]} {100 * own.share:.0f} % "
+            f"(of {plural(own.queries, 'query', 'queries')}{'' if i else ' with both in the task'})"
+            for i, own in enumerate(self.pairs[:HARDEST])
+        ]
+        return f"hardest pairs: {', '.join(found)}" if found else ""
+
+    def csv(self, query: int) -> bytes:
+        """A line for each class; `query`: queries per class of a task."""
+        worst: dict[int, Pair] = {}
+        for pair in self.pairs:
+            worst[pair.true] = max(worst.get(pair.true, pair), pair, key=lambda own: own.wrong)
+        lines: list[tuple[object, ...]] = [HEADING]
+        for c, name in enumerate(self.names):
+            count, most = int(self.episodes[c]), worst.get(c)
+            measured = self.accuracy[c], self.ci95[c]
+            shown = ["" if numpy.isnan(value) else f"{100 * value:.2f}" for value in measured]
+            other = (self.names[most.other], f"{100 * most.share:.2f}") if most else ("", "")
+            lines.append((name, count, count * query, *shown, *other))
+        return csv_bytes(lines)
+
+
+def confusion(predictions: Predictions) -> Confusion:
+    """Count what the queries of every class were taken for."""
+    episodes, sampler = predictions.episodes, predictions.episodes.sampler
+    classes = sampler.classes_of(episodes.rows[:, :, 0])  # [E, N]
+    count, queries = sampler.classes, sampler.query
+    hits = (predictions.classes == predictions.labels).unflatten(1, (sampler.way, queries)).double().mean(2)  # [E, N]
+    each, flat = classes.flatten().numpy(), hits.flatten().numpy()
+    number = numpy.bincount(each, minlength=count)
+    with numpy.errstate(divide="ignore", invalid="ignore"):
+        mean = numpy.bincount(each, flat, count) / number
+        squares = numpy.bincount(each, (flat - mean[each]) ** 2, count)
+        ci95 = 1.96 * numpy.sqrt(squares / (number - 1) / number)
+    inside = table(torch.arange(len(classes)).unsqueeze(1).expand_as(classes), classes, (len(classes), count))
+    taken_for = classes.gather(1, predictions.classes.long())
+    taken = table(classes.repeat_interleave(queries, 1), taken_for, (count, count))
+    together = (inside.T @ inside).tocsr() * queries
+    return Confusion(class_names(sampler), number, mean, ci95, taken, together, worst_pairs(taken, together))
+
+
+def table(rows: Tensor, columns: Tensor, shape: tuple[int, int]) -> "sparse.csr_matrix":
+    """How often each row occurs with each column."""
+    from scipy import sparse
+
+    places = rows.flatten().numpy(), columns.flatten().numpy()
+    return sparse.csr_matrix((numpy.ones(rows.numel(), dtype=numpy.int64), places), shape)
+
+
+def worst_pairs(taken: "sparse.csr_matrix", together: "sparse.csr_matrix") -> list[Pair]:
+    """The pairs of different classes by the lower end of the 95 % interval of the share (Clopper and Pearson): so that
+    a pair which met in few tasks by chance is not the first."""
+    from scipy import stats
+
+    found = taken.tocoo()
+    wrong = found.row != found.col
+    true, other, count = found.row[wrong], found.col[wrong], found.data[wrong]
+    queries = numpy.asarray(together[true, other]).ravel()
+    order = numpy.argsort(-stats.beta.ppf(0.025, count, queries - count + 1), kind="stable")
+    columns = (column[order].tolist() for column in (true, other, count, queries))
+    return [Pair(*own) for own in zip(*columns, strict=True)]
+
+
+def class_names(sampler: EpisodeSampler) -> list[str]:
+    """The names of the classes of tasks: where an image is of another class after each rotation, with the angle."""
+    names = [printable(name) for name in sampler.bank.class_names]
+    turns = range(sampler.classes // len(names))
+    return [f"{name} {90 * turn}°" if turn else name for turn in turns for name in names]

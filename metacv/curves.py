@@ -1,0 +1,49 @@
+"""The curves of a run as a picture."""
+
+import io
+from collections.abc import Sequence
+
+import numpy
+from matplotlib.figure import Figure
+from matplotlib.style import context
+
+STYLE = "metacv.report.figures"  # the file figures.mplstyle
+POINTS = 150  # of a curve at most
+BLUE, ORANGE = "#4e79a7", "#d9730d"
+
+
+@context(STYLE)
+def results_picture(lines: Sequence[dict[str, float]], title: str) -> bytes:
+    """A PNG of a run's curves: loss, accuracy in training and validation with its interval, and learning rate.
+
+    `lines` are those of metrics.jsonl, with accuracies from 0 to 1.
+    """
+    figure = Figure(figsize=(10, 3), layout="constrained")
+    figure.suptitle(title)
+    loss, accuracy, rate = figure.subplots(1, 3)
+    for axes, name in ((loss, "loss"), (accuracy, "accuracy in %"), (rate, "learning rate")):
+        axes.set_title(name)
+        axes.set_xlabel("step")
+    for axes, tag, scale in ((loss, "train/loss", 1), (accuracy, "train/accuracy", 100), (rate, "train/lr", 1)):
+        steps, values = curve(lines, tag)
+        if len(steps):
+            axes.plot(steps, scale * values, color=BLUE, label="training")
+    steps, values = curve(lines, "val/accuracy")
+    if len(steps):
+        _, half = curve(lines, "val/ci95")
+        best = int(values.argmax())
+        accuracy.errorbar(steps, 100 * values, 100 * half, color=ORANGE, marker="o", label="validation")
+        accuracy.axvline(steps[best], color=ORANGE, ls=":", label=f"best, step {steps[best]:g}")
+        accuracy.legend(loc="lower right")
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=120)
+    return content.getvalue()
+
+
+def curve(lines: Sequence[dict[str, float]], tag: str) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """Steps and values of a curve, each the mean of so many points that there are at most POINTS."""
+    points = numpy.array([(line["step"], line[tag]) for line in lines if tag in line]).reshape(-1, 2)
+    each = -(-len(points) // POINTS) or 1
+    starts = numpy.arange(0, len(points), each)
+    means = numpy.add.reduceat(points, starts) / numpy.diff([*starts, len(points)])[:, None] if len(points) else points
+    return means[:, 0], means[:, 1]

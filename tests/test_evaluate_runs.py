@@ -1,0 +1,194 @@
+"""What `metacv evaluate` tells while it works and at its end, for one run and for all runs of a folder."""
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+
+from metacv import progress
+from metacv.evaluate import evaluate_episodes
+from metacv.model import load_checkpoint, save_checkpoint
+from metacv.progress import Progress, header
+from metacv.results import Result, read_results, warn_at_chance
+from metacv.text import significant
+
+ASKED = ("query=5", "episodes=20", "device=cpu")
+
+
+@pytest.fixture
+def sweep(trained):
+    """sweep/ with three runs; the first in the alphabet is the worst in validation, and has the most episodes."""
+    for name, algo, accuracy in (("a", "protonet", 0.5), ("b/deep", "protonet", 0.9), ("c", "protonet", 0.7)):
+        Path("sweep", name).mkdir(parents=True)
+        content = load_checkpoint(trained(algo)).content
+        config = content["config"] | {"batch_norm": "inductive", "episodes": 12 if name == "a" else 8}
+        validation = {"accuracy": accuracy, "ci95": 0.01, "step": 2}
+        save_checkpoint(Path("sweep", name, "best.pt"), content | {"config": config, "validation": validation})
+    Path("sweep/multirun.yaml").write_text("")
+    return Path("sweep")
+
+
+def evaluate(metacv, *words: str) -> tuple[int, str, str]:
+    return metacv("evaluate", "checkpoint=sweep", "query=5", "device=cpu", "hydra.run.dir=out", *words)
+
+
+def rows_of_table(out: str) -> list[str]:
+    """The names in the table at the end, and its title."""
+    title, heading, *rows = out.split("\n\n")[1].splitlines()
+    assert heading.split() == ["run", "validation", "test"]
+    assert rows.pop() == "result: out/result.json"
+    return [title, *(row.split()[0] for row in rows)]
+
+
+def test_all_runs_below_a_folder_are_evaluated_and_ranked_by_validation(metacv, sweep):
+    metacv("evaluate", "checkpoint=sweep/a", *ASKED, "hydra.run.dir=alone")  # makes the episodes known
+    code, out, err = evaluate(metacv, "episodes=20")
+    assert (code, err) == (0, "")
+    assert [line.split(": accuracy")[0] for line in out.splitlines() if ": accuracy" in line] == ["a", "b/deep", "c"]
+    assert rows_of_table(out) == ["runs, the best in validation first:", "b/deep", "c", "a"]
+    assert "b/deep  90.00 ± 1.00 %  " in out
+    results = read_results(Path("out/result.json")).results
+    assert [Path(result.checkpoint).parent.name for result in results] == ["a", "deep", "c"]
+    accuracies = numpy.load("out/accuracies.npy")
+    assert accuracies.mean(1) == pytest.approx([result.accuracy for result in results])
+    assert accuracies[0].tolist() == numpy.load("alone/accuracies.npy")[0].tolist()
+
+
+def test_a_run_that_cannot_be_built_is_named_and_the_others_go_on(metacv, sweep):
+    Path("sweep/b/deep/best.pt").write_bytes(b"no checkpoint")
+    code, out, err = evaluate(metacv, "episodes=4")
+    assert code == 1
+    first, last = err.splitlines()
+    assert first == "metacv: b/deep: sweep/b/deep/best.pt is not a checkpoint of metacv, or is damaged"
+    assert last == "metacv: 1 of 3 runs could not be evaluated: b/deep"
+    assert len(read_results(Path("out/result.json")).results) == 2
+    assert rows_of_table(out)[1:] == ["c", "a"]
+
+
+def test_a_run_whose_predictions_are_not_finite_is_named_and_the_others_go_on(metacv, sweep):
+    content = load_checkpoint("sweep/c").content
+    weights = {name: torch.full_like(own, 3e38) if own.dim() > 1 else own for name, own in content["algorithm"].items()}
+    save_checkpoint(Path("sweep/c/best.pt"), content | {"algorithm": weights})
+    code, out, err = evaluate(metacv, "episodes=4")
+    assert code == 1
+    assert err.startswith("metacv: c: predictions are not finite in ")
+    assert rows_of_table(out)[1:] == ["b/deep", "a"]
+
+
+def test_without_any_run_that_can_be_built_there_is_no_result(metacv):
+    Path("sweep/a").mkdir(parents=True)
+    Path("sweep/a/best.pt").write_bytes(b"no checkpoint")
+    code, out, err = evaluate(metacv)
+    assert (code, out) == (1, "")
+    assert err.endswith("metacv: 1 of 1 run could not be evaluated: a\n")
+    assert not Path("out").exists()
+    Path("sweep/a/best.pt").unlink()
+    assert evaluate(metacv) == (1, "", "metacv: sweep has no best.pt: it is not the folder of a run\n")
+
+
+@pytest.mark.parametrize("change", ["validation", "protocol"])
+def test_runs_without_comparable_validations_are_not_ranked(metacv, sweep, change):
+    content = load_checkpoint("sweep/b/deep").content
+    config = content["config"] | {"eval_episodes": 9} if change == "protocol" else content["config"]
+    validation = {"accuracy": "high"} if change == "validation" else content["validation"]
+    save_checkpoint(sweep / "b/deep/best.pt", content | {"config": config, "validation": validation})
+    _, out, _ = evaluate(metacv, "episodes=4")
+    title, *names = rows_of_table(out)
+    assert title == "runs, in order of their names (not all were validated on the same tasks):"
+    assert names == ["a", "b/deep", "c"]
+
+
+def test_each_run_keeps_its_own_settings_and_both_modes_can_be_asked_for(metacv, sweep):
+    code, out, err = evaluate(metacv, "batch_norm=both")
+    assert (code, err) == (0, "")
+    results = read_results(Path("out/result.json")).results
+    assert [result.episodes for result in results] == [12, 12, 8, 8, 8, 8]
+    assert rows_of_table(out)[1:] == ["b/deep", "b/deep", "c", "c", "a", "a"]
+    accuracies = numpy.load("out/accuracies.npy")
+    assert numpy.isnan(accuracies).sum(1).tolist() == [0, 0, 4, 4, 4, 4]
+
+
+def test_a_header_says_what_is_evaluated_before_it_begins(metacv, trained, monkeypatch):
+    run = trained("protonet")
+    _, out, _ = metacv("evaluate", f"checkpoint={run}", "head=ridge", *ASKED)
+    assert out.splitlines()[:3] == [
+        "method    ProtoNet + Ridge, 5-way 1-shot, 5 queries per class",
+        "data      Glyphs test: 8 classes, 160 images; 1x28x28",
+        "episodes  20",
+    ]
+    assert out.splitlines()[3].startswith("device    ")
+    _, out, _ = metacv("evaluate", f"checkpoint={run}", "query=1", "episodes=2")
+    assert "1 query per class" in out
+    assert "1 queries" not in out
+    monkeypatch.setattr("metacv.evaluate.predict_episodes", lambda *_: 1 / 0)
+    _, out, _ = metacv("evaluate", f"checkpoint={run}", *ASKED)
+    assert out.count("\n") == 4
+
+
+def test_a_header_has_a_line_for_each_difference():
+    one, other = {"method": "A", "data": "D"}, {"method": "B", "data": "D"}
+    assert header([one, other, one]) == "method    A\n          B\ndata      D"
+
+
+def test_without_a_terminal_a_line_tells_how_far_an_evaluation_is(metacv, trained, monkeypatch):
+    monkeypatch.setattr(progress, "LINE_EVERY", 0)
+    _, out, _ = metacv("evaluate", f"checkpoint={trained('maml')}", "query=15", "episodes=30", "device=cpu")
+    assert "\nevaluating: 12 of 30 tasks, about " in out
+    assert "\nevaluating: 24 of 30 tasks, about 0 s left\n" in out or "\nevaluating: 24 of 30 tasks, about " in out
+    assert "30 of 30" not in out
+
+
+def test_validation_prints_no_progress_and_lines_have_a_distance(capsys, monkeypatch):
+    now = iter(range(0, 1000, 20))
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(now)))
+    for lines in (True, False):
+        with Progress("evaluating", lines=lines).of(40, "task") as done:
+            for _ in range(4):
+                done(10)
+    assert capsys.readouterr().out == "evaluating: 20 of 40 tasks, about 40 s left\n"
+    assert evaluate_episodes.__defaults__ is not None
+
+
+@pytest.mark.parametrize(("accuracy", "above"), [(0.2, False), (0.211, False), (0.212, True)])
+def test_an_accuracy_that_may_be_a_guess_gives_a_warning(accuracy, above, capsys):
+    known = {"dataset": "D", "split": "test", "rotation": "none", "shot": 1, "query": 1, "episodes": 9, "seed": 0}
+    result = Result(accuracy, 0.0115, way=5, batch_norm="inductive", **known)
+    warn_at_chance(result)
+    warn_at_chance(result, "a/b")
+    expected = "metacv: warning: the accuracy is not above chance (20 %)\n"
+    assert capsys.readouterr().err == ("" if above else expected + expected.replace("the", "a/b: the", 1))
+
+
+def test_evaluate_and_compare_warn_of_an_accuracy_at_chance(metacv, trained):
+    for name in ("a", "b"):
+        shutil.copytree(trained("protonet"), name)
+        content = load_checkpoint(name).content
+        weights = {key: torch.zeros_like(own) if own.dim() > 1 else own for key, own in content["algorithm"].items()}
+        save_checkpoint(Path(name) / "best.pt", content | {"algorithm": weights})
+    line = "metacv: warning: the accuracy is not above chance (20 %)\n"
+    assert metacv("evaluate", "checkpoint=a", *ASKED)[2] == line
+    compared = metacv("compare", "a", "b", *ASKED)[2]
+    assert compared == line.replace("the", "a: the", 1) + line.replace("the", "b: the", 1)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.25, "0.25"), (0.0123456, "0.0123"), (12.345, "12.3"), (1234.5, "1,230"), (98765, "98,800")]
+)
+def test_numbers_have_three_significant_digits_and_no_exponent(value, text):
+    assert significant(value) == text
+
+
+def test_compare_shows_the_header_once_and_progress_by_the_names_of_runs(metacv, trained, monkeypatch):
+    for name in ("one", "two"):
+        shutil.copytree(trained("maml"), name)
+    monkeypatch.setattr(progress, "LINE_EVERY", 0)
+    _, out, _ = metacv("compare", "one", "two", "query=15", "episodes=30", "device=cpu", "hydra.run.dir=out")
+    assert out.startswith("method    MAML, 5-way 1-shot, 15 queries per class\ndata      Glyphs test")
+    assert out.count("device    ") == 1
+    for name in ("one", "two"):
+        assert f"\nevaluating {name}: 12 of 30 tasks" in out
+    assert len(json.loads(Path("out/result.json").read_text())["results"]) == 2
