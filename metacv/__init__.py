@@ -1,9 +1,14 @@
-"""Meta-learning for few-shot image classification, from the command line."""
+"""Meta-learning for few-shot image classification: the command line, and `load` and `FewShotClassifier` for Python."""
 
 import subprocess
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from metacv.api import FewShotClassifier, load
+
+__all__ = ["FewShotClassifier", "load"]
 __version__ = "0.2.0.dev0"
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -23,3 +28,11 @@ def version() -> str:
         return f"{__version__}+{subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()}"
     except (OSError, subprocess.CalledProcessError):  # no git, or no commit
         return __version__
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from metacv import api  # only now: it imports torch, which the help of a command does not need
+
+    return getattr(api, name)

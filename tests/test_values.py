@@ -196,7 +196,7 @@ def refused_or_built(metacv, trained, monkeypatch):
         "metacv.evaluate.evaluate_episodes", lambda _, episodes, *__: torch.rand(len(episodes)).double()
     )
     monkeypatch.setattr(
-        "metacv.predict.label", lambda _, support, images, *__: torch.zeros(len(images), len(support.shots))
+        "metacv.predictor.label", lambda _, support, images, *__: torch.zeros(len(images), len(support.shots))
     )
     monkeypatch.setattr("metacv.report.page", lambda *_: "")
     for name in ("a", "b"):
