@@ -4,6 +4,7 @@ import io
 import json
 import sys
 from dataclasses import replace
+from itertools import chain
 from os.path import relpath
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from metacv.text import aligned, csv_bytes, printable, setting
 
 LINES = 40  # of the table on the terminal
 PICTURED = 200  # support images at most, and queries
+ROWS = 25  # classes at most that have a row each for their support images
 Predictions = list[dict[str, Any]]  # file, label, probability, and probabilities by class
 
 
@@ -114,18 +116,19 @@ def picture(images: Tensor, predictions: Predictions, support: Support, truth: l
     captions = {name: legible(str(name), f"class {i}") for i, name in enumerate(support.classes, start=1)}
     each = max(1, min(8, PICTURED // len(support.classes)))
     examples = [
-        (image, captions[name], LINE)
+        [(image, captions[name], LINE) for image in images_of_class[:each]]
         for name, images_of_class in zip(support.classes, support.images.split(support.shots), strict=True)
-        for image in images_of_class[:each]
-    ][:PICTURED]
+    ]
+    if len(examples) > ROWS:  # not a row for each class
+        examples = [list(chain(*examples))[:PICTURED]]
     labelled = []
     for i, (image, one) in enumerate(zip(images[:PICTURED], predictions, strict=False)):
         colour = (RIGHT if truth[i] == one["label"] else WRONG) if truth else LINE
         labelled.append((image, f"{captions[one['label']]} {one['probability']:.0%}", colour))
-    sections = [
-        (f"support: {len(examples)} of {len(support.images)} images", examples),
-        (f"query: {len(labelled)} of {len(predictions)} images", labelled),
-    ]
+    heading = f"support: {sum(map(len, examples))} of {len(support.images)} images"
+    colours = " (green: correct, red: wrong)" if truth else ""
+    sections = [("" if row else heading, cells) for row, cells in enumerate(examples)]
+    sections.append((f"query: {len(labelled)} of {len(predictions)} images{colours}", labelled))
     content = io.BytesIO()
     captioned_picture(sections).save(content, "png")
     return content.getvalue()
