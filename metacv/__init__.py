@@ -1,14 +1,11 @@
 """Meta-learning for few-shot image classification: the command line, and `load` and `FewShotClassifier` for Python."""
 
+import importlib
 import subprocess
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from metacv.api import FewShotClassifier, load
-
-__all__ = ["FewShotClassifier", "load"]
 __version__ = "0.2.0.dev0"
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -31,8 +28,7 @@ def version() -> str:
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    """`load` and `FewShotClassifier` of metacv/api.py, imported at their first use, as torch takes seconds."""
+    if name not in ("load", "FewShotClassifier"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from metacv import api  # only now: it imports torch, which the help of a command does not need
-
-    return getattr(api, name)
+    return getattr(importlib.import_module("metacv.api"), name)
