@@ -1,8 +1,10 @@
-"""Meta-learning for few-shot image classification, from the command line."""
+"""Meta-learning for few-shot image classification: the command line, and `load` and `FewShotClassifier` for Python."""
 
+import importlib
 import subprocess
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 __version__ = "0.2.0.dev0"
 
@@ -23,3 +25,10 @@ def version() -> str:
         return f"{__version__}+{subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()}"
     except (OSError, subprocess.CalledProcessError):  # no git, or no commit
         return __version__
+
+
+def __getattr__(name: str) -> Any:
+    """`load` and `FewShotClassifier` of metacv/api.py, imported at their first use, as torch takes seconds."""
+    if name not in ("load", "FewShotClassifier"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module("metacv.api"), name)

@@ -40,7 +40,7 @@ def episode_picture(tasks: TaskBatch, logits: Tensor, columns: int = 8, rows: in
 def captioned_picture(sections: list[Section], columns: int = 8, least_width: int = 96) -> Image.Image:
     """Sections, one below the other, in columns of `least_width` pixels or of the images' width."""
     columns = min(columns, max(len(cells) for _, cells in sections))
-    width, height = _thumbnail(sections[0][1][0][0]).size
+    width, height = _thumbnail(sections[0][1][0][0], least_width).size
     pitch_x, pitch_y = max(width, least_width) + GAP, height + GAP + CAPTION
     above = [CAPTION + GAP if heading else 0 for heading, _ in sections]
     heights = [-(-len(cells) // columns) * pitch_y for _, cells in sections]
@@ -52,7 +52,7 @@ def captioned_picture(sections: list[Section], columns: int = 8, least_width: in
         top += space
         for i, (image, caption, colour) in enumerate(cells):
             x, y = GAP + i % columns * pitch_x, top + i // columns * pitch_y
-            picture.paste(ImageOps.expand(_thumbnail(image), border=2, fill=colour), (x - 2, y - 2))
+            picture.paste(ImageOps.expand(_thumbnail(image, least_width), border=2, fill=colour), (x - 2, y - 2))
             text, colour_of_text = _fitted(draw, caption, pitch_x - GAP), INK if colour == LINE else colour
             draw.text((x, y + height + 2), text, colour_of_text, _font(caption))
         top += height_of_cells
@@ -109,8 +109,9 @@ def _fitted(draw: ImageDraw.ImageDraw, caption: str, width: int) -> str:
     return text
 
 
-def _thumbnail(image: Tensor) -> Image.Image:
-    """An image [C, H, W] (uint8) in RGB; a small one at twice its size."""
+def _thumbnail(image: Tensor, width: int) -> Image.Image:
+    """An image [C, H, W] (uint8) in RGB; a small one at twice its size, or as many times as fit into `width`."""
     pixels = image[:3].expand(3, -1, -1).permute(1, 2, 0)  # grey images have one channel
     thumbnail = Image.fromarray(pixels.contiguous().cpu().numpy())
-    return ImageOps.scale(thumbnail, 2, Image.Resampling.NEAREST) if thumbnail.width <= 42 else thumbnail
+    times = max(2 if thumbnail.width <= 42 else 1, width // thumbnail.width)
+    return ImageOps.scale(thumbnail, times, Image.Resampling.NEAREST)

@@ -27,6 +27,7 @@ from metacv.data.sampler import EpisodeList, EpisodeSampler
 from metacv.errors import UserError
 from metacv.features import evaluate_features
 from metacv.files import user_path, write_bytes_atomically, written_or_refused
+from metacv.look import warn_if_unlike
 from metacv.model import (
     Checkpoint,
     build_dataset,
@@ -238,6 +239,7 @@ def prepare(checkpoint: Checkpoint, given: TestConfig, others: Iterable[Checkpoi
         raise UserError(f"{bank.name} has images of {own} but {checkpoint.path} was trained on {trained}")
     unseen = seen.unseen(dataset, bank, given.split, (checkpoint, *others), given.unseen_only)
     left_out, bank = len(bank.class_names) - len(unseen.class_names), unseen
+    warn_if_unlike(f"the images of {bank.name}", bank.images, checkpoint, dataset)
     task = config.way, config.shot, config.query, dataset.rotation(given.split)
     episodes = EpisodeList(EpisodeSampler(bank, *task, config.seed, device), config.episodes)
     algorithm = with_head(checkpoint.build(config), config, checkpoint.centre).to(device)

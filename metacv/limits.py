@@ -21,6 +21,7 @@ DEPTH = 50  # of lists in lists
 SETTING = 10**6  # a whole number among those that evaluation uses, but for seeds: episodes are the largest, 10,000
 IMAGE = 2**26  # numbers in an image: 4096x4096 pixels in colour
 CLASSES = 10**4  # of examples that `predict save=` keeps: every image gets a probability for each
+NAME = 1000  # letters of a class name that a kept model holds: numpy gives all names the room of the longest
 
 EVENTS = 2**28  # bytes of TensorBoard's files in a run's folder: a run of the papers writes up to 30 MB
 PICTURE = 2**23  # bytes of a picture in them, which a report's page holds: an episode has 200 kB

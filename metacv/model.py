@@ -26,7 +26,7 @@ from metacv.algorithms.heads.base import Head, WithHead
 from metacv.backbones.base import Backbone
 from metacv.bounds import TORCH, checked
 from metacv.config import NormalizeConfig, TrainConfig, from_dict, to_dict
-from metacv.data.bank import Dataset
+from metacv.data.bank import Dataset, Look
 from metacv.errors import UserError
 from metacv.files import read_checked, sha256, user_path, write_atomically, written_or_refused
 from metacv.pickles import check_extent
@@ -51,6 +51,7 @@ class Training:
     stages: list[str] = field(default_factory=list)  # the earlier runs
     trained_on: list[str] = field(default_factory=list)  # names of classes, see Dataset.identities
     validated_on: list[str] = field(default_factory=list)
+    look: Look = field(default_factory=dict)  # of the images in the last stage; empty in older checkpoints
 
     def after(self, earlier: "Training") -> "Training":
         """Both together."""
@@ -62,6 +63,7 @@ class Training:
             stages=earlier.stages + self.stages,
             trained_on=sorted({*earlier.trained_on, *self.trained_on}),
             validated_on=sorted({*earlier.validated_on, *self.validated_on}),
+            look=self.look or earlier.look,
         )
 
     def of_result(self) -> dict[str, Any]:
@@ -135,6 +137,8 @@ def load_checkpoint(place: str | Path, name: str = "best.pt") -> Checkpoint:
         if centre is not None and not (isinstance(centre, Tensor) and centre.dim() == 1 and centre.isfinite().all()):
             raise ValueError
         if max(training.classes, training.images, training.flops, training.seconds) > 1e24:
+            raise ValueError
+        if any(len(quantiles) != 3 for quantiles in training.look.values()):
             raise ValueError
         whole = all(type(number) is int and number >= 0 for number in (channels, height, width, step))
         if not whole or channels * height * width > limits.IMAGE:

@@ -3,8 +3,8 @@
 import io
 import json
 import sys
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import replace
+from itertools import chain
 from os.path import relpath
 from pathlib import Path
 from typing import Any
@@ -12,55 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metacv import limits
-from metacv.algorithms.base import Algorithm
-from metacv.algorithms.heads.base import WithHead
-from metacv.config import PredictConfig, to_dict, with_paths
+from metacv.config import PredictConfig
 from metacv.data.bank import SPLITS, Dataset, pictures, report_copies
 from metacv.data.image_files import files_below, folders_in, has_only_folders, read_readable, report_skipped
-from metacv.data.task import TaskBatch
 from metacv.drawing import LINE, RIGHT, WRONG, captioned_picture, legible
 from metacv.errors import UserError
-from metacv.evaluate import with_changes
 from metacv.files import user_path, write_bytes_atomically
-from metacv.model import (
-    OPTIONAL,
-    WEIGHTS,
-    Checkpoint,
-    build_dataset,
-    load_checkpoint,
-    pick_device,
-    save_checkpoint,
-    with_head,
-)
-from metacv.text import aligned, csv_bytes, first_line, printable, setting
+from metacv.look import unlike
+from metacv.model import Checkpoint
+from metacv.predictor import Predictor, Support, check_place_to_save, kept_support
+from metacv.text import aligned, csv_bytes, printable, setting
 
 LINES = 40  # of the table on the terminal
 PICTURED = 200  # support images at most, and queries
-QUERIES_AT_ONCE = 100
+ROWS = 25  # classes at most that have a row each for their support images
 Predictions = list[dict[str, Any]]  # file, label, probability, and probabilities by class
-
-
-@dataclass(frozen=True)
-class Support:
-    """Labelled images [S, C, H, W] (uint8), class after class, with `shots` images of each of `classes`."""
-
-    images: Tensor
-    shots: tuple[int, ...]
-    classes: tuple[str, ...]
-
-    def task(self, queries: Tensor, device: torch.device) -> TaskBatch:
-        """One task, with uint8 images [B, C, H, W] as queries."""
-        way = len(self.classes)
-        labels = torch.arange(way).repeat_interleave(torch.tensor(self.shots))
-        return TaskBatch(
-            support_x=self.images.to(device).float().div(255).unsqueeze(0),
-            support_y=labels.to(device).unsqueeze(0),
-            query_x=queries.to(device).float().div(255).unsqueeze(0),
-            query_y=torch.zeros(1, len(queries), dtype=torch.long, device=device),  # unknown
-            way=way,
-            classes=torch.arange(way, device=device).unsqueeze(0),
-        )
 
 
 def predict(cfg: PredictConfig, folder: Path) -> Predictions:
@@ -72,79 +38,40 @@ def predict(cfg: PredictConfig, folder: Path) -> Predictions:
         raise UserError("give checkpoint=RUN and support=FOLDER, or adapted=FILE alone")
     if cfg.adapted is None and (cfg.checkpoint is None or cfg.support is None):
         raise UserError(f"{'checkpoint' if cfg.checkpoint is None else 'support'}=... is missing")
-    checkpoint = load_checkpoint(str(cfg.adapted or cfg.checkpoint))
-    config = with_changes(checkpoint, cfg, ("batch_norm",))  # query is a path here
-    device = pick_device(cfg.device)
-    dataset = build_dataset(config.dataset, ".")
+    predictor = Predictor.load(str(cfg.adapted or cfg.checkpoint), cfg)
+    checkpoint, dataset = predictor.checkpoint, predictor.dataset
     support = kept_support(checkpoint) if cfg.adapted else read_support(user_path(str(cfg.support)), dataset)
     place = user_path(cfg.query)
     if not place.exists():
         raise UserError(f"query={place}: there is no such file or folder")
     files = files_below(place) if place.is_dir() else [place]
     queries, images = read_images(files, dataset, str(place), f"query={place}: no readable image")
-    path, trained = checkpoint.path, checkpoint.image_shape
     for kind, own in (("support", support.images), ("query", images)):
-        if (shape := tuple(own.shape[1:])) != trained:
-            raise UserError(f"{kind}: its images become {shape}, and {path} was trained on {trained}")
-    algorithm = with_head(checkpoint.build(config), config, checkpoint.centre).to(device)
-    if isinstance(algorithm, WithHead) and algorithm.needs_centre:
-        raise UserError(f"head: {path} has no mean feature of training images; choose another head")
+        predictor.check_shape(kind, own)
     report_copies("support", support.images.split(support.shots), {})
     known = {*pictures(support.images)}
     if copies := sum(picture in known for picture in pictures(images)):
         text = "copies of images in support; their labels say nothing about the model"
         print(f"metacv: query: {copies} of {len(images)} images are {text}", file=sys.stderr)
-    logits = label(algorithm, support, images, config.batch_norm, device)
-    probabilities = algorithm.probabilities(logits).cpu()
-    if not probabilities.isfinite().all():
-        raise UserError(f"{path}: the probabilities are not finite; the weights are not, or adaptation diverged")
+    kinds = {"the query images": images, "the support images": support.images}
+    if odd := next(filter(None, (unlike(kind, own, checkpoint, dataset) for kind, own in kinds.items())), None):
+        print(f"metacv: warning: {odd}", file=sys.stderr)
+    probabilities = predictor.probabilities(support, images)
+    names = tuple(map(str, support.classes))
     predictions: Predictions = [
-        {"file": printable(str(query)), "label": support.classes[int(row.argmax())], "probability": float(row.max())}
-        | {"probabilities": dict(zip(support.classes, row.tolist(), strict=True))}
+        {"file": printable(str(query)), "label": names[int(row.argmax())], "probability": float(row.max())}
+        | {"probabilities": dict(zip(names, row.tolist(), strict=True))}
         for query, row in zip(queries, probabilities, strict=True)
     ]
-    truth = labels_of_folders(queries, place, support.classes)
+    truth = labels_of_folders(queries, place, names)
     if save:  # first, since it may fail, and should then leave no folder behind
-        portable = with_paths(to_dict(config), lambda *_: None) | {"init": None}
-        kept = {"images": support.images, "shots": list(support.shots), "classes": list(support.classes)}
-        content = {name: checkpoint.content[name] for name in (*WEIGHTS, *OPTIONAL) if name in checkpoint.content}
-        save_checkpoint(save, content | {"config": portable, "support": kept})
+        predictor.save(save, support)
+    support = replace(support, classes=names)
     folder.mkdir(parents=True, exist_ok=True)
     write(folder, predictions, support, checkpoint, truth)
     write_bytes_atomically(folder / "predictions.png", picture(images, predictions, support, truth))
-    show(folder, predictions, truth, cfg, config.batch_norm)
+    show(folder, predictions, truth, cfg, predictor.config.batch_norm)
     return predictions
-
-
-def label(algorithm: Algorithm, support: Support, images: Tensor, batch_norm: str, device: torch.device) -> Tensor:
-    """Logits [B, N] of query images [B, C, H, W] (uint8); transductive ones are of one task, as in evaluation."""
-    groups = images.split(QUERIES_AT_ONCE if batch_norm == "inductive" else len(images))
-    try:
-        return torch.cat([algorithm.predict(support.task(group, device), batch_norm)[0] for group in groups])
-    except (RuntimeError, ValueError) as error:  # too many for the memory, or a single one has no statistics
-        if batch_norm == "inductive":
-            raise
-        text = f"batch_norm=transductive with {len(images)} query images: {first_line(error)}; try batch_norm=inductive"
-        raise UserError(text) from error
-
-
-def kept_support(checkpoint: Checkpoint) -> Support:
-    """The support set in a file that `save` wrote."""
-    try:
-        kept = checkpoint.content["support"]
-        images, shots, classes = kept["images"], tuple(map(int, kept["shots"])), tuple(map(str, kept["classes"]))
-        plain = images.dtype == torch.uint8 and images.layout == torch.strided and images.is_contiguous()
-        if len(classes) > limits.CLASSES:
-            raise UserError(f"adapted={checkpoint.path} has {len(classes)} classes, above {limits.CLASSES}")
-        named = len({*classes}) == len(classes) == len(shots) >= 2 and all(map(str.isprintable, classes))
-        if not plain or not named or min(shots) < 1 or sum(shots) != len(images):
-            raise ValueError
-        return Support(images, shots, classes)
-    except KeyError:
-        text = "has no support set; save=FILE together with support=FOLDER makes one"
-        raise UserError(f"adapted={checkpoint.path}: {text}") from None
-    except (TypeError, ValueError, AttributeError, IndexError, OverflowError):
-        raise UserError(f"adapted={checkpoint.path} is damaged") from None
 
 
 def read_support(folder: Path, dataset: Dataset) -> Support:
@@ -186,32 +113,25 @@ def labels_of_folders(queries: list[Path], place: Path, classes: tuple[str, ...]
 
 def picture(images: Tensor, predictions: Predictions, support: Support, truth: list[str]) -> bytes:
     """A PNG of examples of each class and of the queries, in green or red where their class is known."""
-    captions = {name: legible(name, f"class {i}") for i, name in enumerate(support.classes, start=1)}
+    captions = {name: legible(str(name), f"class {i}") for i, name in enumerate(support.classes, start=1)}
     each = max(1, min(8, PICTURED // len(support.classes)))
     examples = [
-        (image, captions[name], LINE)
+        [(image, captions[name], LINE) for image in images_of_class[:each]]
         for name, images_of_class in zip(support.classes, support.images.split(support.shots), strict=True)
-        for image in images_of_class[:each]
-    ][:PICTURED]
+    ]
+    if len(examples) > ROWS:  # not a row for each class
+        examples = [list(chain(*examples))[:PICTURED]]
     labelled = []
     for i, (image, one) in enumerate(zip(images[:PICTURED], predictions, strict=False)):
         colour = (RIGHT if truth[i] == one["label"] else WRONG) if truth else LINE
         labelled.append((image, f"{captions[one['label']]} {one['probability']:.0%}", colour))
-    sections = [
-        (f"support: {len(examples)} of {len(support.images)} images", examples),
-        (f"query: {len(labelled)} of {len(predictions)} images", labelled),
-    ]
+    heading = f"support: {sum(map(len, examples))} of {len(support.images)} images"
+    colours = " (green: correct, red: wrong)" if truth else ""
+    sections = [("" if row else heading, cells) for row, cells in enumerate(examples)]
+    sections.append((f"query: {len(labelled)} of {len(predictions)} images{colours}", labelled))
     content = io.BytesIO()
     captioned_picture(sections).save(content, "png")
     return content.getvalue()
-
-
-def check_place_to_save(path: Path) -> None:
-    """Refuse to overwrite anything but an earlier kept model."""
-    with suppress(UserError):
-        if not path.exists() or "support" in load_checkpoint(path).content:
-            return
-    raise UserError(f"save={path}: exists already, and is not a model that `save` wrote")
 
 
 def count_correct(predictions: Predictions, truth: list[str]) -> int:

@@ -41,6 +41,7 @@ from metacv.config import (
     typed,
     with_paths,
 )
+from metacv.data.bank import Look
 from metacv.data.sampler import EpisodeSampler, ImageSampler
 from metacv.errors import UserError
 from metacv.files import copy_atomically, write_bytes_atomically
@@ -75,6 +76,7 @@ class Run:
     splits: dict[str, list[str]] | None  # classes of each split, of a data set that changes from user to user
     trained_on: list[str] = field(default_factory=list)  # names of classes
     validated_on: list[str] = field(default_factory=list)
+    look: Look = field(default_factory=dict)  # of the training images
     flops: float = 0.0  # of a step
     average: AveragedModel | None = None  # of the algorithm, if `ema` is set
     centre: Tensor | None = None  # mean feature of training images, for heads that subtract it
@@ -123,6 +125,7 @@ class Run:
             seconds=round(self.seconds, 1),
             trained_on=self.trained_on,
             validated_on=self.validated_on,
+            look=self.look,
         ).after(self.earlier)
 
     def begin_after(self, first: Checkpoint, role: str = "") -> None:

@@ -29,6 +29,7 @@ from metacv.errors import UserError
 from metacv.evaluate import centre, evaluate_episodes, learning_rates, record
 from metacv.files import write_bytes_atomically
 from metacv.logger import Logger, errors_of_threads_once
+from metacv.look import look_of
 from metacv.model import (
     Training,
     build,
@@ -288,7 +289,7 @@ def prepare(config: TrainConfig, overrides: list[str], ranks: Ranks) -> tuple[Ru
     task = config.way, config.shot, config.query, dataset.rotation("val")
     unseen = EpisodeSampler(dataset.load("val"), *task, device=device)
     validation = EpisodeList(unseen, config.eval_episodes, "eval_episodes")
-    classes = seen.names(dataset, training.bank), seen.names(dataset, unseen.bank)
+    known = seen.names(dataset, training.bank), seen.names(dataset, unseen.bank), look_of(training.bank.images)
     if device.type == "cpu":
         keep_freed_memory()  # only now: decoding a data set frees much memory
     torch.manual_seed(config.seed)
@@ -310,7 +311,7 @@ def prepare(config: TrainConfig, overrides: list[str], ranks: Ranks) -> tuple[Ru
     warn_of_few_test_classes(config, splits)
     average = averaged(algorithm, config.ema)
     hardware = describe_device(device)
-    run = Run(config, overrides, algorithm, optimizer, schedule, training, hardware, splits, *classes, flops, average)
+    run = Run(config, overrides, algorithm, optimizer, schedule, training, hardware, splits, *known, flops, average)
     if learned:
         run.begin_after(learned, "learned from ")
     return run, validation

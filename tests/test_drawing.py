@@ -66,10 +66,10 @@ def test_a_picture_of_predictions_has_a_cell_for_each_image_in_rows_of_eight():
     cells = [(image, "alpha 98%", RIGHT)] * 9 + [(image, "a name much too long for its place", WRONG)]
     picture = captioned_picture([("support", [(image, "alpha", LINE)] * 3), ("query", cells)])
     assert picture.width == 8 * 102 + 6  # columns of 96 pixels and a gap
-    assert picture.height == 3 * (56 + 6 + 14) + 2 * (14 + 6) + 6
-    frame = 2 * 4 * 58  # 56 pixels a side and the corners, two wide
-    starts = [24, 24 + 76 + 20, 24 + 2 * 76 + 20]  # of the rows of cells; frames begin two pixels above their image
-    right, wrong = ([coloured(as_tensor(picture), c)[y : y + 76].sum() for y in starts] for c in (RIGHT, WRONG))
+    assert picture.height == 3 * (84 + 6 + 14) + 2 * (14 + 6) + 6
+    frame = 2 * 4 * 86  # 84 pixels a side, three times 28, and the corners, two wide
+    starts = [24, 24 + 104 + 20, 24 + 2 * 104 + 20]  # of the rows of cells; frames begin two pixels above their image
+    right, wrong = ([coloured(as_tensor(picture), c)[y : y + 104].sum() for y in starts] for c in (RIGHT, WRONG))
     assert right[0] == wrong[0] == wrong[1] == 0
     assert right[1] >= 8 * frame
     assert min(right[2], wrong[2]) >= frame

@@ -35,7 +35,7 @@ from metacv.errors import UserError
 from metacv.features import read_features
 from metacv.logger import Logger
 from metacv.model import load_checkpoint, save_checkpoint
-from metacv.predict import kept_support
+from metacv.predictor import kept_support
 from metacv.report.figures import sample_episode
 from metacv.report.gather import gather
 from metacv.report.table import as_markdown, rows_of, varied_settings

@@ -40,7 +40,7 @@ from metacv.files import copy_atomically
 from metacv.logger import Logger
 from metacv.model import load_checkpoint, save_checkpoint
 from metacv.pickles import check_extent
-from metacv.predict import kept_support
+from metacv.predictor import kept_support
 from metacv.report import report
 from metacv.report.figures import sample_episode
 from metacv.results import read_results

@@ -37,7 +37,7 @@ from metacv.distributed import Ranks
 from metacv.evaluate import centre, evaluate_episodes
 from metacv.model import build_dataset, build_node, with_head
 from metacv.precision import Compiled
-from metacv.predict import Support, label
+from metacv.predictor import Support, label
 
 SETUP = "_setup_privateuseone_for_python_backend"
 pytestmark = pytest.mark.skipif(not hasattr(backend_registration, SETUP), reason="this torch has no fake devices")

@@ -23,7 +23,7 @@ from metacv.data.glyphs import draw_glyphs
 from metacv.data.sampler import EpisodeSampler
 from metacv.files import read_checked, sha256
 from metacv.model import WEIGHTS, build_dataset, load_checkpoint, save_checkpoint, with_head
-from metacv.predict import Support, label
+from metacv.predictor import Support, label
 from metacv.results import read_results
 
 CLASSES = ("alpha", "beta 2", "gamma,3", "delta=4", "épsilon (5)")

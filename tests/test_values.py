@@ -201,7 +201,7 @@ def refused_or_built(metacv, trained, monkeypatch):
         ),
     )
     monkeypatch.setattr(
-        "metacv.predict.label", lambda _, support, images, *__: torch.zeros(len(images), len(support.shots))
+        "metacv.predictor.label", lambda _, support, images, *__: torch.zeros(len(images), len(support.shots))
     )
     monkeypatch.setattr("metacv.report.page", lambda *_: "")
     for name in ("a", "b"):

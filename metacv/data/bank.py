@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from metacv.errors import UserError
@@ -20,6 +21,8 @@ from metacv.text import printable
 
 Rotation = Literal["none", "per_class", "per_episode", "as_classes"]  # explained in sampler.py
 SPLITS = ("train", "val", "test")
+Readable = Path | Image.Image  # an image file, or an image in memory
+Look = dict[str, list[float]]  # see metacv/look.py
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,8 @@ class ImageBank:
 class Dataset(ABC):
     """Base class of what a dataset YAML builds: splits with disjoint classes, and how the classes are rotated."""
 
+    look: ClassVar[Look] = {}  # of its training images, for checkpoints that do not hold it
+
     data_dir: Path
     train_rotation: Rotation = field(default="none", kw_only=True)
     test_rotation: Rotation = field(default="none", kw_only=True)  # of val and test
@@ -68,8 +73,8 @@ class Dataset(ABC):
     def load(self, split: str) -> ImageBank:
         """The images of `train`, `val` or `test`; UserError if files or settings are wrong."""
 
-    def read(self, path: Path) -> Tensor:
-        """Prepare any image file like the data set's own images: uint8 [C, H, W]; UserError if it cannot be read."""
+    def read(self, path: Readable) -> Tensor:
+        """Prepare any image like the data set's own images: uint8 [C, H, W]; UserError if it cannot be read."""
         raise UserError(f"{type(self).__name__} does not define how image files are read (method `read`)")
 
     def prepare_like(self, other: "Dataset") -> None:  # noqa: B027

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from metacv.data.bank import SPLITS, Dataset, ImageBank, cached_bank
+from metacv.data.bank import SPLITS, Dataset, ImageBank, Look, Readable, cached_bank
 from metacv.data.image_files import as_tensor, open_exactly, open_image, to_square
 from metacv.data.sources import Missing, Source, SplitSpec, download, integers, read_as, split_classes
 from metacv.errors import UserError
@@ -21,6 +21,12 @@ SIZE, IMAGES = 32, 600
 @dataclass
 class CIFAR100(Dataset):
     """Images of 32x32 pixels in colour, from the official pickles, their archive, or class folders (see Source)."""
+
+    look: ClassVar[Look] = {
+        "brightness": [0.147, 0.458, 0.867],
+        "contrast": [0.096, 0.215, 0.349],
+        "saturation": [0.007, 0.125, 0.538],
+    }
 
     lists: ClassVar[str]  # the file in splits/
     title: ClassVar[str]  # for messages
@@ -36,7 +42,7 @@ class CIFAR100(Dataset):
         bank = cached_bank(self.data_dir, f"{self.lists}-{split}", {}, lambda: source.load(self.data_dir, split))
         return replace(bank, name=f"{self.lists} {split}")
 
-    def read(self, path: Path) -> Tensor:
+    def read(self, path: Readable) -> Tensor:
         return as_tensor(to_square(open_image(path, SIZE).convert("RGB"), SIZE, "crop"))
 
 

@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from metacv.bounds import Size
-from metacv.data.bank import Dataset, ImageBank, cached_bank
+from metacv.data.bank import Dataset, ImageBank, Readable, cached_bank
 from metacv.data.image_files import as_tensor, open_exactly, open_image, read_classes, to_square
 from metacv.data.sources import Source, SplitSpec, split_classes
 from metacv.errors import UserError
@@ -40,7 +40,7 @@ class CUB(Dataset):
         bank = cached_bank(self.data_dir, name, settings, lambda: source.load(self.data_dir, split))
         return replace(bank, name=f"cub {split}")
 
-    def read(self, path: Path) -> Tensor:
+    def read(self, path: Readable) -> Tensor:
         """Of the whole image, as it has no bounding box."""
         return self.square(open_image(path).convert("RGB"))
 

@@ -11,7 +11,7 @@ import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from PIL import Image
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from metacv.bounds import Count, Images, Range
-from metacv.data.bank import SPLITS, Dataset, ImageBank, cached_bank
+from metacv.data.bank import SPLITS, Dataset, ImageBank, Look, Readable, cached_bank
 from metacv.data.image_files import as_tensor, open_image
 from metacv.text import in_bytes
 
@@ -33,6 +33,8 @@ FINE = 3  # canvas pixels for each image pixel, in each direction
 @dataclass
 class Glyphs(Dataset):
     """Greyscale images of 28x28 pixels. Train, val and test are consecutive classes of one random stream."""
+
+    look: ClassVar[Look] = {"brightness": [0.035, 0.089, 0.214], "contrast": [0.161, 0.251, 0.358]}
 
     classes: dict[str, Count]  # the number in each split
     images: Images  # of each class
@@ -58,7 +60,7 @@ class Glyphs(Dataset):
         start = sum(self.classes[earlier] for earlier in SPLITS[: SPLITS.index(split)])
         return everything.select(f"glyphs {split}", range(start, start + self.classes[split]))
 
-    def read(self, path: Path) -> Tensor:
+    def read(self, path: Readable) -> Tensor:
         """Prepare an image file of dark ink on light paper: uint8 [1, 28, 28], inverted."""
         return 255 - as_tensor(open_image(path, SIZE).convert("L").resize((SIZE, SIZE), Image.Resampling.LANCZOS))
 

@@ -15,7 +15,7 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from metacv.data.bank import ImageBank
+from metacv.data.bank import ImageBank, Readable
 from metacv.errors import UserError
 from metacv.files import size_of
 from metacv.terminal import progress_bar
@@ -23,6 +23,7 @@ from metacv.text import printable
 
 DECODING = 2  # part of the key of caches: increase it when `open_image` decodes a file differently
 Fit = Literal["crop", "stretch"]
+S = TypeVar("S")
 T = TypeVar("T")
 # Pillow warns of large files and damaged EXIF. We print a line of our own for a file that cannot be read.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -40,23 +41,21 @@ UPRIGHT = {  # by the orientation in EXIF
 }
 
 
-def open_image(path: Path, side: int | None = None) -> Image.Image:
-    """Open an image file as 8 bits of mode L or RGB, upright, transparent pixels on white; UserError if impossible."""
-    Image.init()
+def open_image(image: Readable, side: int | None = None) -> Image.Image:
+    """Open an image file, or take an image, as 8 bits of mode L or RGB, upright, transparent pixels on white.
+
+    `side`: the image is needed at this size only. UserError if it is impossible.
+    """
+    path = Path("the image") if isinstance(image, Image.Image) else image
     try:
-        size_of(path)  # refuses pipes, which may have no end
-        with Image.open(path, formats=[name for name in Image.OPEN if name not in EXTERNAL]) as image:
-            if side:  # a smaller scale is enough, but with no side below twice `side` pixels
-                image.draft(None, (2 * side, 2 * side))
-                if (factor := min(image.size) // (2 * side)) > 1 and image.mode in ("L", "RGB", "RGBA", "CMYK"):
-                    image = image.reduce(factor)
-            image.load()  # a PNG may have its EXIF after the pixels
-            try:  # ImageOps.exif_transpose would also write the EXIF anew, and fail where a tag has a wrong type
-                turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-            except Exception:  # damaged EXIF: without a rotation
-                turn = None
-            pixels = _to_8_bits(image)
-            return pixels if turn is None else pixels.transpose(turn)
+        if isinstance(image, Image.Image):
+            return _plain(image, side)
+        Image.init()
+        size_of(image)  # refuses pipes, which may have no end
+        with Image.open(image, formats=[name for name in Image.OPEN if name not in EXTERNAL]) as opened:
+            if side:  # a smaller scale is enough
+                opened.draft(None, (2 * side, 2 * side))
+            return _plain(opened, side)
     except UserError:
         raise
     except OSError as error:
@@ -65,6 +64,20 @@ def open_image(path: Path, side: int | None = None) -> Image.Image:
         raise UserError(f"{path} cannot be read ({error.strerror or reason})") from None
     except Exception as error:  # Pillow raises errors of many kinds for a damaged or oversized file
         raise UserError(f"{path} cannot be read ({str(error) or type(error).__name__})") from None
+
+
+def _plain(image: Image.Image, side: int | None) -> Image.Image:
+    """`open_image` of an image that is open."""
+    factor = min(image.size) // (2 * side) if side else 1  # no side may fall below twice `side` pixels
+    if factor > 1 and image.mode in ("L", "RGB", "RGBA", "CMYK"):
+        image = image.reduce(factor)
+    image.load()  # a PNG may have its EXIF after the pixels
+    try:  # ImageOps.exif_transpose would also write the EXIF anew, and fail where a tag has a wrong type
+        turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # damaged EXIF: without a rotation
+        turn = None
+    pixels = _to_8_bits(image)
+    return pixels if turn is None else pixels.transpose(turn)
 
 
 def open_exactly(path: Path, formats: tuple[str, ...], mode: str) -> Image.Image:
@@ -133,7 +146,7 @@ def read_readable(label: str, files: list[Path], read: Callable[[Path], Tensor])
     return list(images), list(images.values())
 
 
-def map_on_threads(label: str, function: Callable[[Path], T], files: list[Path]) -> Iterator[T]:
+def map_on_threads(label: str, function: Callable[[S], T], files: list[S]) -> Iterator[T]:
     """Yield the results of `function` for each file, in order, and show a progress bar."""
     threads = min(32, os.cpu_count() or 1)
     # Several files at a time: with small files taken one by one, two threads are slower than one.

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from metacv.bounds import NotNegative, Seed, Size
 from metacv.data import image_files
-from metacv.data.bank import SPLITS, Dataset, ImageBank, cached_bank, digests, pictures, report_copies
+from metacv.data.bank import SPLITS, Dataset, ImageBank, Readable, cached_bank, digests, pictures, report_copies
 from metacv.data.sources import check_fractions, random_split
 from metacv.errors import UserError
 from metacv.files import read_text, user_path
@@ -87,7 +87,7 @@ class ImageFolder(Dataset):
         hashes = [f"pixels:{hashlib.sha256(b''.join(own)).hexdigest()[:32]}" for own in classes]
         return [own | {digest} for own, digest in zip(super().identities(bank), hashes, strict=True)]
 
-    def read(self, path: Path) -> Tensor:
+    def read(self, path: Readable) -> Tensor:
         if self.like:
             return self.like.read(path)
         size, color, fit, invert = self._prepared().values()

@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from metacv.bounds import Range
-from metacv.data.bank import Dataset, ImageBank, cached_bank
+from metacv.data.bank import Dataset, ImageBank, Look, Readable, cached_bank
 from metacv.data.image_files import as_tensor, open_exactly, open_image, to_square
 from metacv.data.sources import Source, SplitSpec, integers, split_classes
 from metacv.errors import UserError
@@ -21,6 +21,12 @@ CLASSES = split_classes("miniimagenet")
 @dataclass
 class MiniImageNet(Dataset):
     """Images of 84x84 pixels in colour, from class folders, Ravi's CSV lists, pickles or archives (see Source)."""
+
+    look: ClassVar[Look] = {
+        "brightness": [0.12, 0.439, 0.823],
+        "contrast": [0.094, 0.224, 0.376],
+        "saturation": [0.001, 0.121, 0.53],
+    }
 
     resize: bool  # accept files of another size, and resize them
     # 42, 28, 21, ...: images whose pixels are means of 2x2, 3x3, 4x4, ... of these
@@ -49,7 +55,7 @@ class MiniImageNet(Dataset):
         bank = cached_bank(self.data_dir, name, settings, lambda: source.load(self.data_dir, split))
         return replace(bank, name=f"miniimagenet {split}", images=shrink(bank.images, SIZE // self.size))
 
-    def read(self, path: Path) -> Tensor:
+    def read(self, path: Readable) -> Tensor:
         image = as_tensor(to_square(open_image(path, SIZE).convert("RGB"), SIZE, "crop"))
         return shrink(image[None], SIZE // self.size)[0]
 

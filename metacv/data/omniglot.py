@@ -3,14 +3,14 @@
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from metacv.bounds import Count, Range, Seed
-from metacv.data.bank import SPLITS, Dataset, ImageBank, cached_bank
+from metacv.data.bank import SPLITS, Dataset, ImageBank, Look, Readable, cached_bank
 from metacv.data.image_files import as_tensor, open_exactly, open_image, read_classes
 from metacv.data.sources import extract
 from metacv.errors import UserError
@@ -29,6 +29,8 @@ class Omniglot(Dataset):
             each, so that one seed gives the same test characters whatever the other counts (MAML, Reptile)
     file    lists of lines `ALPHABET/characterNN[/rotDDD]` (Vinyals 2016); the rotation `as_classes` replaces rotDDD
     """
+
+    look: ClassVar[Look] = {"brightness": [0.008, 0.079, 0.153], "contrast": [0.068, 0.233, 0.309]}
 
     size: Annotated[int, Range(4, 105)]  # height and width in pixels
     resample: Literal["lanczos", "nearest"]
@@ -54,7 +56,7 @@ class Omniglot(Dataset):
         bank = everything.select(f"omniglot {split}", self._split_classes(everything.class_names)[split])
         return replace(bank, images=255 - bank.images) if self.invert else bank
 
-    def read(self, path: Path) -> Tensor:
+    def read(self, path: Readable) -> Tensor:
         image = self._resized(open_image(path, self.size))
         return 255 - image if self.invert else image
 

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from metacv.bounds import NotNegative, Seed, Size
-from metacv.data.bank import SPLITS, Dataset, ImageBank, cached_bank
+from metacv.data.bank import SPLITS, Dataset, ImageBank, Readable, cached_bank
 from metacv.data.image_files import as_tensor, map_on_threads, open_image, to_square
 from metacv.data.sources import check_fractions, random_split
 from metacv.errors import UserError
@@ -63,7 +63,7 @@ class Torchvision(Dataset):
             raise UserError(f"dataset.name={self.name} has {content}: a task needs 2 classes; {advice}")
         return everything.select(f"{self.name} {split}", own)
 
-    def read(self, path: Path) -> Tensor:
+    def read(self, path: Readable) -> Tensor:
         return self._square(open_image(path))
 
     def splits(self) -> dict[str, list[str]]:

@@ -139,7 +139,8 @@ def test_a_network_trained_on_glyphs_is_evaluated_on_omniglot(metacv, monkeypatc
         for c in range(3):
             (place := tmp_path / "omniglot" / alphabet / f"character0{c}").mkdir(parents=True)
             for drawer in range(3):
-                Image.new("1", (105, 105), drawer % 2).save(place / f"{drawer}.png")
+                (picture := Image.new("1", (105, 105), 1)).paste(0, (20, 20, 40 + 10 * drawer, 60))
+                picture.save(place / f"{drawer}.png")
     settings = ("dataset.val_alphabets=[Greek]", "dataset.counts={train:3,val:3,test:3}", f"data_dir={tmp_path}")
     words = ("dataset=omniglot", *settings, "way=3", "query=2", "episodes=5")
     code, out, err = metacv("evaluate", f"checkpoint={trained('protonet')}", *words)

@@ -1,0 +1,158 @@
+"""A trained model that labels images by a few examples of each class, for `metacv predict` and the Python API."""
+
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metacv import limits
+from metacv.algorithms.base import Algorithm
+from metacv.algorithms.heads.base import WithHead
+from metacv.config import PredictConfig, TrainConfig, to_dict, with_paths
+from metacv.data.bank import Dataset
+from metacv.data.task import TaskBatch
+from metacv.errors import UserError
+from metacv.evaluate import with_changes
+from metacv.model import (
+    OPTIONAL,
+    WEIGHTS,
+    Checkpoint,
+    build_dataset,
+    load_checkpoint,
+    pick_device,
+    save_checkpoint,
+    with_head,
+)
+from metacv.text import first_line, printable, short
+
+QUERIES_AT_ONCE = 100
+Label = str | int | bool
+
+
+@dataclass(frozen=True)
+class Support:
+    """Labelled images [S, C, H, W] (uint8), class after class, with `shots` images of each of `classes`."""
+
+    images: Tensor
+    shots: tuple[int, ...]
+    classes: tuple[Label, ...]
+
+    def task(self, queries: Tensor, device: torch.device) -> TaskBatch:
+        """One task, with uint8 images [B, C, H, W] as queries."""
+        way = len(self.classes)
+        labels = torch.arange(way).repeat_interleave(torch.tensor(self.shots))
+        return TaskBatch(
+            support_x=self.images.to(device).float().div(255).unsqueeze(0),
+            support_y=labels.to(device).unsqueeze(0),
+            query_x=queries.to(device).float().div(255).unsqueeze(0),
+            query_y=torch.zeros(1, len(queries), dtype=torch.long, device=device),  # unknown
+            way=way,
+            classes=torch.arange(way, device=device).unsqueeze(0),
+        )
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A trained model with the settings that it predicts with."""
+
+    checkpoint: Checkpoint
+    config: TrainConfig  # of the checkpoint, with changes
+    device: torch.device
+
+    @classmethod
+    def load(cls, place: str | Path, given: PredictConfig) -> "Predictor":
+        """The model at `place`, with the settings of `given` that are not null; UserError if one does not fit."""
+        checkpoint = load_checkpoint(place)
+        config = with_changes(checkpoint, given, ("batch_norm",))  # query is a path here
+        return cls(checkpoint, config, pick_device(given.device))
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        """What prepares images like those of training."""
+        return build_dataset(self.config.dataset, ".")
+
+    @cached_property
+    def algorithm(self) -> Algorithm:
+        algorithm = with_head(self.checkpoint.build(self.config), self.config, self.checkpoint.centre).to(self.device)
+        if isinstance(algorithm, WithHead) and algorithm.needs_centre:
+            path = self.checkpoint.path
+            raise UserError(f"head: {path} has no mean feature of training images; choose another head")
+        return algorithm
+
+    def check_shape(self, kind: str, images: Tensor) -> None:
+        """Raise a UserError unless images [B, C, H, W] have the shape of those in training."""
+        path, trained = self.checkpoint.path, self.checkpoint.image_shape
+        if (shape := tuple(images.shape[1:])) != trained:
+            raise UserError(f"{kind}: its images become {shape}, and {path} was trained on {trained}")
+
+    def probabilities(self, support: Support, images: Tensor) -> Tensor:
+        """Probabilities [B, N] of the classes for images [B, C, H, W] (uint8); UserError if one is not finite."""
+        logits = label(self.algorithm, support, images, self.config.batch_norm, self.device)
+        probabilities = self.algorithm.probabilities(logits).cpu()
+        if not probabilities.isfinite().all():
+            what = "the probabilities are not finite; the weights are not, or adaptation diverged"
+            raise UserError(f"{self.checkpoint.path}: {what}")
+        return probabilities
+
+    def save(self, path: Path, support: Support) -> None:
+        """Write one file with the model and its support set, and no path of this machine."""
+        portable = with_paths(to_dict(self.config), lambda *_: None) | {"init": None}
+        kept = {"images": support.images, "shots": list(support.shots), "classes": list(support.classes)}
+        content = self.checkpoint.content
+        content = {name: content[name] for name in (*WEIGHTS, *OPTIONAL) if name in content}
+        save_checkpoint(path, content | {"config": portable, "support": kept})
+
+
+def label(algorithm: Algorithm, support: Support, images: Tensor, batch_norm: str, device: torch.device) -> Tensor:
+    """Logits [B, N] of query images [B, C, H, W] (uint8); transductive ones are of one task, as in evaluation."""
+    groups = images.split(QUERIES_AT_ONCE if batch_norm == "inductive" else len(images))
+    try:
+        return torch.cat([algorithm.predict(support.task(group, device), batch_norm)[0] for group in groups])
+    except (RuntimeError, ValueError) as error:  # too many for the memory, or a single one has no statistics
+        if batch_norm == "inductive":
+            raise
+        text = f"batch_norm=transductive with {len(images)} query images: {first_line(error)}; try batch_norm=inductive"
+        raise UserError(text) from error
+
+
+def kept_support(checkpoint: Checkpoint) -> Support:
+    """The support set in a file that `save` wrote."""
+    try:
+        kept = checkpoint.content["support"]
+        images, shots, classes = kept["images"], tuple(map(int, kept["shots"])), tuple(kept["classes"])
+        plain = images.dtype == torch.uint8 and images.layout == torch.strided and images.is_contiguous()
+        if len(classes) > limits.CLASSES:
+            raise UserError(f"adapted={checkpoint.path} has {len(classes)} classes, above {limits.CLASSES}")
+        check_labels(classes)
+        named = len({*classes}) == len(classes) == len(shots) >= 2
+        if not plain or not named or min(shots) < 1 or sum(shots) != len(images):
+            raise ValueError
+        return Support(images, shots, classes)
+    except KeyError:
+        text = "has no support set; save=FILE together with support=FOLDER makes one"
+        raise UserError(f"adapted={checkpoint.path}: {text}") from None
+    except (TypeError, ValueError, AttributeError, IndexError, OverflowError):
+        raise UserError(f"adapted={checkpoint.path} is damaged") from None
+
+
+def check_labels(labels: tuple[Any, ...]) -> None:
+    """Raise a ValueError unless these are the classes that a file can hold: all text, or all numbers."""
+    if {*map(type, labels)} not in ({str}, {int}, {bool}):
+        raise ValueError("must be all text or all whole numbers")
+    for one in labels:
+        if isinstance(one, str) and not (one.isprintable() and len(one) <= limits.NAME):
+            raise ValueError(f"{short(printable(one))}: must be printable, with {limits.NAME} letters at most")
+        if isinstance(one, int) and abs(one) >= 2**63:
+            raise ValueError(f"{one}: must have 64 bits")
+
+
+def check_place_to_save(path: Path) -> None:
+    """Refuse to overwrite anything but an earlier kept model."""
+    with suppress(UserError):
+        if not path.exists() or "support" in load_checkpoint(path).content:
+            return
+    raise UserError(f"save={path}: exists already, and is not a model that `save` wrote")
