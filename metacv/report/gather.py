@@ -36,6 +36,7 @@ class RunRecord:
     sha256: str
     overrides: dict[str, str]  # settings that the command line changed
     metrics: list[dict[str, float]]
+    stages: str = ""  # the earlier runs that training started from, or learned from
     tests: list[Result] = field(default_factory=list)
     name: str = ""
 
@@ -49,11 +50,23 @@ class RunRecord:
         return self.overrides | {name: printable(str(value)) for name, value in flat(to_dict(self.config))}
 
     @cached_property
+    def protocol(self) -> dict[str, str]:
+        """The settings that determine the episodes of validation, by their full names."""
+        names = ("dataset", "way", "shot", "query", "batch_norm", "eval_episodes")
+        whole = flat({name: getattr(self.config, name) for name in names})
+        return {name: printable(str(value)) for name, value in whole if name != "dataset.train_rotation"}
+
+    @cached_property
     def validated_on(self) -> str:
         """Equal for runs that were validated on the same episodes."""
-        names = ("way", "shot", "query", "batch_norm", "eval_episodes")
-        images = {name: value for name, value in self.config.dataset.items() if name != "train_rotation"}
-        return str([images, *(getattr(self.config, name) for name in names)])
+        return str(self.protocol)
+
+    @property
+    def validation_text(self) -> str:
+        """The images and episodes of validation."""
+        config = self.config
+        where = f"{plural(config.eval_episodes, 'episode')} of {class_name(config.dataset)} val"
+        return f"{where}, {plural(config.query, 'query', 'queries')}, {config.batch_norm}"
 
     def paper(self, test: Result) -> str:
         """The accuracy that the paper reports, in %, if `test` follows the protocol of the run's experiment."""
@@ -132,7 +145,9 @@ def read_run(path: Path, files: dict[Path, ResultFile]) -> RunRecord:
     validation = measured if is_number(*measured) else None
     changed = overrides(folder, [file for place, file in files.items() if place.parent == folder])
     lines = metrics(folder / "metrics.jsonl")
-    return RunRecord(folder, checkpoint.config, checkpoint.step, validation, checkpoint.sha256, changed, lines)
+    stages = "; ".join(stage.partition(", sha256")[0] for stage in checkpoint.training.stages)
+    known = checkpoint.config, checkpoint.step, validation, checkpoint.sha256, changed, lines
+    return RunRecord(folder, *known, printable(stages))
 
 
 def printable_result(test: Result) -> Result:
