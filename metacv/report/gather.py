@@ -101,14 +101,7 @@ def gather(places: list[Path]) -> tuple[list[RunRecord], list[str]]:
     def below(pattern: str) -> list[Path]:
         return [path for place in places for path in sorted(place.rglob(pattern))]
 
-    files: dict[Path, ResultFile] = {}
-    old = set()
-    for path in filter(Path.is_file, below("*.json")):
-        try:
-            files[path] = read_results(path)
-        except UserError:  # another program's file, or one that is damaged or of version 1
-            if '"norm": "' in (text := read(path)) and '"checkpoint_sha256": "' in text:
-                old.add(path)
+    files, old = result_files(places)
     tests = {
         (test.checkpoint_sha256, test.episodes_sha256, test.batch_norm, str(test.changes)): (test, path)
         for path, file in files.items()
@@ -137,6 +130,18 @@ def gather(places: list[Path]) -> tuple[list[RunRecord], list[str]]:
     return list(runs.values()), [note for note in notes if note]
 
 
+def result_files(places: list[Path]) -> tuple[dict[Path, ResultFile], set[Path]]:
+    """The result files below `places`, and the paths of those of version 1."""
+    files, old = dict[Path, ResultFile](), set[Path]()
+    for path in (path for place in places for path in sorted(place.rglob("*.json")) if path.is_file()):
+        try:
+            files[path] = read_results(path)
+        except UserError:  # another program's file, or one that is damaged or of version 1
+            if '"norm": "' in (text := read(path)) and '"checkpoint_sha256": "' in text:
+                old.add(path)
+    return files, old
+
+
 def read_run(path: Path, files: dict[Path, ResultFile]) -> RunRecord:
     """The run of a best.pt, without its weights."""
     checkpoint, folder = load_checkpoint(path), path.parent
@@ -157,6 +162,14 @@ def printable_result(test: Result) -> Result:
         for name, value in test.changes.items()
     }
     return replace(test, **texts, changes=changes)
+
+
+def protocol_of(test: Result) -> str:
+    """The images and episodes of a test."""
+    query = plural(test.query, "query", "queries")
+    text = f"{plural(test.episodes, 'episode')} of {test.dataset} {test.split}, {query}, {test.batch_norm}"
+    text += f", rotation {test.rotation}" if test.rotation not in ("", "none") else ""
+    return text + (f", without {plural(test.left_out, 'class', 'classes')}" if test.left_out else "")
 
 
 def overrides(folder: Path, files: list[ResultFile]) -> dict[str, str]:

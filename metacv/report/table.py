@@ -11,9 +11,9 @@ from itertools import groupby
 import torch
 
 from metacv.compare import t_interval
-from metacv.report.gather import RunRecord
+from metacv.report.gather import RunRecord, protocol_of
 from metacv.results import Result
-from metacv.text import percent, plural, printable, setting, shortened_in_the_middle
+from metacv.text import percent, printable, setting, shortened_in_the_middle
 
 BEST, SIMILAR = "best", "similar"
 NOTE = (
@@ -37,12 +37,7 @@ class Row:
     @property
     def tested_on(self) -> str:
         """The test's images and episodes; empty without a test."""
-        if not (test := self.test):
-            return ""
-        query = plural(test.query, "query", "queries")
-        text = f"{plural(test.episodes, 'episode')} of {test.dataset} {test.split}, {query}, {test.batch_norm}"
-        text += f", rotation {test.rotation}" if test.rotation not in ("", "none") else ""
-        return text + (f", without {plural(test.left_out, 'class', 'classes')}" if test.left_out else "")
+        return protocol_of(self.test) if self.test else ""
 
     @property
     def task(self) -> tuple[int, int, bool, str, str]:
