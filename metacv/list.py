@@ -34,7 +34,7 @@ def table_of(group: str) -> str:
 
 
 def experiment_rows() -> Iterator[tuple[str, ...]]:
-    """Name, batch-norm mode, the paper's accuracy, ours and the source of each published number."""
+    """Name, batch-norm mode, the paper's accuracy, ours and the paper of each published number."""
     for name in choices("experiment"):
         paper = published(yaml.safe_load((CONFIG_DIR / f"experiment/{name}.yaml").read_text()).get("paper", []))
         kept = KEPT_DIR / name / "result.json"
@@ -44,12 +44,12 @@ def experiment_rows() -> Iterator[tuple[str, ...]]:
         if not paper:
             yield name, "".join([*texts][:1]), "", "".join([*texts.values()][:1]), ""
         for number in paper:
-            yield name, number.batch_norm, str(number), texts.get(number.batch_norm, ""), number.source
+            yield name, number.batch_norm, str(number), texts.get(number.batch_norm, ""), number.source.split(",")[0]
 
 
 def experiments() -> str:
     """A line for each published number."""
-    head = ("", "batch norm", "paper %", "ours %", "source")
+    head = ("", "batch norm", "paper %", "ours %", "published in")
     return f"{aligned([[*row] for row in (head, *experiment_rows())])}\n{NOTE}"
 
 

@@ -444,7 +444,7 @@ def completed(line: str) -> list[str]:
     [
         ("metacv ", ["compare", "evaluate", "info", "list", "predict", "report", "train"]),
         ("metacv list ", ["backbones", "datasets", "experiments", "heads", "hydra.run.dir=", "methods"]),
-        ("metacv list methods h", ["heads", "hydra.run.dir="]),
+        ("metacv list methods he", ["heads"]),
         ("metacv tr", ["train"]),
         ("metacv train algo=p", ["algo=protonet"]),
         ("metacv train algo=maml,rel", ["algo=maml,relationnet"]),
