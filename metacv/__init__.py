@@ -10,9 +10,10 @@ __version__ = "0.2.0.dev0"
 
 _PACKAGE = Path(__file__).resolve().parent
 _CHECKOUT = _PACKAGE.parent / "configs"
-KEPT_DIR = _PACKAGE.parent / "outputs" / "reference"  # of the checkout: models that are known by name
 # configs/ of the checkout, otherwise the copy inside the installed package.
 CONFIG_DIR = _CHECKOUT if (_CHECKOUT / "train.yaml").is_file() else _PACKAGE / "configs"
+# Models that are known by name: of the checkout, otherwise the few inside the installed package.
+KEPT_DIR = _PACKAGE.parent / "outputs" / "reference" if CONFIG_DIR == _CHECKOUT else _PACKAGE / "kept"
 
 
 @cache

@@ -9,7 +9,7 @@ from typing import Any
 
 from metacv import CONFIG_DIR
 from metacv.help import COMMANDS
-from metacv.words import PATHS, choices, groups
+from metacv.words import PATHS, POSITIONAL, choices, groups
 
 CHOICES = re.compile(r"#\s*(\S+(?: \| [^\s|:,]+)+)")  # in a comment: a | b | c
 
@@ -49,13 +49,16 @@ def candidates(line: str, plugin: Any) -> list[str]:
         return [word for choice in possible if (word := f"{name}={earlier}{choice}").startswith(last)]
     if equals and PATHS.fullmatch(name):
         return [f"{name}={path}" for path in paths(value)]
-    found = [word for word in plugin._query(command, " ".join(words[1:])) if not word.endswith("._target_=")]
+    settings = [word for word in words[1:-1] if command not in POSITIONAL or "=" in word]
+    found = [word for word in plugin._query(command, " ".join([*settings, last])) if not word.endswith("._target_=")]
     found = list(dict.fromkeys([*found, *(["hydra.run.dir="] if "hydra.run.dir=".startswith(last) else [])]))
     others = {path.name for path in CONFIG_DIR.iterdir() if path.is_dir()} - groups(command).keys()
     own = {*COMMANDS, "hydra"}  # other commands are not settings
     found = [word for word in found if (name := word.rstrip(".=/")) not in own | others or (last and name in own)]
-    if command in ("compare", "report"):  # whose plain words are runs
-        return [word for word in found if word.rstrip(".=") != "runs"] + paths(last)
+    if command in POSITIONAL:  # whose plain words are runs, or what to list
+        plain = values(command, POSITIONAL[command]) or paths(last)
+        found = [word for word in found if word.rstrip(".=") != POSITIONAL[command]]
+        return found + [word for word in plain if word.startswith(last)]
     return found
 
 

@@ -128,6 +128,16 @@ class ReportConfig:
 
 
 @dataclass
+class ListConfig:
+    what: list[str] = field(default_factory=list)
+
+
+@dataclass
+class InfoConfig:
+    runs: list[str] = MISSING
+
+
+@dataclass
 class PredictConfig:
     checkpoint: str | None = None
     support: str | None = None

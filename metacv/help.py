@@ -21,8 +21,7 @@ def help_text(command: str, words: list[str]) -> str:
         files = {name: CONFIG_DIR / group / f"{name}.yaml" for name in choices_of(group)}
         width = len(group) + 2 + max(map(len, files))
         for name, path in files.items():
-            lines = [line for line in path.read_text().splitlines() if not line.startswith("# @package")]
-            choices.append(f"  {f'{group}={name}':<{width}} {''.join(lines[:1]).lstrip('# ')}")
+            choices.append(f"  {f'{group}={name}':<{width}} {about(path.read_text())}")
         choices.append("")
         if chosen not in files:
             continue
@@ -33,6 +32,12 @@ def help_text(command: str, words: list[str]) -> str:
             settings.append("\n  ".join([f"# {group}={chosen}\n{group}:", *_readable(text).splitlines()]))
     template: str = content["hydra"]["help"]["template"]
     return template.replace("$CHOICES", "\n".join(choices).rstrip()).replace("$CONFIG", "\n\n".join(settings).rstrip())
+
+
+def about(text: str) -> str:
+    """What a YAML file is, which its first comment says in one line."""
+    lines = [line for line in text.splitlines() if not line.startswith("# @package")]
+    return "".join(lines[:1]).lstrip("# ")
 
 
 def _chosen(command: str, words: list[str]) -> dict[str, str | None]:

@@ -5,6 +5,7 @@ A checkpoint holds tensors and plain values only, so that loading one runs no co
 
 import importlib
 import inspect
+import os
 import pickle
 import platform
 import re
@@ -32,6 +33,7 @@ from metacv.files import read_checked, sha256, user_path, write_atomically, writ
 from metacv.pickles import check_extent
 from metacv.text import first_line, plural
 from metacv.upgrade import upgrade_checkpoint
+from metacv.words import nearest
 
 T = TypeVar("T")
 FORMAT = 2
@@ -178,6 +180,10 @@ def checkpoint_path(place: str | Path, name: str = "best.pt") -> Path:
     path = user_path(place)
     if not path.exists() and (KEPT_DIR / place / name).is_file():
         path = KEPT_DIR / place
+    if not path.exists():
+        kept = [own.parent.relative_to(KEPT_DIR).as_posix() for own in sorted(KEPT_DIR.rglob(name))]
+        near = nearest(str(place), kept, cutoff=0.55)  # or all, if none is near
+        raise UserError(f"{path}: there is no such file{near if near.startswith('; did') else ''}")
     if not path.is_dir():
         return path
     if not (path / name).is_file():
@@ -249,12 +255,15 @@ def target_class(name: str, node: dict[str, Any], base: type[T]) -> type[T]:
     """The class that `_target_` of a config node names.
 
     A checkpoint brings its own config, and whoever wrote it chose the targets. So a target must be a class in a module
-    of metacv or torch.optim, and a subclass of `base`: nothing else is imported or called.
+    of metacv or torch.optim, or of a package that the user names in METACV_METHODS, and a subclass of `base`: nothing
+    else is imported or called.
     """
     target = str(node.get("_target_"))
     module, _, attribute = target.rpartition(".")
-    if not target.startswith(("metacv.", "torch.optim.")):
-        raise UserError(f"{name}._target_={target}: only classes of metacv and torch.optim may be named")
+    own = [package.strip() for package in os.environ.get("METACV_METHODS", "").split(",") if package.strip()]
+    if not target.startswith(tuple(f"{package}." for package in ("metacv", "torch.optim", *own))):
+        text = "only classes of metacv and torch.optim may be named, unless METACV_METHODS names their package"
+        raise UserError(f"{name}._target_={target}: {text}")
     try:
         cls = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:

@@ -21,6 +21,12 @@ def short(line: str, word: int = 200, length: int = 1000) -> str:
     return line if len(line) <= length else f"{line[: length // 2]} ... {line[-length // 4 :]}"
 
 
+def shortened_in_the_middle(text: str, length: int) -> str:
+    """The beginning and the end of a text that is longer than this many characters."""
+    end = (length - 3) // 2
+    return text if len(text) <= length else f"{text[: length - 3 - end]}...{text[len(text) - end :]}"
+
+
 def csv_safe(text: str) -> str:
     """Text that a spreadsheet would compute gets a ' in front; numbers stay numbers."""
     computed = re.match(r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]|[\t\r\n]", text)

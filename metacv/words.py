@@ -21,7 +21,8 @@ PATHS = re.compile(
     rf"|{KEPT_PATHS.pattern})"
 )
 NO_NAME = re.compile(r"true|false|[+-]?([\d.]+(e[+-]?\d+)?|inf|nan)", re.IGNORECASE)  # hardly a file's
-OPTIONS_WITH_VALUE = {"-c", "--cfg", "-p", "--package"}
+POSITIONAL = {"compare": "runs", "report": "runs", "info": "runs", "list": "what"}  # settings that plain words fill
+OPTIONS_WITH_VALUE = {"-c", "--cfg", "-p", "--package", "-cd", "--config-dir"}
 OPTIONS = re.compile(  # of train, which are Hydra's
     r"-(c|p|m|r|i|cp|cn|cd)|--(cfg|package|multirun|run|info|resolve|hydra-help|version|config-(path|name|dir)|"
     r"experimental-rerun)(=.*)?"
@@ -41,9 +42,9 @@ def hydra_overrides(command: str, words: list[str]) -> list[str]:
         if len(own := [word for word in given if word.startswith(f"{group}=")]) > 1:
             raise UserError(f"{' and '.join(own)}: give {group} once")
     sweeps = not {"-m", "--multirun"}.isdisjoint(words)
-    if command in ("compare", "report"):  # `compare A B` becomes `compare runs=[A,B]`
+    if command in POSITIONAL:  # `compare A B` becomes `compare runs=[A,B]`
         runs = [i for i in _plain(words) if "=" not in words[i] or os.path.exists(words[i])]
-        setting = f"runs=[{','.join(quoted(words[i]) for i in runs)}]"
+        setting = f"{POSITIONAL[command]}=[{','.join(quoted(words[i]) for i in runs)}]"
         words = [word for i, word in enumerate(words) if i not in runs] + [setting] * bool(runs)
     if command == "train":
         for word in words:

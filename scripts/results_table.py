@@ -6,7 +6,6 @@ python scripts/results_table.py
 import json
 import shlex
 import sys
-from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from hydra import compose, initialize_config_dir
 from metacv import CONFIG_DIR
 from metacv.config import TrainConfig, class_name, from_dict, typed
 from metacv.errors import UserError
+from metacv.experiments import Published, published, under_its_protocol
 from metacv.files import sha256
 from metacv.results import Result, ResultFile, read_results
 from metacv.text import percent
@@ -79,7 +79,7 @@ class Kept:
     @cached_property
     def results(self) -> dict[str, Result]:
         """Under the paper's protocol, by batch-norm mode."""
-        return {result.batch_norm: result for result in read_results(self.folder / "result.json").results}
+        return under_its_protocol(read_results(self.folder / "result.json").results)
 
     @cached_property
     def common(self) -> Result:
@@ -102,33 +102,6 @@ class Kept:
         return [word for name, word in words.items() if name not in NOT_SHOWN]
 
 
-@dataclass
-class Published:
-    """An accuracy in a paper, in %."""
-
-    accuracy: float
-    ci95: float | None
-    batch_norm: str
-    source: str
-    decimals: int = 0  # as printed in the paper
-
-    def __str__(self) -> str:
-        mean = f"{self.accuracy:.{self.decimals}f}"
-        return mean if self.ci95 is None else f"{mean} ± {self.ci95:.{self.decimals}f}"
-
-    def reproduced_by(self, result: Result) -> bool:
-        """Whether our mean reaches the paper's interval or, if it gives none, our interval its rounded accuracy."""
-        margin = 100 * result.ci95 + 0.5 * 10**-self.decimals if self.ci95 is None else self.ci95
-        return 100 * result.accuracy >= self.accuracy - margin
-
-
-def published(config: TrainConfig) -> list[Published]:
-    """The papers' numbers for an experiment. Papers print all of them with the same number of decimals."""
-    numbers = [number for entry in config.paper for number in (entry["accuracy"], entry["ci95"]) if number is not None]
-    decimals = max((len(str(number).partition(".")[2]) for number in numbers), default=0)
-    return [Published(**entry, decimals=decimals) for entry in config.paper]
-
-
 class Experiment:
     """A file of configs/experiment/DATASET, and what outputs/reference has of it."""
 
@@ -139,7 +112,7 @@ class Experiment:
 
     def rows(self) -> list[list[str]]:
         """Rows of the table under the papers' protocols, one for each published number."""
-        return [self._row(paper) for paper in published(self.config)]
+        return [self._row(paper) for paper in published(self.config.paper)]
 
     def _row(self, paper: Published) -> list[str]:
         method = self.name.split("/")[1].rpartition("_")[0]

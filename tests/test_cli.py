@@ -29,7 +29,7 @@ from metacv.terminal import error_line
 from metacv.train import training_step
 from metacv.words import hydra_overrides, quoted
 
-COMMANDS = ("train", "evaluate", "predict", "compare", "report")
+COMMANDS = ("train", "evaluate", "predict", "compare", "report", "list", "info")
 EVALUATE = ("evaluate", "checkpoint=run", "hydra.run.dir=evaluation")
 
 
@@ -226,11 +226,13 @@ def test_the_old_name_of_a_setting_is_answered_with_the_new_one(metacv, command)
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_cfg_prints_the_settings_as_yaml_and_runs_nothing(metacv, command):
-    words = {"train": ["seed=7"], "report": ["a", "b c"], "compare": ["a", "b", "seed=7"]}.get(command, ["device=cpu"])
-    code, out, err = metacv(command, *words, "--cfg", "job")
+    words = {"train": ["seed=7"], "report": ["a", "b c"], "compare": ["a", "b", "seed=7"], "list": ["heads"]}
+    words |= {"info": words["report"]}
+    code, out, err = metacv(command, *words.get(command, ["device=cpu"]), "--cfg", "job")
     assert (code, err) == (0, "")
     shown = OmegaConf.to_container(OmegaConf.create(out))
     changed = {"train": ("seed", 7), "report": ("runs", ["a", "b c"]), "compare": ("runs", ["a", "b"])}
+    changed |= {"info": changed["report"], "list": ("what", ["heads"])}
     name, value = changed.get(command, ("device", "cpu"))
     assert shown[name] == value
     assert "hydra" not in shown
@@ -440,7 +442,9 @@ def completed(line: str) -> list[str]:
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("metacv ", ["compare", "evaluate", "predict", "report", "train"]),
+        ("metacv ", ["compare", "evaluate", "info", "list", "predict", "report", "train"]),
+        ("metacv list ", ["backbones", "datasets", "experiments", "heads", "hydra.run.dir=", "methods"]),
+        ("metacv list methods he", ["heads"]),
         ("metacv tr", ["train"]),
         ("metacv train algo=p", ["algo=protonet"]),
         ("metacv train algo=maml,rel", ["algo=maml,relationnet"]),
@@ -475,8 +479,11 @@ def test_completion(line, expected):
     [
         ("metacv report ", ["a run/", "a.txt", "b/", "hydra.run.dir="]),
         ("metacv report b", ["b/"]),
+        ("metacv info b", ["b/"]),
         ("metacv report b/", ["b/one/", "b/two/"]),
         ("metacv compare b/t", ["b/two/"]),
+        ("metacv compare b/one b/t", ["b/two/"]),
+        ("metacv compare b/one batch_norm=inductive b/two sh", ["shot="]),
         ("metacv evaluate checkpoint=b/o", ["checkpoint=b/one/"]),
         ("metacv train init=a", ["init=a run/", "init=a.txt"]),
         ("metacv train dataset=image_folder dataset.root=b", ["dataset.root=b/"]),

@@ -38,7 +38,7 @@ from metacv.model import load_checkpoint, save_checkpoint
 from metacv.predictor import kept_support
 from metacv.report.figures import sample_episode
 from metacv.report.gather import gather
-from metacv.report.table import as_markdown, rows_of, varied_settings
+from metacv.report.table import as_markdown, groups_of
 from metacv.results import read_results
 from metacv.run import STATE, load_state
 from metacv.terminal import error_line
@@ -275,9 +275,8 @@ def use_run(path: Path) -> None:
     """What a report does with a run, but for the figures."""
     runs, _ = gather([path.parent])
     if runs:
-        rows = rows_of(runs)
-        columns = varied_settings(rows)
-        cells = [row.cells(columns) for row in rows]
+        groups, columns = groups_of(runs)
+        cells = [row.cells(columns) for group in groups for row in group.rows]
         text = as_markdown([[*cells[0]], *([*own.values()] for own in cells)])
         assert "<" not in text
         assert text.count("\n") == len(cells) + 2

@@ -66,7 +66,7 @@ ACCEPTED = {  # which of the values a setting may have by its type; a setting th
     "zero": "augment.crop backbone.padding head.augment schedule.total_iters",
     "list": "normalize.mean normalize.std backbone.padding",
     "empty list": "normalize.mean normalize.std paper backbone.padding backbone.downsample dataset.val_alphabets "
-    "compare:runs report:runs",
+    "compare:runs report:runs info:runs list:what",
     "half": "schedule.start_factor",
     "zero, 2e9": "seed dataset.seed dataset.split_seed evaluate:seed compare:seed",
     "zero, half": "augment.jitter ema algo.label_smoothing algo.dropout backbone.drop_block optimizer.momentum "
@@ -241,6 +241,8 @@ COMMANDS = {
     "compare": ("protonet", "maml", "batch_norm=inductive"),
     "predict": ("checkpoint=protonet", "support=images", "query=images"),
     "report": ("protonet",),
+    "info": ("protonet",),
+    "list": (),
 }
 CHOSEN = [Setting("train", (), group, str) for group in ("experiment", "launcher", "sweeper")]
 

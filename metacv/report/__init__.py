@@ -1,6 +1,7 @@
 """`metacv report`: a table and a page about all runs below some folders. Nothing on the page is outside of it."""
 
-from itertools import groupby
+import shutil
+from itertools import chain
 from pathlib import Path
 
 from jinja2 import StrictUndefined, Template
@@ -11,7 +12,18 @@ from metacv.errors import UserError
 from metacv.files import user_path, write_bytes_atomically
 from metacv.report.figures import CURVES, HUES, by_cost, by_task, curves, sample_episodes
 from metacv.report.gather import gather
-from metacv.report.table import BEST, NOTE, Row, as_markdown, rows_of, varied_settings
+from metacv.report.table import (
+    BEST,
+    NOTE,
+    Group,
+    as_markdown,
+    for_csv,
+    for_terminal,
+    groups_of,
+    markdown_safe,
+    modes_to_compare,
+    shown_columns,
+)
 from metacv.text import aligned, csv_bytes
 
 
@@ -23,42 +35,54 @@ def report(config: ReportConfig, folder: Path) -> list[dict[str, str]]:
     runs, notes = gather(places)
     if not runs:
         raise UserError("; ".join([f"{', '.join(config.runs) or 'runs=[]'}: there is no run with a best.pt", *notes]))
-    rows = rows_of(runs)
-    varied = varied_settings(rows)
-    all_cells = [row.cells(varied) for row in rows]
-    columns = [name for name in all_cells[0] if any(own[name] for own in all_cells)]  # without empty ones
-    cells = [{name: own[name] for name in columns} for own in all_cells]
-    lines = [columns, *(list(own.values()) for own in cells)]
-    notes = [NOTE] * any(row.selection for row in rows) + notes
+    groups, varied = groups_of(runs)
+    all_cells = [[row.cells(varied) for row in group.rows] for group in groups]
+    tables = []
+    for own in all_cells:
+        shown = shown_columns(own)
+        tables.append([shown, *([cells[name] for name in shown] for cells in own)])
+    rows = [*chain(*all_cells)]
+    columns = [name for name in rows[0] if any(own[name] for own in rows)]  # without empty ones
+    cells = [{name: own[name] for name in columns} for own in rows]
+    notes = [*modes_to_compare(runs), *[NOTE] * any(row.selection for group in groups for row in group.rows), *notes]
     folder.mkdir(parents=True, exist_ok=True)
-    html = page(rows, varied, cells, notes)
-    for kind, text in (("csv", csv_bytes(lines)), ("md", as_markdown(lines).encode()), ("html", html.encode())):
-        write_bytes_atomically(folder / f"report.{kind}", text)
-    print("\n".join([aligned(lines), *notes]))
-    for kind in ("html", "md", "csv"):
+    texts = {
+        "html": page(groups, varied, tables, notes).encode(),
+        "md": markdown(groups, tables, notes).encode(),
+        "csv": csv_bytes(for_csv(cells)),
+    }
+    for kind, content in texts.items():
+        write_bytes_atomically(folder / f"report.{kind}", content)
+    width = shutil.get_terminal_size().columns
+    for group, table in zip(groups, tables, strict=True):
+        print("\n".join([group.heading, *group.sentences, aligned(for_terminal(table, width)), ""]))
+    if notes:
+        print("\n".join(notes))
+    for kind in texts:
         print(f"{'written:' if kind == 'html' else '':<8} {folder / f'report.{kind}'}")
     return cells
 
 
-def page(rows: list[Row], varied: list[str], cells: list[dict[str, str]], notes: list[str]) -> str:
-    """The page. `rows` are in the order of the table: those of a task together."""
-    best_first = sorted(rows, key=lambda row: -row.measured[0])
+def markdown(groups: list[Group], tables: list[list[list[str]]], notes: list[str]) -> str:
+    """The report in GitHub's Markdown: a heading, the choice in words and a table for each group."""
+    parts = []
+    for group, table in zip(groups, tables, strict=True):
+        words = "\n\n".join(map(markdown_safe, group.sentences))
+        parts.append(f"## {markdown_safe(group.heading)}\n\n{words}\n\n{as_markdown(table)}")
+    return "\n".join([*parts, *(f"{markdown_safe(note)}\n" for note in notes)])
+
+
+def page(groups: list[Group], varied: list[str], tables: list[list[list[str]]], notes: list[str]) -> str:
+    """The page; `tables` are those of the groups, with their columns first."""
+    best_first = sorted((row for group in groups for row in group.rows), key=lambda row: -row.validated)
     runs = list({id(row.run): row.run for row in best_first}.values())
-    groups = [list(group) for _, group in groupby(zip(rows, cells, strict=True), key=lambda pair: pair[0].task)]
-    headings = [group[0][0].heading for group in groups]
-    tasks = []
-    for heading, group in zip(headings, groups, strict=True):
-        test = group[0][0].test
-        episodes = f", episode list {test.episodes_sha256[:8]}" if test and headings.count(heading) > 1 else ""
-        tasks.append((heading + episodes, group))
     text = (Path(__file__).parent / "page.html.j2").read_text()
     template = Template(text, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return template.render(
         version=__version__,
         notes=notes,
-        tasks=tasks,
+        groups=list(zip(groups, tables, strict=True)),
         best=BEST,
-        columns=[name for name in cells[0] if name not in ("task", "tested on")],
         hues=HUES,
         runs=runs,
         curves=curves(runs[:CURVES]),

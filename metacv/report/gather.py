@@ -36,6 +36,7 @@ class RunRecord:
     sha256: str
     overrides: dict[str, str]  # settings that the command line changed
     metrics: list[dict[str, float]]
+    stages: str = ""  # the earlier runs that training started from, or learned from
     tests: list[Result] = field(default_factory=list)
     name: str = ""
 
@@ -49,11 +50,23 @@ class RunRecord:
         return self.overrides | {name: printable(str(value)) for name, value in flat(to_dict(self.config))}
 
     @cached_property
+    def protocol(self) -> dict[str, str]:
+        """The settings that determine the episodes of validation, by their full names."""
+        names = ("dataset", "way", "shot", "query", "batch_norm", "eval_episodes")
+        whole = flat({name: getattr(self.config, name) for name in names})
+        return {name: printable(str(value)) for name, value in whole if name != "dataset.train_rotation"}
+
+    @cached_property
     def validated_on(self) -> str:
         """Equal for runs that were validated on the same episodes."""
-        names = ("way", "shot", "query", "batch_norm", "eval_episodes")
-        images = {name: value for name, value in self.config.dataset.items() if name != "train_rotation"}
-        return str([images, *(getattr(self.config, name) for name in names)])
+        return str(self.protocol)
+
+    @property
+    def validation_text(self) -> str:
+        """The images and episodes of validation."""
+        config = self.config
+        where = f"{plural(config.eval_episodes, 'episode')} of {class_name(config.dataset)} val"
+        return f"{where}, {plural(config.query, 'query', 'queries')}, {config.batch_norm}"
 
     def paper(self, test: Result) -> str:
         """The accuracy that the paper reports, in %, if `test` follows the protocol of the run's experiment."""
@@ -88,14 +101,7 @@ def gather(places: list[Path]) -> tuple[list[RunRecord], list[str]]:
     def below(pattern: str) -> list[Path]:
         return [path for place in places for path in sorted(place.rglob(pattern))]
 
-    files: dict[Path, ResultFile] = {}
-    old = set()
-    for path in filter(Path.is_file, below("*.json")):
-        try:
-            files[path] = read_results(path)
-        except UserError:  # another program's file, or one that is damaged or of version 1
-            if '"norm": "' in (text := read(path)) and '"checkpoint_sha256": "' in text:
-                old.add(path)
+    files, old = result_files(places)
     tests = {
         (test.checkpoint_sha256, test.episodes_sha256, test.batch_norm, str(test.changes)): (test, path)
         for path, file in files.items()
@@ -124,6 +130,18 @@ def gather(places: list[Path]) -> tuple[list[RunRecord], list[str]]:
     return list(runs.values()), [note for note in notes if note]
 
 
+def result_files(places: list[Path]) -> tuple[dict[Path, ResultFile], set[Path]]:
+    """The result files below `places`, and the paths of those of version 1."""
+    files, old = dict[Path, ResultFile](), set[Path]()
+    for path in (path for place in places for path in sorted(place.rglob("*.json")) if path.is_file()):
+        try:
+            files[path] = read_results(path)
+        except UserError:  # another program's file, or one that is damaged or of version 1
+            if '"norm": "' in (text := read(path)) and '"checkpoint_sha256": "' in text:
+                old.add(path)
+    return files, old
+
+
 def read_run(path: Path, files: dict[Path, ResultFile]) -> RunRecord:
     """The run of a best.pt, without its weights."""
     checkpoint, folder = load_checkpoint(path), path.parent
@@ -132,7 +150,9 @@ def read_run(path: Path, files: dict[Path, ResultFile]) -> RunRecord:
     validation = measured if is_number(*measured) else None
     changed = overrides(folder, [file for place, file in files.items() if place.parent == folder])
     lines = metrics(folder / "metrics.jsonl")
-    return RunRecord(folder, checkpoint.config, checkpoint.step, validation, checkpoint.sha256, changed, lines)
+    stages = "; ".join(stage.partition(", sha256")[0] for stage in checkpoint.training.stages)
+    known = checkpoint.config, checkpoint.step, validation, checkpoint.sha256, changed, lines
+    return RunRecord(folder, *known, printable(stages))
 
 
 def printable_result(test: Result) -> Result:
@@ -142,6 +162,14 @@ def printable_result(test: Result) -> Result:
         for name, value in test.changes.items()
     }
     return replace(test, **texts, changes=changes)
+
+
+def protocol_of(test: Result) -> str:
+    """The images and episodes of a test."""
+    query = plural(test.query, "query", "queries")
+    text = f"{plural(test.episodes, 'episode')} of {test.dataset} {test.split}, {query}, {test.batch_norm}"
+    text += f", rotation {test.rotation}" if test.rotation not in ("", "none") else ""
+    return text + (f", without {plural(test.left_out, 'class', 'classes')}" if test.left_out else "")
 
 
 def overrides(folder: Path, files: list[ResultFile]) -> dict[str, str]:

@@ -1,48 +1,56 @@
-"""The table of a report: a row for each evaluation of a run, or for the run itself if it has none."""
+"""The tables of a report: rows are the evaluations of runs, in groups that were tested in the same way."""
 
 import re
+import shlex
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from html import escape
 from itertools import groupby
 
-from metacv.report.gather import RunRecord
-from metacv.results import Result
-from metacv.text import percent, plural
+import torch
 
-BEST, SIMILAR = "best in validation", "not significantly different"
+from metacv.compare import t_interval
+from metacv.report.gather import RunRecord, protocol_of
+from metacv.results import Result
+from metacv.text import percent, printable, setting, shortened_in_the_middle
+
+BEST, SIMILAR = "best", "similar"
 NOTE = (
-    f'"{BEST}": the highest validation accuracy among the runs of a task, if all were validated on the same episodes. '
+    f'"{BEST}": the highest validation accuracy among runs that were validated on the same episodes. '
     f'"{SIMILAR}": its interval overlaps with that of the best run; metacv compare, which uses the same episodes for '
     "both, finds smaller differences."
 )
+ALWAYS = ("run", "test %", "paper %", "validation %")  # columns of a table, also where all rows have the same
+NAMES = 14  # letters of a name that the terminal shows at least
+COMPARED = ("way", "shot", "query", "episodes")  # settings that metacv compare wants to be equal, or given
 
 
 @dataclass
 class Row:
-    """A row of the table."""
+    """A row of the table: an evaluation of a run, or the run itself if it has none."""
 
     run: RunRecord
     test: Result | None
     selection: str = ""
 
     @property
-    def task(self) -> tuple[int, int, str, str]:
-        """Equal for rows whose accuracies can be compared."""
+    def tested_on(self) -> str:
+        """The test's images and episodes; empty without a test."""
+        return protocol_of(self.test) if self.test else ""
+
+    @property
+    def task(self) -> tuple[int, int, bool, str, str]:
+        """Equal for rows whose accuracies can be compared. Sorted by it, tests come before runs without one."""
         if not (test := self.test):
-            return self.run.config.way, self.run.config.shot, "", self.run.validated_on
-        query = plural(test.query, "query", "queries")
-        tested_on = f"{plural(test.episodes, 'episode')} of {test.dataset} {test.split}, {query}, {test.batch_norm}"
-        if test.rotation not in ("", "none"):
-            tested_on += f", rotation {test.rotation}"
-        return test.way, test.shot, tested_on, test.episodes_sha256
+            return self.run.config.way, self.run.config.shot, True, "", self.run.validated_on
+        return test.way, test.shot, False, self.tested_on, test.episodes_sha256
 
     @property
     def heading(self) -> str:
-        """The task and the images, for a group of rows."""
-        config, (way, shot, tested_on, _) = self.run.config, self.task
-        episodes = f"{plural(config.eval_episodes, 'episode')}, {config.batch_norm}"
-        return f"{way}-way {shot}-shot, {tested_on or f'not tested; validated on {episodes}'}"
+        """The task, the images and the episodes, for a group of rows."""
+        way, shot, *_ = self.task
+        return f"{way}-way {shot}-shot, {self.tested_on or f'not tested yet; validated on {self.run.validation_text}'}"
 
     @property
     def measured(self) -> tuple[float, float]:
@@ -50,12 +58,37 @@ class Row:
         return (self.test.accuracy, self.test.ci95) if self.test else self.run.validation or (0, 0)
 
     @property
+    def validated(self) -> float:
+        """Accuracy in validation; below any other if it is not known."""
+        return self.run.validation[0] if self.run.validation else -1.0
+
+    @property
+    def changes(self) -> dict[str, str]:
+        """Settings with which the test departs from training."""
+        return self.test.changes if self.test else {}
+
+    @property
     def settings(self) -> dict[str, str]:
-        return self.run.settings | (self.test.changes if self.test else {})
+        return self.run.settings | self.changes
+
+    def method(self, varied: Iterable[str]) -> str:
+        """Algorithm, settings that have a value, and earlier stages, in words."""
+        own = self.settings
+        known = [f"{name}={own[name]}" for name in varied if own.get(name, "None") != "None"]
+        after = f", after {stages}" if (stages := self.run.stages) else ""
+        return f"{self.run.algorithm}{' with ' * bool(known)}{', '.join(known)}{after}"
+
+    def in_words(self, varied: Iterable[str]) -> str:
+        """The row as a sentence has it."""
+        parts = [self.run.name, self.method(varied)]
+        parts.append(f"{percent(*self.run.validation)} % validation" if self.run.validation else "not validated")
+        parts.append(f"{percent(self.test.accuracy, self.test.ci95)} % test" if self.test else "not tested yet")
+        todo = "" if self.test else f"; on test: metacv evaluate {printable(setting('checkpoint', self.run.folder))}"
+        return ", ".join(parts) + (todo or ".")
 
     def cells(self, varied: list[str]) -> dict[str, str]:
         """The texts of the row by column; `varied` are settings with a column of their own."""
-        test, validation, (way, shot, tested_on, _) = self.test, self.run.validation, self.task
+        test, validation, (way, shot, *_) = self.test, self.run.validation, self.task
         return {
             "run": self.run.name,
             "algorithm": self.run.algorithm,
@@ -66,51 +99,176 @@ class Row:
             "selection": self.selection,
             "at step": str(self.run.step),
             **{name: self.settings.get(name, "") for name in varied},
-            "tested on": tested_on,
+            "after": self.run.stages,
+            "tested on": self.tested_on,
         }
 
 
-def rows_of(runs: list[RunRecord]) -> list[Row]:
-    """All rows, those of a task together, the best first."""
+@dataclass
+class Group:
+    """Rows of one task and one way of testing, the best in validation first."""
+
+    heading: str
+    sentences: list[str]  # what to choose
+    rows: list[Row]
+
+
+def groups_of(runs: list[RunRecord]) -> tuple[list[Group], list[str]]:
+    """All rows in groups, and the settings with a column of their own: those in which rows differ."""
     rows = [Row(run, test) for run in runs for test in tuple(run.tests) or (None,)]
-    rows.sort(key=lambda row: (*row.task, -row.measured[0]))
-    for _, task in groupby(rows, key=lambda row: row.task):
-        select(list(task))
-    return rows
+    rows.sort(key=lambda row: (*row.task, row.run.validated_on, -row.validated, len(row.changes)))
+    varied = varied_settings(rows)
+    tasks = [list(own) for _, own in groupby(rows, key=lambda row: row.task)]
+    headings = [own[0].heading for own in tasks]
+    groups = []
+    for heading, own in zip(headings, tasks, strict=True):
+        first = own[0]
+        if headings.count(heading) > 1:
+            alike = [others[0] for others in tasks if others[0].heading == heading]
+            differ = sorted(differing(alike, first.run.protocol.keys()))
+            texts = [f"{name}={first.run.protocol.get(name)}" for name in differ]
+            heading += f", {f'episode list {first.test.episodes_sha256[:8]}' if first.test else ', '.join(texts)}"
+        named = differing(own, varied) | {*first.changes} | (first.run.overrides.keys() - first.run.protocol.keys())
+        shown = [name for name in varied if name in named]
+        groups.append(Group(heading, [*select(own, shown), *over_seeds(own, shown)], own))
+    return groups, varied
 
 
-def select(rows: list[Row]) -> None:
-    """Mark the best of the rows of a task, by validation: the highest of many test accuracies is high by chance too."""
-    as_validated = [row for row in rows if not (row.test and row.test.changes)]
-    comparable = len({row.run.validated_on for row in rows}) == 1 and all(row.run.validation for row in rows)
-    if not as_validated or not comparable or len({row.run.folder for row in rows}) == 1:
-        return
-    best = max(as_validated, key=lambda row: row.run.validation or (0, 0))
+def select(rows: list[Row], varied: list[str]) -> list[str]:
+    """Mark the best rows of a group, and say which they are. Only validation chooses: the highest of many test
+    accuracies is high by chance too, and so is that of runs that were validated on other episodes."""
+    validations = [list(own) for _, own in groupby(rows, key=lambda row: row.run.validated_on)]
+    differ = sorted(differing(rows, {name for row in rows for name in row.run.protocol}))
+    sentences = []
+    for own in validations:
+        best = next((row for row in own if not row.changes), None)  # with settings that validation tried
+        if len({row.run.folder for row in own}) == 1:
+            if len(validations) == 1:
+                sentences.append(f"Only run: {own[0].in_words(varied)}")
+        elif best and best.run.validation:
+            where = [f"{name}={best.run.protocol.get(name)}" for name in differ]
+            where += ["of runs tested with the settings of training"] * (best.validated < own[0].validated)
+            text = f" ({', '.join(where)})" if where else ""
+            sentences.append(f"Best in validation{text}: {best.in_words(varied)}")
+            for row in own:
+                if abs(row.measured[0] - best.measured[0]) <= row.measured[1] + best.measured[1]:
+                    row.selection = SIMILAR
+            best.selection = BEST
+    if differ and not sentences:
+        return [f"No best in validation: no two runs were validated in the same way ({', '.join(differ)})."]
+    return sentences or ["No best in validation: no run has its accuracy on file."]
+
+
+def over_seeds(rows: list[Row], varied: list[str]) -> list[str]:
+    """A line for runs that differ in the seed only: means, with Student's interval over the runs."""
+    alike = defaultdict(list)
     for row in rows:
-        if abs(row.measured[0] - best.measured[0]) <= row.measured[1] + best.measured[1]:
-            row.selection = SIMILAR
-    best.selection = BEST
+        alike[str(sorted((row.settings | {"seed": "", "algo": row.run.algorithm}).items()))].append(row)
+    lines = []
+    for own in alike.values():
+        if len({row.settings["seed"] for row in own}) == len(own) > 1:
+            name = own[0].method([name for name in varied if name != "seed"])
+            tests = [row.test.accuracy for row in own if row.test]
+            validations = [row.run.validation[0] for row in own if row.run.validation]
+            kinds = (("test", tests), ("validation", validations))
+            means = [f"{mean_of(values)} % {kind}" for kind, values in kinds if len(values) == len(own)]
+            lines.append(f"Over {len(own)} seeds: {name}, {', '.join(means)} (Student's t)." if means else "")
+    return [line for line in lines if line]
+
+
+def mean_of(accuracies: list[float]) -> str:
+    """Mean and half its interval over runs."""
+    values = torch.tensor(accuracies, dtype=torch.float64)
+    return percent(float(values.mean()), t_interval(values))
+
+
+def modes_to_compare(runs: list[RunRecord]) -> list[str]:
+    """What to run where runs of one task were validated in different batch-norm modes: a line for each task."""
+    tasks: dict[str, list[RunRecord]] = defaultdict(list)
+    for run in runs:
+        tasks[str({name: value for name, value in run.protocol.items() if name != "batch_norm"})].append(run)
+    lines = []
+    for own in tasks.values():
+        best: dict[str, RunRecord] = {}
+        for run in sorted(own, key=lambda run: -run.validation[0] if run.validation else 1.0):
+            best.setdefault(run.config.batch_norm, run)
+        if len(best) > 1:
+            first, *others = best.values()
+            names = [name for name in COMPARED if any(name_differs(name, first, other) for other in others)]
+            words = [f"{name}={getattr(first.config, name)}" for name in names]
+            command = shlex.join(["metacv", "compare", *(str(run.folder) for run in best.values())])
+            lines.append(
+                f"{first.config.way}-way {first.config.shot}-shot: runs were validated in different batch-norm modes, "
+                "whose accuracies cannot be compared. The best of each mode, in one mode on the same episodes: "
+                f"{' '.join([printable(command), 'split=val batch_norm=inductive', *words])}"
+            )
+    return lines
+
+
+def name_differs(name: str, one: RunRecord, other: RunRecord) -> bool:
+    return getattr(one.config, name) != getattr(other.config, name)
 
 
 def varied_settings(rows: list[Row]) -> list[str]:
     """Settings with different values: those that a command line changed, and those without which rows look alike."""
-    changed = {name for row in rows for name in (*row.run.overrides, *(row.test.changes if row.test else ()))}
+    changed = {name for row in rows for name in (*row.run.overrides, *row.changes)}
     varied = differing(rows, changed | {"batch_norm", "eval_episodes"})  # the last two are of validation
-    alike = defaultdict(list)
+    headings, alike = defaultdict(list), defaultdict(list)
     for row in rows:
-        alike[row.task, row.run.algorithm, tuple(row.settings.get(name) for name in varied)].append(row)
+        headings[row.heading].append(row)
+    for group in headings.values():  # rows under one heading that were not validated alike
+        varied |= differing(group, {name for row in group for name in row.run.protocol})
+    for row in rows:
+        alike[row.heading, row.run.algorithm, tuple(row.settings.get(name) for name in varied)].append(row)
     for group in alike.values():
         varied |= differing(group, {name for row in group for name in row.settings})
     return sorted(varied - {"algo"})  # the column algorithm
 
 
-def differing(rows: list[Row], names: set[str]) -> set[str]:
+def differing(rows: list[Row], names: Iterable[str]) -> set[str]:
     return {name for name in names if len({row.settings.get(name) for row in rows}) > 1}
+
+
+def shown_columns(cells: list[dict[str, str]]) -> list[str]:
+    """The columns of a group's table: those that are not empty, without those that have the same in every row."""
+    values = {name: {own[name] for own in cells} for name in cells[0]}
+    return [name for name, own in values.items() if own != {""} and (name in ALWAYS or len(own) > 1)]
+
+
+def for_terminal(lines: list[list[str]], width: int) -> list[list[str]]:
+    """The table with long texts shortened in the middle, as far as that makes it fit and keeps them apart."""
+    shown, *cells = lines
+    table = list(zip(*cells, strict=True))  # by column
+    for i in sorted(range(len(shown)), key=lambda i: -max(map(len, table[i]))):
+        over = sum(max(map(len, [name, *own])) + 2 for name, own in zip(shown, table, strict=True)) - 2 - width
+        length = max(NAMES, max(map(len, table[i])) - over)
+        shorter = [shortened_in_the_middle(text, length) for text in table[i]]
+        if over > 0 and len({*shorter}) == len({*table[i]}):
+            table[i] = tuple(shorter)
+    return [shown, *map(list, zip(*table, strict=True))]
+
+
+def for_csv(cells: list[dict[str, str]]) -> list[list[str]]:
+    """The table with numbers alone in a cell: an accuracy and its interval have a column each."""
+    lines: list[dict[str, str]] = []
+    for own in cells:
+        lines.append({})
+        for name, text in own.items():
+            if name.endswith(" %"):
+                kind = name.removesuffix(" %")
+                lines[-1][f"{kind} accuracy %"], _, lines[-1][f"{kind} ci95 %"] = text.partition(" ± ")
+            else:
+                lines[-1][name] = text
+    return [[*lines[0]], *([*line.values()] for line in lines)]
 
 
 def as_markdown(lines: list[list[str]]) -> str:
     """A table of GitHub's Markdown in which texts cannot become HTML, links or new cells."""
-    special = re.compile(r"([\\`*\[\]|@]|(?<=www)\.|:(?=//))")  # the last three: GitHub links names and addresses
-    safe = [[special.sub(r"\\\1", escape(cell, quote=False)) for cell in line] for line in lines]
+    safe = [[markdown_safe(cell) for cell in line] for line in lines]
     safe.insert(1, ["---"] * len(lines[0]))
     return "".join(f"| {' | '.join(line)} |\n" for line in safe)
+
+
+def markdown_safe(text: str) -> str:
+    """The last three of the special characters: GitHub links names and addresses."""
+    return re.sub(r"([\\`*\[\]|@]|(?<=www)\.|:(?=//))", r"\\\1", escape(text, quote=False))

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import re
+import shlex
 import shutil
 import subprocess
 from html import escape
@@ -11,15 +12,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import open_dict
 from torch.utils.tensorboard import SummaryWriter
 
-from metacv.config import ReportConfig
+from metacv.compare import check_same_tasks
+from metacv.config import CompareConfig, ReportConfig, composed, typed
 from metacv.files import sha256
-from metacv.model import save_checkpoint
+from metacv.model import load_checkpoint, save_checkpoint
 from metacv.report import report
 from metacv.report.figures import draw, point, svg
 from metacv.results import Result, ResultFile
-from metacv.text import csv_safe
+from metacv.text import csv_safe, shortened_in_the_middle
+from metacv.words import hydra_overrides
 
 ROOT = Path(__file__).resolve().parents[2]
 REFERENCE = ROOT / "outputs/reference/omniglot"
@@ -102,6 +106,10 @@ def rows(*places: Path | str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def paper_of(row: dict[str, str]) -> str:
+    return " ± ".join(filter(None, (row.get("paper accuracy %"), row.get("paper ci95 %"))))
+
+
 def test_the_table_has_every_run_and_every_test_with_the_settings_that_vary(runs, capsys):
     table = rows(runs)
     out = capsys.readouterr().out
@@ -109,31 +117,35 @@ def test_the_table_has_every_run_and_every_test_with_the_settings_that_vary(runs
     assert {(row["seed"], row["optimizer.lr"]) for row in table} == {(s, r) for s in "01" for r in ("0.001", "0.01")}
     assert not {"steps", "algo", "query", "batch_norm", "eval_episodes"} & table[0].keys()  # the same for all
     tested = sorted(
-        (row["run"], row["task"], row["tested on"].split(", ")[2], row["test %"]) for row in table if row["test %"]
+        (row["run"], row["task"], row["tested on"].split(", ")[2], row["test accuracy %"], row["test ci95 %"])
+        for row in table
+        if row["test accuracy %"]
     )
     assert tested == [
-        ("0", "5-way 1-shot", "inductive", "41.00 ± 1.00"),
-        ("0", "5-way 2-shot", "inductive", "52.00 ± 1.00"),
-        ("3", "5-way 1-shot", "inductive", "71.00 ± 1.00"),
-        ("3", "5-way 1-shot", "transductive", "73.00 ± 1.00"),
+        ("0", "5-way 1-shot", "inductive", "41.00", "1.00"),
+        ("0", "5-way 2-shot", "inductive", "52.00", "1.00"),
+        ("3", "5-way 1-shot", "inductive", "71.00", "1.00"),
+        ("3", "5-way 1-shot", "transductive", "73.00", "1.00"),
     ]
     for row in table:
-        assert row["validation %"] == f"{50 + 10 * int(row['run'])}.00 ± 1.00"
+        assert row["validation accuracy %"] == f"{50 + 10 * int(row['run'])}.00"
+        assert row["validation ci95 %"] == "1.00"
         assert row["at step"] == "10"
-        assert row["validation %"] in out
-    markdown = Path("out/report.md").read_text().splitlines()
-    assert len(markdown) == len(table) + 2
-    assert len({line.count(" | ") for line in markdown}) == 1
+        assert f"{row['validation accuracy %']} ± 1.00" in out
+    sections = Path("out/report.md").read_text().split("## ")[1:]
+    tables = [[line for line in section.splitlines() if line.startswith("|")] for section in sections]
+    assert sum(len(lines) - 2 for lines in tables) == len(table)
+    assert all(len({line.count(" | ") for line in lines}) == 1 for lines in tables)
 
 
 def test_rows_of_a_task_are_together_and_the_best_comes_first(runs):
     table = rows(runs)
     keys = [(row["task"], row["tested on"]) for row in table]
-    assert keys == sorted(keys)
+    assert len(set(keys)) == sum(key != other for key, other in zip(keys, [None, *keys], strict=False))
     assert len(set(keys)) > 2
     for key in set(keys):
         own = [row for row, k in zip(table, keys, strict=True) if k == key]
-        values = [float((row["test %"] or row["validation %"]).split()[0]) for row in own]
+        values = [float(row["validation accuracy %"]) for row in own]  # a test may not choose
         assert values == sorted(values, reverse=True)
 
 
@@ -150,7 +162,8 @@ def test_runs_that_differ_in_a_setting_do_not_look_alike(folder):
 def test_settings_of_the_machine_have_no_column(folder):
     make_run(folder / "a", overrides=("seed=0", "device=cpu", "+launcher=joblib", "hydra.job.num=1", "log_every=1"))
     make_run(folder / "b", overrides=("seed=1", "device=cuda", "log_every=2"), seed=1)
-    assert rows(folder)[0].keys() == {"run", "algorithm", "task", "validation %", "selection", "at step", "seed"}
+    validation = {"validation accuracy %", "validation ci95 %"}
+    assert rows(folder)[0].keys() == {"run", "algorithm", "task", *validation, "selection", "at step", "seed"}
 
 
 def test_a_trained_and_evaluated_run_is_in_the_report(metacv, trained):
@@ -163,10 +176,11 @@ def test_a_trained_and_evaluated_run_is_in_the_report(metacv, trained):
     (best,) = json.loads(Path("run/result.json").read_text())["results"]
     with Path("out/report.csv").open(newline="", encoding="utf-8-sig") as file:
         (row,) = csv.DictReader(file)
-    assert row["test %"] == f"{100 * test['accuracy']:.2f} ± {100 * test['ci95']:.2f}"
-    assert row["validation %"] == f"{100 * best['accuracy']:.2f} ± {100 * best['ci95']:.2f}"
+    for kind, measured in (("test", test), ("validation", best)):
+        texts = row[f"{kind} accuracy %"], row[f"{kind} ci95 %"]
+        assert texts == (f"{100 * measured['accuracy']:.2f}", f"{100 * measured['ci95']:.2f}")
+        assert " ± ".join(texts) in out
     assert row["at step"] == str(best["step"])
-    assert row["test %"] in out
     page = Path("out/report.html").read_text()
     assert page.count("<svg") == 2
     assert page.count("data:image/png;base64,") == 1
@@ -177,18 +191,18 @@ def test_results_of_a_comparison_count_as_tests(folder):
     results = [dataclasses.replace(TEST, checkpoint_sha256=digest) for digest in digests.values()]
     (folder / "compared").mkdir()
     ResultFile(results, differences=[{"mean": 0.0}]).write(folder / "compared/result.json")
-    assert {row["run"]: row["test %"] for row in rows(folder)} == {"a": "80.00 ± 1.00", "b": "80.00 ± 1.00"}
+    assert {row["run"]: row["test accuracy %"] for row in rows(folder)} == {"a": "80.00", "b": "80.00"}
 
 
 def test_numbers_of_papers_are_beside_results_under_their_protocol(folder):
     table = rows(REFERENCE)
-    papers = {(row["run"], row["tested on"].split(" episodes")[0]): row["paper %"] for row in table}
+    papers = {(row["run"], row["tested on"].split(" episodes")[0]): paper_of(row) for row in table}
     assert papers["maml_5w1s", "600"] == "98.7 ± 0.4"
     assert papers["maml_5w1s", "2000"] == ""
     assert papers["protonet_20w5s", "1000"] == "98.9"
     assert papers["protonet_20w1s", "1000"] == "96.0"
     reptile = {
-        row["tested on"].split(", ")[2]: row["paper %"]
+        row["tested on"].split(", ")[2]: paper_of(row)
         for row in table
         if row["run"] == "reptile_5w1s" and ", 1 query" in row["tested on"]
     }
@@ -224,7 +238,7 @@ def test_a_papers_number_appears_only_under_its_own_protocol(folder, overrides, 
         {"accuracy": "<script>", "batch_norm": "inductive"},
     ]
     make_test(make_run(folder / "run", overrides=tuple(overrides), paper=numbers), folder / "test", changes)
-    assert [row.get("paper %", "") for row in rows(folder)] == [paper]
+    assert [paper_of(row) for row in rows(folder)] == [paper]
 
 
 def test_a_checkpoint_without_numbers_of_a_paper_has_those_of_its_experiment(folder):
@@ -232,16 +246,16 @@ def test_a_checkpoint_without_numbers_of_a_paper_has_those_of_its_experiment(fol
     outside = make_run(folder / "outside", overrides=("experiment=../../outside",), seed=1)
     for run in (known, outside):
         make_test(run, run / "test", {})
-    assert {row["run"]: row["paper %"] for row in rows(folder)} == {"known": "98.8", "outside": ""}
+    assert {row["run"]: paper_of(row) for row in rows(folder)} == {"known": "98.8", "outside": ""}
 
 
 def test_runs_that_were_validated_on_other_images_are_not_ranked_together(runs):
     make_run(Path("other/run"), 0.99, dataset=CONFIG["dataset"] | {"split": "lake"})
     table = rows(runs, "other")
     page = Path("out/report.html").read_text()
-    untested = [row for row in table if not row["test %"]]
+    untested = [row for row in table if not row["test accuracy %"]]
     assert len(untested) == 3
-    best = {row["tested on"].rpartition(" ")[2] for row in table if row["selection"] == "best in validation"}
+    best = {row["tested on"].rpartition(" ")[2] for row in table if row["selection"] == "best"}
     assert best == {"", "as_classes"}
     assert [row["selection"] for row in untested if row["run"].endswith("other/run")] == [""]
     assert page.count('<tr class="row best">') == 2
@@ -388,7 +402,7 @@ def test_a_browser_shows_the_page_without_a_network_and_within_its_width(runs, t
         width: innerWidth, dark: matchMedia("(prefers-color-scheme: dark)").matches,
         page: document.documentElement.scrollWidth, texts: texts.length,
         widest: Math.max(...all.filter(n => !n.closest(".wide > *")).map(n => n.getBoundingClientRect().right)),
-        headings: Math.max(...[...document.querySelectorAll(".task span")].map(n => n.getBoundingClientRect().right)),
+        headings: Math.max(...[...document.querySelectorAll("h2")].map(n => n.getBoundingClientRect().right)),
         names: Math.max(...[...document.querySelectorAll(".row td:first-child")].map(
           n => n.getBoundingClientRect().right)),
         contrast: Math.min(...texts.map(contrast)),
@@ -432,14 +446,8 @@ def test_validation_selects_and_runs_with_overlapping_intervals_are_marked(folde
     copies(folder, {"a": 0.80, "b": 0.801, "c": 0.99})
     selection = {(row["run"], row["task"]): row["selection"] for row in rows(folder)}
     for task in ("5-way 1-shot", "5-way 5-shot"):
-        assert [selection[run, task] for run in "abc"] == ["best in validation", "not significantly different", ""]
+        assert [selection[run, task] for run in "abc"] == ["best", "similar", ""]
     assert "metacv compare" in capsys.readouterr().out
-
-
-def test_runs_that_were_validated_in_another_way_have_no_selection(folder):
-    for name, changes in (("a", {}), ("b", {"eval_episodes": 50})):
-        make_test(make_run(folder / name, **changes), folder / name / "test", {})
-    assert "selection" not in rows(folder)[0]
 
 
 def test_an_evaluation_with_other_settings_is_never_the_best(folder):
@@ -447,8 +455,138 @@ def test_an_evaluation_with_other_settings_is_never_the_best(folder):
     make_test(make_run(folder / "a", 0.9), folder / "a/test", {}, {"accuracy": 0.805, "changes": {"temperature": 2}})
     make_test(make_run(folder / "b", 0.8, seed=1), folder / "b/test", {})
     selection = {(row["run"], row["algo.temperature"]): row["selection"] for row in rows(folder)}
-    similar = "not significantly different"
-    assert selection == {("a", "1.0"): "best in validation", ("a", "2"): similar, ("b", "1.0"): similar}
+    assert selection == {("a", "1.0"): "best", ("a", "2"): "similar", ("b", "1.0"): "similar"}
+
+
+def test_each_heading_says_first_which_run_validation_chooses(folder, capsys):
+    """Of two methods that are validated and tested in different batch-norm modes, one run each not tested yet."""
+    maml = {"algo": CONFIG["algo"] | {"_target_": "metacv.algorithms.gradient.maml.MAML"}, "batch_norm": "transductive"}
+    runs = {"0_maml": (0.60, 0.90), "1_maml": (0.70, 0.10), "2_maml": (0.88, None)}
+    runs |= {"3_proto": (0.92, 0.92), "4_proto": (0.91, 0.93), "5_proto": (0.99, None)}
+    for name, (validated, tested) in runs.items():
+        own = maml if "maml" in name else {"batch_norm": "inductive"}
+        run = make_run(folder / name, validated, (f"seed={name[0]}",), query=1, seed=int(name[0]), **own)
+        if tested:
+            make_test(run, run / "test", {"accuracy": tested, "batch_norm": own["batch_norm"], "query": 1})
+    table = rows(folder)
+    out = capsys.readouterr().out
+    tested = "5-way 1-shot, 1000 episodes of Omniglot test, 1 query"
+    untested = "5-way 1-shot, not tested yet; validated on 200 episodes of Omniglot val, 1 query"
+    expected = {
+        f"{tested}, inductive": "Best in validation: 3_proto, ProtoNet with seed=3, 92.00 ± 1.00 % validation, "
+        "92.00 ± 1.00 % test.",
+        f"{tested}, transductive": "Best in validation: 1_maml, MAML with seed=1, 70.00 ± 1.00 % validation, "
+        "10.00 ± 1.00 % test.",
+        f"{untested}, inductive": "Only run: 5_proto, ProtoNet with seed=5, 99.00 ± 1.00 % validation, not tested yet; "
+        "on test: metacv evaluate checkpoint=own/5_proto",
+        f"{untested}, transductive": "Only run: 2_maml, MAML with seed=2, 88.00 ± 1.00 % validation, not tested yet; "
+        "on test: metacv evaluate checkpoint=own/2_maml",
+    }
+    for heading, sentence in expected.items():
+        assert re.search(rf"^{re.escape(heading)}(, rotation as_classes)?\n{re.escape(sentence)}$", out, re.MULTILINE)
+    command = "metacv compare own/5_proto own/2_maml split=val batch_norm=inductive"
+    assert out.count("different batch-norm modes") == out.count(command) == 1
+    for kind in ("html", "md"):
+        assert command in Path(f"out/report.{kind}").read_text()
+    assert [row["run"] for row in table] == ["3_proto", "4_proto", "1_maml", "0_maml", "5_proto", "2_maml"]
+
+
+def test_the_command_to_compare_batch_norm_modes_is_accepted_as_printed(folder, capsys):
+    make_run(folder / "it's a", batch_norm="inductive", episodes=600)
+    make_run(folder / "a=b", batch_norm="transductive", episodes=1000)
+    rows(folder)
+    (command,) = re.findall(r"metacv (compare .*)", capsys.readouterr().out)
+    words = shlex.split(command)
+    assert {*words[1:3]} == {"own/it's a", "own/a=b"}
+    with open_dict(settings := composed("compare", hydra_overrides("compare", words[1:]))):
+        del settings["hydra"]
+    config = typed(settings, CompareConfig)
+    check_same_tasks({place: load_checkpoint(place) for place in config.runs}, config)
+    assert (len(config.runs), config.split, config.batch_norm) == (2, "val", "inductive")
+
+
+def test_no_two_rows_of_a_heading_look_alike(folder):
+    """Whether or not a command line is known, and whatever differs: in validation, data or method."""
+    changes = [
+        {"eval_episodes": 50}, {"batch_norm": "transductive"}, {"query": 5}, {"clip_norm": 5.0},
+        {"dataset": CONFIG["dataset"] | {"split": "lake"}}, {"backbone": CONFIG["backbone"] | {"channels": 32}},
+        {"algo": {"_target_": "metacv.algorithms.metric.feat.FEAT", "temperature": 64.0}, "eval_episodes": 60},
+    ]  # fmt: skip
+    for i, change in enumerate([{}, *changes]):
+        make_test(make_run(folder / f"a{i}", **change), folder / f"a{i}/test", {})
+        make_run(folder / f"b{i}", **change, seed=1)
+    without_name = [
+        tuple(text for name, text in row.items() if name != "run" and "accuracy" not in name) for row in rows(folder)
+    ]
+    assert len({*without_name}) == len(without_name) == 16
+    sections = Path("out/report.md").read_text().split("## ")[1:]
+    for section in sections:
+        cells = [line.split(" | ") for line in section.splitlines() if line.startswith("|")][2:]
+        assert len({tuple(line[1:]) for line in cells}) == len(cells)
+    headings = [section.splitlines()[0] for section in sections]
+    assert len({*headings}) == len(headings) > 1
+
+
+def test_runs_that_were_validated_in_different_ways_have_no_common_best(folder, capsys):
+    for name, validated, changes in (("a", 0.5, {}), ("b", 0.9, {"eval_episodes": 50})):
+        make_test(make_run(folder / name, validated, **changes), folder / name / "test", {})
+    assert "selection" not in rows(folder)[0]
+    out = capsys.readouterr().out
+    assert "No best in validation: no two runs were validated in the same way (eval_episodes).\n" in out
+    make_test(make_run(folder / "c", 0.4, seed=1), folder / "c/test", {})
+    table = {row["run"]: row["selection"] for row in rows(folder)}
+    assert table == {"a": "best", "b": "", "c": "similar"}
+    assert "Best in validation (eval_episodes=200): a, ProtoNet with" in capsys.readouterr().out
+
+
+def test_the_best_of_runs_tested_otherwise_is_named_as_that(folder, capsys):
+    make_test(make_run(folder / "a", 0.9), folder / "a/test", {"changes": {"temperature": 2}})
+    make_test(make_run(folder / "b", 0.8, seed=1), folder / "b/test", {})
+    assert {row["run"]: row["selection"] for row in rows(folder)} == {"a": "similar", "b": "best"}
+    assert "Best in validation (of runs tested with the settings of training): b, " in capsys.readouterr().out
+
+
+def test_runs_that_differ_in_the_seed_only_have_a_line_with_their_mean(folder, capsys):
+    for seed, (accuracy, lr) in enumerate([(0.1, 0.1), (0.2, 0.1), (0.3, 0.1), (0.5, 0.2)]):
+        optimizer = CONFIG["optimizer"] | {"lr": lr}
+        run = make_run(folder / str(seed), accuracy, ("optimizer.lr=1",), seed=seed, optimizer=optimizer)
+        make_test(run, run / "test", {"accuracy": accuracy + 0.1})
+    rows(folder)
+    # Student's t of two degrees of freedom: 4.303 * 10 / sqrt(3) = 24.84
+    text = "ProtoNet with optimizer.lr=0.1, 30.00 ± 24.84 % test, 20.00 ± 24.84 % validation (Student's t)."
+    assert re.findall("Over .*", capsys.readouterr().out) == [f"Over 3 seeds: {text}"]
+
+
+def test_earlier_stages_of_a_run_are_shown(folder, capsys):
+    make_run(folder / "a")
+    run = make_run(folder / "b", 0.9, seed=1)
+    stages = ["Classifier on CIFARFS, step 7, sha256 0123", "teacher Classifier on FC100, step 8, sha256 4567"]
+    content = torch.load(run / "best.pt", weights_only=True)
+    save_checkpoint(run / "best.pt", content | {"training": {"stages": stages}})
+    text = "Classifier on CIFARFS, step 7; teacher Classifier on FC100, step 8"
+    assert {row["run"]: row["after"] for row in rows(folder)} == {"a": "", "b": text}
+    assert f"b, ProtoNet with seed=1, after {text}, 90.00" in capsys.readouterr().out
+
+
+def test_the_terminal_has_80_columns_and_the_files_have_whole_names(folder, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    names = [f"2026-11-26_12-00-00/{i}_protonet_omniglot_5w1s_with_a_long_name/seed_{i}" for i in range(3)]
+    for i, name in enumerate(names):
+        run = make_run(folder / name, 0.5 + 0.1 * i, (f"seed={i}", "way=5"), seed=i)
+        make_test(run, run / "test", {})
+    table = rows(folder)
+    lines = capsys.readouterr().out.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("run "))
+    assert lines[start].split() == ["run", "test", "%", "validation", "%", "selection", "seed"]
+    assert [len(line) <= 80 for line in lines[start : start + 4]] == [True] * 4
+    shown = [line.split()[0] for line in lines[start + 1 : start + 4]]
+    assert [(name[:2], name[-7:]) for name in shown] == [(f"{i}_", f"/seed_{i}") for i in (2, 1, 0)]
+    shortest = [name.removeprefix("2026-11-26_12-00-00/") for name in names]
+    assert {row["run"] for row in table} == {*shortest}
+    for kind in ("html", "md"):
+        assert all(name in Path(f"out/report.{kind}").read_text() for name in shortest)
+    assert shortened_in_the_middle("0123456789abcdef", 9) == "012...def"
+    assert shortened_in_the_middle("0123456789", 10) == "0123456789"
 
 
 def test_a_line_of_accuracy_by_shot_is_the_mean_over_seeds(folder):
@@ -465,7 +603,7 @@ def test_an_evaluation_with_other_settings_is_a_row_beside_the_default_one(folde
     make_test(run, run / "tests", {}, {"accuracy": 0.9, "changes": {"temperature": 2}})
     table = {row["algo.temperature"]: row for row in rows(folder)}
     assert set(table) == {"1.0", "2"}
-    assert table["2"]["test %"].startswith("90.00")
+    assert table["2"]["test accuracy %"] == "90.00"
     assert "selection" not in table["2"]  # of one run
 
 
@@ -473,8 +611,12 @@ def test_groups_of_the_same_task_on_other_episodes_have_different_headings(folde
     run = make_run(folder / "a")
     make_test(run, run / "tests", {"episodes_sha256": "abcdefghi"}, {"episodes_sha256": "123456789"})
     rows(folder)
-    headings = re.findall(r"<span>(.*?)</span></th>", Path("out/report.html").read_text())
-    assert [heading.rpartition(", ")[2] for heading in headings] == ["episode list 12345678", "episode list abcdefgh"]
+    headings = re.findall(r"<h2>(.*?)</h2>", Path("out/report.html").read_text())
+    lists = [heading.rpartition(", ")[2] for heading in headings if "-way" in heading]
+    assert lists == [
+        "episode list 12345678",
+        "episode list abcdefgh",
+    ]
 
 
 def test_files_that_expand_stay_small(folder):

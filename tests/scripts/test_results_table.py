@@ -167,8 +167,8 @@ def test_reproduced_means_within_an_interval(paper, ci95, accuracy, own_ci95, re
 
 def test_published_numbers_keep_their_decimals():
     config = results_table.experiment_configs()
-    assert [str(one) for one in results_table.published(config["omniglot/reptile_5w5s"])] == [
+    assert [str(one) for one in results_table.published(config["omniglot/reptile_5w5s"].paper)] == [
         "99.48 ± 0.06",
         "98.90 ± 0.10",
     ]
-    assert [str(one) for one in results_table.published(config["omniglot/protonet_20w1s"])] == ["96.0"]
+    assert [str(one) for one in results_table.published(config["omniglot/protonet_20w1s"].paper)] == ["96.0"]

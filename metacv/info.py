@@ -1,0 +1,107 @@
+"""`metacv info RUN`: what a run or a file with a model is, in about 15 lines."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from metacv.config import InfoConfig, class_name
+from metacv.errors import UserError
+from metacv.files import user_path
+from metacv.model import Checkpoint, Training, load_checkpoint
+from metacv.report.gather import is_number, metrics, overrides, printable_result, protocol_of, result_files
+from metacv.text import aligned, duration, percent, plural, printable, short
+
+EVALUATIONS = ("outputs/evaluate", "outputs/compare")  # where the commands write unless told otherwise
+SHOWN = 8  # at most: evaluations, earlier runs, classes, files
+
+
+def info(config: InfoConfig, folder: Path) -> None:
+    """Print what each run is; UserError if one is none."""
+    if not config.runs:
+        raise UserError("runs=[]: name a run, or a file with a model")
+    checkpoints = [load(place) for place in config.runs]
+    tables = [[[name, short(printable(text))] for name, text in lines(checkpoint)] for checkpoint in checkpoints]
+    print("\n\n".join(map(aligned, tables)))
+
+
+def load(place: str) -> Checkpoint:
+    """The best.pt of a run, or its last.pt if it was not validated yet."""
+    path = user_path(place)
+    untested = not (path / "best.pt").exists() and (path / "last.pt").exists()
+    return load_checkpoint(place, "last.pt" if untested else "best.pt")
+
+
+def lines(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
+    """Name and text of each line."""
+    path, config, content = checkpoint.path, checkpoint.config, checkpoint.content
+    algorithm = checkpoint.build()
+    run = path.parent if path.name in ("best.pt", "last.pt") else None
+    yield "file", f"{path}, {path.stat().st_size / 1e6:.2f} MB, sha256 {checkpoint.sha256[:16]}"
+    head = class_name(config.head)
+    yield "method", f"{class_name(config.algo)}{f', tested with {head}' if head else ''}"
+    parameters = sum(parameter.numel() for parameter in algorithm.parameters())
+    yield "network", f"{class_name(config.backbone)}, {parameters:,} parameters"
+    yield "data", f"{class_name(config.dataset)}, images of {'x'.join(map(str, checkpoint.image_shape))}"
+    task = f"{config.way}-way {config.shot}-shot, {plural(config.query, 'query', 'queries')} per class"
+    train_query = plural(config.train_query, "query", "queries")
+    trained = f"; trained {config.train_way}-way {config.train_shot}-shot, {train_query} per class"
+    yield "task", task + trained * (algorithm.batches == "episodes")
+    steps = [line["step"] for line in metrics(run / "metrics.jsonl")] if run else []
+    further = f"; the run is at step {max(steps):,.0f}" if steps and max(steps) > checkpoint.step else ""
+    yield "step", f"{checkpoint.step:,} of {config.steps:,}{further}"
+    best: Any = content.get("validation", content.get("best"))
+    if isinstance(best, dict) and is_number(best.get("accuracy"), best.get("ci95"), best.get("step")):
+        episodes = f"{plural(config.eval_episodes, 'episode')}, {config.batch_norm}"
+        yield "validation", f"{percent(best['accuracy'], best['ci95'])} % at step {best['step']:,} ({episodes})"
+    yield from history(checkpoint.training)
+    yield from support(content)
+    if run:
+        yield from beside(run, checkpoint)
+
+
+def history(training: Training) -> Iterator[tuple[str, str]]:
+    """Classes that chose the weights, earlier runs and cost; nothing that an older checkpoint does not have."""
+    if trained := len(training.trained_on) or training.classes:
+        validated = f", {len(training.validated_on):,} in validation" if training.validated_on else ""
+        yield "classes", f"{trained:,} in training{validated}"
+    for stage in training.stages[:SHOWN]:
+        yield "after", stage
+    if training.images:
+        stages = " (with earlier runs)" if training.stages else ""
+        cost = f"{training.images:,} images, {training.flops / 1e12:,.3g} TFLOP, {duration(training.seconds)}"
+        yield "cost", f"training took {cost}{stages}"
+
+
+def support(content: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """The examples in a file that `metacv predict save=` wrote."""
+    if "support" in content:
+        try:
+            classes, images = [str(name) for name in content["support"]["classes"]], len(content["support"]["images"])
+        except (TypeError, KeyError):
+            raise UserError("the file's support set is damaged") from None
+        more = f" and {len(classes) - SHOWN} more" if len(classes) > SHOWN else ""
+        names = f"{', '.join(classes[:SHOWN])}{more}"
+        yield "adapted to", f"{plural(images, 'image')} of {plural(len(classes), 'class', 'classes')}: {names}"
+
+
+def beside(run: Path, checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
+    """What the files of a run's folder tell, and the evaluations of its checkpoint."""
+    own, _ = result_files([run])
+    files = own | result_files([place for place in map(Path, EVALUATIONS) if place.is_dir()])[0]
+    if changed := overrides(run, [file for path, file in own.items() if path.parent == run]):
+        yield "changed", " ".join(f"{name}={value}" for name, value in changed.items())
+    tests = [
+        (path, test)
+        for path, file in files.items()
+        for test in map(printable_result, file.results)
+        if test.checkpoint_sha256 == checkpoint.sha256
+    ]
+    for path, test in tests[:SHOWN]:
+        yield (
+            "evaluated",
+            f"{percent(test.accuracy, test.ci95)} %: {test.way}-way {test.shot}-shot, {protocol_of(test)} ({path})",
+        )
+    if len(tests) > SHOWN:
+        yield "", f"and {len(tests) - SHOWN} more evaluations"
+    names = sorted(path.name for path in run.iterdir() if not path.name.startswith("."))
+    yield "folder", f"{', '.join(names[:SHOWN])}{f' and {len(names) - SHOWN} more' if len(names) > SHOWN else ''}"

@@ -1,0 +1,99 @@
+"""What `pip install` brings beside the code: kept models, and a method from a package of one's own."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import TRAIN
+
+from metacv.errors import UserError
+from metacv.model import checkpoint_path, load_checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+KEPT = (
+    "omniglot/protonet_5w1s", "omniglot/maml_5w1s", "cifar_fs/classifier_5w1s", "miniimagenet/classifier_5w5s",
+    "glyphs_to_omniglot",
+)  # fmt: skip
+METHOD = '''
+from metacv.algorithms.base import MetricMethod
+
+class Own(MetricMethod):
+    """Nearest class mean."""
+
+    def head(self, tasks):
+        means = tasks.class_means(tasks.support_x)
+        return -(tasks.query_x.unsqueeze(2) - means.unsqueeze(1)).square().sum(-1)
+'''
+
+
+@pytest.fixture
+def method(tmp_path) -> Path:
+    """A folder with a package `own_methods`, and its YAML file below `configs`."""
+    folder = tmp_path / "mine"
+    (folder / "own_methods").mkdir(parents=True)
+    (folder / "configs/algo").mkdir(parents=True)
+    (folder / "own_methods/__init__.py").write_text(METHOD)
+    (folder / "configs/algo/own.yaml").write_text("# @package _global_\n# Mine\nalgo:\n  _target_: own_methods.Own\n")
+    return folder
+
+
+def test_a_method_of_ones_own_needs_the_users_word_in_the_environment(metacv, method, monkeypatch):
+    monkeypatch.syspath_prepend(str(method))
+    train = ("train", "--config-dir", str(method / "configs"), "algo=own", *TRAIN, "hydra.run.dir=run")
+    refused = "algo._target_=own_methods.Own: only classes of metacv and torch.optim may be named, unless "
+    code, _, err = metacv(*train)
+    assert (code, refused in err, "own_methods" in sys.modules) == (1, True, False)
+    monkeypatch.setenv("METACV_METHODS", "another, own_methods")
+    assert metacv(*train)[0] == 0
+    assert "accuracy" in metacv("evaluate", "checkpoint=run")[1]
+    for value in ("", "own", "own_methods.Own", "metacv"):  # and a checkpoint cannot allow it
+        monkeypatch.setenv("METACV_METHODS", value)
+        code, _, err = metacv("evaluate", "checkpoint=run")
+        assert (code, refused in err) == (1, True)
+
+
+@pytest.mark.parametrize(
+    "target", ["own_methods.os.system", "own_methods.os", "own_methods.METHOD", "own_methods.None"]
+)
+def test_an_allowed_package_gives_only_classes_with_the_role_of_the_setting(metacv, method, monkeypatch, target):
+    (method / "own_methods/__init__.py").write_text("import os\nMETHOD = 1\n")
+    monkeypatch.syspath_prepend(str(method))
+    monkeypatch.setenv("METACV_METHODS", "own_methods")
+    monkeypatch.delitem(sys.modules, "own_methods", raising=False)
+    code, _, err = metacv("train", "algo=protonet", f"algo._target_={target}", *TRAIN)
+    assert (code, err.count("\n")) == (1, 1)
+    assert err.startswith(f"metacv: algo._target_={target}: ")
+
+
+def test_the_name_of_a_kept_model_is_found_below_the_folder_of_kept_models(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in KEPT:
+        assert load_checkpoint(name).path == ROOT / "outputs/reference" / name / "best.pt"
+    Path("glyphs_to_omniglot").mkdir()  # a folder of the user's comes first
+    with pytest.raises(UserError, match=r"^glyphs_to_omniglot has no best.pt"):
+        checkpoint_path("glyphs_to_omniglot")
+    with pytest.raises(UserError, match="there is no such file; did you mean omniglot/maml_5w1s"):
+        checkpoint_path("omniglot/mamls_5w1s")
+
+
+@pytest.mark.slow
+def test_the_wheel_has_the_small_kept_models_and_takes_a_method_of_ones_own(tmp_path, data_dir, method):
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir"]
+    subprocess.run([*pip, tmp_path, ROOT], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "installed")
+        names = [name for name in archive.namelist() if name.startswith("metacv/kept/")]
+    assert sorted(names) == sorted(f"metacv/kept/{name}/{file}" for name in KEPT for file in ("best.pt", "result.json"))
+    assert wheel.stat().st_size < 4_000_000
+    environment = os.environ | {"METACV_DATA_DIR": str(data_dir), "METACV_METHODS": "own_methods"}
+    environment |= {"PYTHONPATH": os.pathsep.join([str(tmp_path / "installed"), str(method)])}
+    own = ["--config-dir", str(method / "configs"), "algo=own", *TRAIN, "hydra.run.dir=run"]
+    for words in (["info", *KEPT], ["list"], ["train", *own], ["evaluate", "checkpoint=run"]):
+        command = [sys.executable, "-m", "metacv", *words]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert not [line for line in done.stdout.splitlines() if str(ROOT) in line]
