@@ -1,12 +1,12 @@
 """How images look, in three numbers each, to notice images unlike those that a model was trained on."""
 
-import sys
 
 import torch
 from torch import Tensor
 
 from metacv.data.bank import Dataset, Look
 from metacv.model import Checkpoint, target_class
+from metacv.terminal import warn
 
 QUANTILES = (0.01, 0.5, 0.99)
 MOST = 1000  # images that are looked at
@@ -74,4 +74,4 @@ def unlike(what: str, images: Tensor, checkpoint: Checkpoint, dataset: Dataset |
 def warn_if_unlike(what: str, images: Tensor, checkpoint: Checkpoint, dataset: Dataset) -> None:
     """Print the line of `unlike`, if there is one."""
     if text := unlike(what, images, checkpoint, dataset):
-        print(f"metacv: warning: {text}", file=sys.stderr)
+        warn(text)
