@@ -46,15 +46,17 @@ def command(name: str) -> str:
     text = (CONFIG_DIR / f"{name}.yaml").read_text()
     settings = readable(text.partition("\n\n")[2].partition("\nhydra:")[0])
     parts = [f"\n## metacv {name}\n"]
-    for paragraph in yaml.safe_load(text)["hydra"]["help"]["template"].strip().split("\n\n"):
+    help_text = yaml.safe_load(text)["hydra"]["help"]["template"].removeprefix(f"metacv {name}: ")
+    help_text = re.sub(r"[^\n]+:\n\n\$CHOICES", "$CHOICES", help_text)
+    for paragraph in help_text.strip().split("\n\n"):
         if paragraph.strip() == "$CONFIG":
             parts.append(f"```yaml\n{settings}\n```\n" if settings else "None.\n")
         elif paragraph.strip() == "$CHOICES":
-            parts.append("See [Choices](#choices).\n")
+            parts.append("The groups and their choices are [below](#choices).\n")
         elif all(line.startswith("  ") for line in paragraph.splitlines()):
             parts.append("```text\n" + "\n".join(line[2:] for line in paragraph.splitlines()) + "\n```\n")
         else:
-            parts.append(plain(paragraph) + "\n")
+            parts.append(plain(paragraph[0].upper() + paragraph[1:]) + "\n")
     return "\n".join(parts)
 
 

@@ -1,4 +1,4 @@
-"""Hooks of mkdocs.yml: RESULTS.md becomes a page of the site, and links to files outside of docs/ become plain words."""
+"""Hooks of mkdocs.yml: RESULTS.md becomes a page of the site, and links to files outside of docs/ become plain text."""
 
 import re
 from pathlib import Path

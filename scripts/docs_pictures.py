@@ -3,12 +3,13 @@
     python scripts/docs_pictures.py                 all that can be made
     python scripts/docs_pictures.py --keep FOLDER   keep the runs in a folder; runs that it has already are not repeated
 
-The runs are those of README.md and of docs/own-images.md, whose commands are read from the page. Two of them need data
+The runs are those of README.md and docs/own-images.md: the script reads the commands from the pages. Two need data
 in data_dir (METACV_DATA_DIR): docs/own-images.md needs Omniglot, and the evaluation with class names needs CIFAR-100.
 Without them their pictures stay as they are. Pictures of pages (report.png, tensorboard.png) need Chromium.
 """
 
 import argparse
+import io
 import os
 import re
 import shutil
@@ -16,7 +17,11 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from PIL import Image
@@ -27,10 +32,7 @@ OWN_IMAGES = ROOT / "outputs/reference/own_images"
 DATA = Path(os.environ.get("METACV_DATA_DIR", "~/.cache/metacv")).expanduser()
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
-FIRST = """
-metacv train algo=maml way=5 shot=1 hydra.run.dir=runs/maml
-metacv evaluate checkpoint=runs/maml hydra.run.dir=runs/maml-test
-"""
+SETTINGS = 250  # width in pixels of TensorBoard's panel of settings, which is cut off
 NAMES = "metacv evaluate checkpoint=cifar_fs/classifier_5w1s episodes=600 hydra.run.dir=names"
 
 # The images of docs/own-images.md: ten characters from each of six alphabets, and three from each of two others.
@@ -58,18 +60,22 @@ def main() -> None:
 
 def glyphs(folder: Path) -> None:
     """The first run of the README: an episode, curves, and TensorBoard."""
-    run(FIRST, folder)
+    run(commands(ROOT / "README.md", "First steps"), folder)
     last_episode(folder / "runs/maml").save(DOCS / "episode.png")
     copy(folder / "runs/maml", "results.png")
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", "runs/maml", "--port", port, "--load_fast=false"]
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", "runs", "--port", port, "--load_fast=false"]
     server = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         wait_for(int(port))
-        tags = "tagFilter=loss%7Caccuracy%7Cepisode&smoothing=0"
-        screenshot(f"http://localhost:{port}/?{tags}#timeseries", DOCS / "tensorboard.png", height=1000)
+        tags = "tagFilter=%28train%7Cval%29%2F%28loss%7Caccuracy%7Cepisode%29&smoothing=0"
+        picture = DOCS / "tensorboard.png"
+        with slowly(f"http://localhost:{port}/?{tags}#timeseries") as address:
+            screenshot(address, picture, height=1050, width=1310 + SETTINGS)
+        if BROWSER:
+            Image.open(picture).crop((0, 0, 1310, 1030)).save(picture)
     finally:
         server.terminate()
         server.wait()
@@ -90,8 +96,7 @@ def own_images(folder: Path) -> None:
                 for file in chosen:
                     shutil.copy(file, folder / part / name)
     (folder / "new/Sylheti_character01/notes.txt").write_text("not an image\n")
-    example = (DOCS / "own-images.md").read_text().split("## An example")[1]
-    run("".join(re.findall(r"```sh\n(.*?)```", example, re.DOTALL)), folder)
+    run(commands(DOCS / "own-images.md", "An example from folders to labels"), folder)
     kept = {
         "runs/plain/result.json": "plain.json",
         "runs/rotated/result.json": "rotated.json",
@@ -102,7 +107,13 @@ def own_images(folder: Path) -> None:
     for made, name in kept.items():
         shutil.copy(folder / made, OWN_IMAGES / name)
     copy(folder / "labels", "predictions.png")
-    screenshot((folder / "report/report.html").as_uri(), DOCS / "report.png", height=1150)
+    screenshot((folder / "report/report.html").as_uri(), DOCS / "report.png", height=900)
+
+
+def commands(page: Path, section: str) -> str:
+    """The shell commands of a section of a page."""
+    text = page.read_text().split(f"\n## {section}\n")[1].split("\n## ")[0]
+    return "".join(re.findall(r"```sh\n(.*?)```", text, re.DOTALL))
 
 
 def run(commands: str, folder: Path) -> None:
@@ -120,8 +131,6 @@ def run(commands: str, folder: Path) -> None:
 
 def last_episode(folder: Path) -> Image.Image:
     """The newest episode of validation among the pictures that a run wrote for TensorBoard."""
-    import io
-
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder), {"images": 0})
@@ -146,13 +155,36 @@ def wait_for(port: int) -> None:
         time.sleep(1)
 
 
+@contextmanager
+def slowly(address: str, seconds: int = 20) -> Iterator[str]:
+    """The address of a page that shows another one, and counts as loaded only when that one had time to draw."""
+    frame = f'<iframe src="{address}" style="position:fixed;inset:0;width:100%;height:100%;border:0"></iframe>'
+
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self.path == "/wait":
+                time.sleep(seconds)
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+            self.wfile.write(f'<body>{frame}<img src="/wait">'.encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("localhost", 0), Page) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://localhost:{server.server_port}/"
+        server.shutdown()
+
+
 def screenshot(address: str, path: Path, height: int, width: int = 1280) -> None:
     """A picture of a page, cut off below `height` pixels."""
     if BROWSER is None:
         return print(f"{path.name}: skipped, no Chromium")
     with tempfile.TemporaryDirectory() as profile:
         options = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
-        options += ["--disable-sync", "--hide-scrollbars", f"--user-data-dir={profile}", "--virtual-time-budget=20000"]
+        options += ["--disable-sync", "--hide-scrollbars", f"--user-data-dir={profile}"]
         command = [BROWSER, *options, f"--window-size={width},{height}", f"--screenshot={path}", address]
         subprocess.run(command, check=True, capture_output=True, timeout=300)
 
