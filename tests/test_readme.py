@@ -53,6 +53,7 @@ def test_the_example_of_a_new_algorithm_works_without_changes(metacv, checkout):
     names = ["metacv/algorithms/metric/matchingnet.py", "configs/algo/matchingnet.yaml"]
     assert [name for name, _ in files] == names
     for name, text in files:
+        assert text == (ROOT / name).read_text()
         (checkout / name).write_text(text)
     code, _, err = metacv("train", "algo=matchingnet", *TRAIN, "hydra.run.dir=run")
     assert (code, err) == (0, "")
