@@ -285,8 +285,8 @@ over episodes.
 
 - *Steps*: how many of the experiment's steps we trained.
 - *Time*: training and validation. Runs with 1 thread shared a 2-core machine with other work; alone they are faster.
-- *Reproduced*: our mean is not below the paper's interval. If the paper gives no interval, ours must reach the smallest
-  number that rounds to the paper's (98.85 for 98.9).
+- *Reproduced*: our mean is not below the paper's interval. If the paper gives no interval, our interval must reach the
+  smallest number that rounds to the paper's (98.85 for 98.9).
 - *The run of* another experiment: both experiments train in the same way, so one run served both (`--run-of`). This
   holds for Prototypical Networks in 5-way and 20-way, for example. The run's last weights were validated on this
   experiment's tasks, and the time is that of the shared run.
