@@ -15,7 +15,7 @@ def help_text(command: str, words: list[str]) -> str:
     """What the command does, a line for every choice, and the settings of the chosen files."""
     text = (CONFIG_DIR / f"{command}.yaml").read_text()
     content = yaml.safe_load(text)
-    settings = [_readable(text.partition("\n\n")[2].partition("\nhydra:")[0])]
+    settings = [readable(text.partition("\n\n")[2].partition("\nhydra:")[0])]
     choices = []
     for group, chosen in _chosen(command, words).items():
         files = {name: CONFIG_DIR / group / f"{name}.yaml" for name in choices_of(group)}
@@ -27,9 +27,9 @@ def help_text(command: str, words: list[str]) -> str:
             continue
         text = files[chosen].read_text()
         if text.startswith("# @package"):
-            settings.append(f"# {group}={chosen}, which overrides the settings above\n{_readable(text)}")
+            settings.append(f"# {group}={chosen}, which overrides the settings above\n{readable(text)}")
         else:
-            settings.append("\n  ".join([f"# {group}={chosen}\n{group}:", *_readable(text).splitlines()]))
+            settings.append("\n  ".join([f"# {group}={chosen}\n{group}:", *readable(text).splitlines()]))
     template: str = content["hydra"]["help"]["template"]
     return template.replace("$CHOICES", "\n".join(choices).rstrip()).replace("$CONFIG", "\n\n".join(settings).rstrip())
 
@@ -51,7 +51,7 @@ def _chosen(command: str, words: list[str]) -> dict[str, str | None]:
     return {group: given.get(group, chosen[group]) for group in own}
 
 
-def _readable(text: str) -> str:
+def readable(text: str) -> str:
     """The settings of a YAML file without what only the program needs."""
     text = re.sub(r"^defaults: \[(.*)\]", r"# as \1, except:", text, flags=re.MULTILINE)
     text = re.sub(r"^defaults:\n( .*\n)+\n?", "", text, flags=re.MULTILINE)

@@ -1,6 +1,5 @@
 """How images look, in three numbers each, to notice images unlike those that a model was trained on."""
 
-
 import torch
 from torch import Tensor
 

@@ -246,42 +246,41 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 PAGE = """\
 # Results
 
-`python scripts/results_table.py` writes this file: every accuracy, time and number of steps comes from a file in
-outputs/reference, and the papers' numbers from configs/experiment. Each folder linked below holds a checkpoint, its
-settings, the metrics of its training and its results. To repeat the result of a row, run
-`metacv evaluate checkpoint=outputs/reference/omniglot/protonet_5w1s` (for both rows of Reptile, add `batch_norm=both`).
-Accuracies are in %, ± 1.96 standard errors over episodes.
+`python scripts/results_table.py` writes this file. Accuracies, times and numbers of steps come from outputs/reference,
+the papers' numbers from configs/experiment. Each linked folder holds a checkpoint, its settings, the metrics of its
+training and its results. To repeat the result of a row, run `metacv evaluate checkpoint=omniglot/protonet_5w1s` with
+the name of the folder (for both rows of Reptile, add `batch_norm=both`). Accuracies are in %, ± 1.96 standard errors
+over episodes.
 
 ## Omniglot, each method under its paper's protocol
 
 `python scripts/reproduce.py NAME` trains and tests a row from scratch.
 
-- *Steps*: the steps trained, out of those that the experiment asks for.
-- *Time*: the time of training with its validations. Runs with 1 thread shared a 2-core machine with other work; alone
-  they are faster.
-- *Reproduced*: our mean is at or above the lower end of the paper's interval. Where the paper gives no interval, ours
-  must reach the paper's number before rounding (98.85 for 98.9).
-- *The run of* another experiment: both experiments train in the same way (Prototypical Networks do so for 5-way and
-  20-way), so one training served both (`--run-of`). Its last weights were validated on this experiment's tasks, and the
-  time is that of the shared training.
+- *Steps*: how many of the experiment's steps we trained.
+- *Time*: training and validation. Runs with 1 thread shared a 2-core machine with other work; alone they are faster.
+- *Reproduced*: our mean is not below the paper's interval. If the paper gives no interval, our interval must reach the
+  smallest number that rounds to the paper's (98.85 for 98.9).
+- *The run of* another experiment: both experiments train in the same way, so one run served both (`--run-of`). This
+  holds for Prototypical Networks in 5-way and 20-way, for example. The run's last weights were validated on this
+  experiment's tasks, and the time is that of the shared run.
 
 {omniglot}
 
-These numbers cannot be compared between methods, because each paper tests in its own way. To fit the budget, these
-settings differ from those of the experiments:
+Do not compare methods by these numbers: each paper has its own protocol. We trained with less compute than the papers,
+so these settings differ from those of the experiments:
 
 {omniglot_changes}
 
 The experiments differ from the papers as follows:
 
-- Classes: all experiments share the same 423 test characters, which `dataset.split_seed` determines. The papers split
-  the characters at random themselves, except Prototypical Networks, which use a published list. Reptile and Relation
-  Networks trained on all other 1200 characters; they selected no checkpoint, or selected it on test characters. Our
-  experiments use 100 of the 1200 for validation. Prototypical Networks were trained once more on train and val
-  together; ours were not.
-- Images are resized with `dataset.resample=lanczos`. The code of MAML, Reptile and Prototypical Networks asks Pillow
-  for this filter or for none, but Pillow always resizes one-bit images, such as Omniglot's, by nearest neighbour. So
-  those networks saw black and white (`dataset.resample=nearest`). The code of Relation Networks also shifts and scales
+- Classes: all our experiments have the same 423 test characters, set by `dataset.split_seed`. Each paper has its own
+  random split, except Prototypical Networks, which use a published list. Reptile and Relation Networks train on all
+  other 1200 characters; Reptile selects no checkpoint, and Relation Networks select it on test characters. Our
+  experiments use 100 of the 1200 for validation. Prototypical Networks finally train on training and validation
+  characters together; ours do not.
+- Images: we resize with `dataset.resample=lanczos`. The code of MAML, Reptile and Prototypical Networks asks Pillow for
+  this filter or for none, but Pillow always resizes one-bit images such as Omniglot's by nearest neighbour. So those
+  networks saw only black and white (`dataset.resample=nearest`). The code of Relation Networks also shifts and scales
   the pixels, which batch norm undoes.
 - The scale of MAML's inner loss differs; see the last section. The first-order numbers are those of Reptile's paper,
   which ran the code of MAML's authors.
@@ -289,8 +288,8 @@ The experiments differ from the papers as follows:
   except for MAML's head, whose weights have a standard deviation of 1 (ours: 0.07). Relation Networks' code uses normal
   weights, and biases of 1 in its linear layers.
 - Batch norm adds 1e-5 to the variance. TensorFlow, and so the code of MAML and Reptile, adds 1e-3.
-- The Reptile runs in this table were trained when all tasks drew their inner batches from one random stream. Now each
-  task has its own, so the same command draws other batches.
+- The Reptile runs in this table come from an earlier version, in which all tasks drew their inner batches from one
+  random stream. Now each task has its own stream, so the same command draws other batches.
 
 ## Omniglot, all methods under one protocol
 
@@ -306,16 +305,17 @@ As for Omniglot. All papers use the split of Ravi & Larochelle: 64, 16 and 20 cl
 
 {miniimagenet}
 
-To fit the budget, these settings differ from those of the experiments (`algo.temperature` divides the squared
-distances, which in 1600 dimensions are so large that the softmax saturates at the start of training):
+We trained with less compute than the papers, so these settings differ from those of the experiments (`algo.temperature`
+divides the squared distances, which in 1600 dimensions are so large that the softmax saturates at the start of
+training):
 
 {miniimagenet_changes}
 
-The experiments differ from the papers as follows: Reptile does not validate, and Relation Networks' code selects its
-model on the test classes; ours select best.pt on 600 fixed episodes of the validation classes. Relation Networks' code
-tests the 15 queries per class in batches of 3 or 5, each with its own batch statistics; ours tests all 15 in one batch.
-MAML clips the outer gradient at 10; our threshold is scaled as our outer loss is. Inner loss, initial weights and batch
-norm differ as on Omniglot. The classifier is trained as on CIFAR-FS, for 40 epochs instead of RFS's 100.
+The experiments differ from the papers as follows. Reptile does not validate, and the code of Relation Networks selects
+its model on the test classes; ours select best.pt on 600 fixed episodes of the validation classes. Relation Networks'
+code tests the 15 queries per class in batches of 3 or 5, each with its own batch statistics; ours tests all 15 in one
+batch. MAML clips the outer gradient at 10; our threshold is scaled as our outer loss is. Inner loss, initial weights
+and batch norm differ as on Omniglot. The classifier is trained as on CIFAR-FS, for 40 epochs instead of RFS's 100.
 
 ## miniImageNet, all methods under one protocol
 
@@ -325,11 +325,11 @@ norm differ as on Omniglot. The classifier is trained as on CIFAR-FS, for 40 epo
 
 ## CIFAR-FS
 
-Classification of the 64 training classes, then a head on the features (`algo=classifier`, `head=...`), as in RFS (Tian
-et al. 2020), whose numbers for the same network are in the column *paper*. The head and its settings were chosen on the
-validation classes. One training served both rows of a data set. The classifier with `seed=1`
-(outputs/reference/cifar_fs/seed1) gets {second_seed}. Seeds differ by more than the intervals,
-which cover the choice of episodes only.
+A classifier of the 64 training classes, tested with a head on its features (`algo=classifier`, `head=...`), as in RFS
+(Tian et al. 2020). The column *paper* has RFS's numbers for the same network. We chose the head and its settings on the
+validation classes. One run served both rows of the classifier. The classifier with `seed=1`
+(outputs/reference/cifar_fs/seed1) reaches {second_seed}. Seeds differ by more than the intervals, which cover the
+choice of episodes only.
 
 {cifar_fs}
 

@@ -1,9 +1,9 @@
-"""The README: its example, its table of choices, its links, its numbers; and the wheel."""
+"""The README and docs/: their commands, examples, tables, links and numbers; and the wheel."""
 
-import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,16 +12,27 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import TRAIN, random_tasks
+from omegaconf import open_dict
 
 from metacv import CONFIG_DIR, cli, completion, config, help, limits
 from metacv.algorithms import metric
 from metacv.model import load_checkpoint
 from metacv.results import Result, read_results
 from metacv.text import percent
+from metacv.words import choices, hydra_overrides
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
+
+import docs_cli
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+DOCS = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
+PAGES = [ROOT / "README.md", ROOT / "RESULTS.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+PAGES += sorted((ROOT / "docs").glob("*.md"))
+REFERENCE = ROOT / "outputs/reference"
 
 
 @pytest.fixture
@@ -37,11 +48,12 @@ def checkout(monkeypatch, tmp_path) -> Path:
 
 
 def test_the_example_of_a_new_algorithm_works_without_changes(metacv, checkout):
-    section = README.split("## Your own algorithm")[1].split("\n## ")[0]
+    section = DOCS["extending.md"].split("\n## A method\n")[1].split("\n## ")[0]
     files = re.findall(r"`((?:metacv|configs)/[\w/]+\.(?:py|yaml))`:\n\n```\w+\n(.*?)```", section, re.DOTALL)
     names = ["metacv/algorithms/metric/matchingnet.py", "configs/algo/matchingnet.yaml"]
     assert [name for name, _ in files] == names
     for name, text in files:
+        assert text == (ROOT / name).read_text()
         (checkout / name).write_text(text)
     code, _, err = metacv("train", "algo=matchingnet", *TRAIN, "hydra.run.dir=run")
     assert (code, err) == (0, "")
@@ -57,14 +69,80 @@ def test_the_example_of_a_new_algorithm_works_without_changes(metacv, checkout):
     torch.testing.assert_close(logits.exp().sum(dim=-1), torch.full((2, 6), 0.5))  # means over two images of each class
 
 
-def expanded(word: str) -> list[str]:
-    """a{b,c} as a shell has it: ab ac."""
-    parts = [part.strip("{}").split(",") for part in re.findall(r"\{.*?\}|[^{}]+", word)]
-    return ["".join(choice) for choice in itertools.product(*parts)]
+def test_the_method_in_the_readme_is_that_of_the_program():
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    source = (ROOT / "metacv/algorithms/metric/matchingnet.py").read_text().splitlines()
+    assert len(example.splitlines()) > 4
+    assert {*example.splitlines()} <= {*source}
+
+
+def commands(text: str) -> list[list[str]]:
+    """The words of each command in the shell blocks of a page, with the variables that the page exports."""
+    found, variables = [], {}
+    for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            for name, value in variables.items():
+                line = line.replace(f"${name}", value)
+            words = shlex.split(line)
+            if words[0] == "export":
+                variables |= dict([words[1].split("=", 1)])
+            else:
+                found.append(words)
+    return found
+
+
+COMMANDS = {shlex.join(words): words for page in PAGES for words in commands(page.read_text())}
+METACV = {line: words[words.index("metacv") + 1 :] for line, words in COMMANDS.items() if "metacv" in words}
+
+
+@pytest.mark.parametrize("line", METACV)
+def test_the_settings_of_every_command_in_the_documentation_exist(line):
+    command, *words = METACV[line]
+    for choice in PLUGINS.keys() & {*words}:
+        pytest.importorskip(f"hydra_plugins.hydra_{PLUGINS[choice]}")
+    overrides = [word for word in hydra_overrides(command, words) if word != "-m"]
+    cfg = config.composed(command, [single for word in overrides if (single := first_of_sweep(word))])
+    with open_dict(cfg):
+        del cfg["hydra"]
+    assert config.typed(cfg, getattr(config, f"{command.capitalize()}Config"))
+
+
+PLUGINS = {
+    "launcher=joblib": "joblib_launcher",
+    "launcher=slurm": "submitit_launcher",
+    "launcher=ray": "ray_launcher",
+    "sweeper=optuna": "optuna_sweeper",
+}
+
+
+def first_of_sweep(word: str) -> str | None:
+    """The word with the first of its values, in a sweep; None where a sweeper finds the value."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    override = OverridesParser.create().parse_override(word)
+    if "interval(" in word:
+        return None
+    return BasicSweeper.split_arguments([override], None)[0][0][0] if override.is_sweep_override() else word
+
+
+def test_every_other_command_in_the_documentation_is_a_program_or_script_that_exists():
+    known = {"pip", "make", "tensorboard"}
+    others = [words for line, words in COMMANDS.items() if line not in METACV]
+    assert others
+    for program, *words in others:
+        if program == "python":
+            assert (ROOT / words[0]).is_file()
+        elif "=" in program or program.startswith(".venv"):
+            assert (ROOT / words[-1]).exists()
+        else:
+            assert program in known
 
 
 def test_every_module_in_the_table_of_files_exists():
-    for row in re.findall(r"^\| (`metacv/.*?) \|", README, re.MULTILINE):
+    rows = re.findall(r"^\| (`metacv/.*?) \|", DOCS["extending.md"], re.MULTILINE)
+    assert len(rows) > 10
+    for row in rows:
         folder = ROOT
         for name in re.findall(r"`([\w/.]+)`", row):
             folder = (ROOT / name).parent if "/" in name else folder
@@ -77,25 +155,52 @@ def test_the_page_on_security_has_every_limit():
     assert {name: int(number.replace(",", "")) for name, number in rows} == own
 
 
-@pytest.mark.parametrize("group", ["algo", "backbone", "dataset", "optimizer", "schedule", "experiment"])
-def test_the_table_of_choices_names_files_of_configs(group):
-    row = re.search(rf"^\| `{group}/` \| (.*?) \|", README, re.MULTILINE)
-    assert row is not None
-    names = [name for word in re.findall(r"`([\w/{},]+)`", row[1]) for name in expanded(word)]
-    assert names
-    for name in names:
-        assert (CONFIG_DIR / group / f"{name}.yaml").is_file(), name
+@pytest.mark.parametrize("group", ["algo", "dataset", "backbone", "head"])
+def test_the_table_of_choices_names_every_file_of_configs(group):
+    (row,) = re.findall(rf"^\| `{group}=` \| (.*) \|$", README, re.MULTILINE)
+    assert sorted(re.findall(r"`([\w/]+)`", row)) == choices(group)
 
 
-def test_every_file_and_folder_that_the_readme_links_exists():
-    for page in (ROOT / "README.md", ROOT / "docs/own-images.md", ROOT / "docs/security.md"):
-        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text()):
-            assert (page.parent / target).exists(), target
+def test_the_page_of_methods_has_a_row_for_every_method_and_head():
+    rows = re.findall(r"^\| `(\w+)` \|", DOCS["methods.md"], re.MULTILINE)
+    assert sorted(rows) == sorted(choices("algo") + choices("head"))
+
+
+def test_the_page_of_data_has_a_row_for_every_data_set():
+    table = DOCS["data.md"].split("\n\n")[2]
+    assert sorted(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == choices("dataset")
+
+
+def test_the_page_of_commands_is_up_to_date():
+    assert DOCS["cli.md"] == docs_cli.page(), "run scripts/docs_cli.py"
+
+
+def anchors(page: str) -> set[str]:
+    """The anchors of the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", page, flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading.lower()).strip()) for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_to_a_file_and_to_a_heading_in_it(page):
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text()):
+        path, _, heading = target.partition("#")
+        place = page.parent / path if path else page
+        assert place.exists(), target
+        assert not heading or heading in anchors(place.read_text()), target
+
+
+def test_every_page_is_in_the_navigation_of_the_site_which_loads_nothing_from_other_hosts():
+    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+    (index, *parts) = [own for entry in site["nav"] for own in entry.values()]
+    shown = [index, *(page for part in parts for entry in part for page in entry.values())]
+    assert sorted(shown) == sorted([*DOCS, "results.md"])  # results.md is RESULTS.md: scripts/docs_hooks.py
+    assert site["theme"]["font"] is False
+    assert site["plugins"] == ["search"]
 
 
 def test_the_page_on_own_images_shows_the_numbers_on_file():
-    page, place = (ROOT / "docs/own-images.md").read_text(), ROOT / "outputs/reference/own_images"
-    page, place = (ROOT / "docs/own-images.md").read_text(), ROOT / "outputs/reference/own_images"
+    page, place = DOCS["own-images.md"], REFERENCE / "own_images"
     comparison = read_results(place / "comparison.json")
 
     def measured(result: Result) -> str:
@@ -140,13 +245,29 @@ def test_the_speeds_are_those_of_the_benchmark_on_file():
     kept = (ROOT / "outputs/reference/benchmark/benchmark.md").read_text()
     header = kept.splitlines()[2]
     assert header.startswith("| | metacv, tasks/s |")
-    shown = README[README.index(header) :].split("\n\n")[0].splitlines()
+    page = DOCS["speed.md"]
+    shown = page[page.index(header) :].split("\n\n")[0].splitlines()
     assert len(shown) >= 10
     assert {*shown} <= {*kept.splitlines()}
 
 
-def test_the_readme_shows_the_accuracies_on_file_for_cifar_fs():
-    place = ROOT / "outputs/reference"
-    folders = ("cifar_fs/classifier_5w1s", "cifar_fs/classifier_5w5s", "quick/cifar_fs", "cifar_fs/seed1")
-    for result in [one for folder in folders for one in read_results(place / folder / "result.json").results]:
-        assert percent(result.accuracy, result.ci95) in README
+@pytest.mark.parametrize("page", ["README.md", "docs/methods.md"])
+def test_a_row_that_links_kept_results_shows_their_accuracies(page):
+    rows = re.findall(r"^\|.*\]\((?:\.\./)?outputs/reference/.*$", (ROOT / page).read_text(), re.MULTILINE)
+    assert len(rows) > 2
+    for row in rows:
+        (folder,) = re.findall(r"\]\((?:\.\./)?(outputs/reference/[^)]*)\)", row)
+        kept = read_results(ROOT / folder / "result.json").results
+        if page == "README.md":
+            kept = [one for one in kept if one.batch_norm in row]
+            assert re.search(rf"\b{kept[0].query} quer", row)
+        shown = re.findall(r"\d+\.\d+ ± \d+\.\d+", row)
+        assert shown[0] == percent(kept[0].accuracy, kept[0].ci95), row
+
+
+def test_the_numbers_of_the_papers_in_the_readme_are_those_of_the_results_page():
+    rows = re.findall(r"^\| .* \| \[(.*?)\]\((outputs/.*?)\) \| (.*?) \|", README, re.MULTILINE)
+    results = (ROOT / "RESULTS.md").read_text()
+    assert len(rows) == 8
+    for ours, folder, paper in rows:
+        assert f"| {paper} | [{ours}]({folder}) |" in results
