@@ -105,6 +105,7 @@ def _train(words: list[str], reported: list[Exception]) -> int:
     from metacv.errors import UserError
 
     overrides = hydra_overrides("train", words)
+    sweep.Folder.started = None
     overrides.sort(key=lambda word: word not in ("-m", "--multirun"))  # argparse takes no option between settings
     sys.argv = ["metacv train", *overrides]
     failed: list[Exception] = []
