@@ -192,7 +192,7 @@ def test_invalid_settings_of_training_exit_with_one_line(metacv, monkeypatch, ar
         (("episodes=0",), "episodes=0: not a whole number from 2 to 1000000"),
         (("algo.metric=near",), "algo.metric=near: not one of"),
         (("checkpoint=nowhere",), "nowhere: there is no such file"),
-        (("checkpoint=.",), "has no best.pt"),
+        (("checkpoint=run/.hydra",), "run/.hydra has no best.pt"),
         (("wya=5",), "wya: there is no such setting"),
         (("--multirun",), "-m: sweeps work with train only"),
         (("--resolve",), "--resolve: not an option of evaluate; --help and --cfg job are"),

@@ -73,7 +73,8 @@ def test_compare_leaves_out_what_any_of_the_models_has_seen(metacv, trained):
     assert code == 1
     assert "were used in training or validation of" in err
     code, out, err = metacv(*runs, "dataset.classes={train:10,val:6,test:30}", "unseen_only=true", "hydra.run.dir=both")
-    assert (code, err) == (0, "")
+    assert code == 0
+    assert [line for line in err.splitlines() if "the accuracy is not above chance" not in line] == []
     assert out.count(" test without 26 classes of training") == 2
     assert [one["left_out"] for one in results("both")] == [26, 26]  # of glyphs 16 to 45, 42 to 45 are new to both
 
@@ -105,8 +106,8 @@ def test_a_first_stage_that_is_also_the_teacher_counts_once(metacv, trained):
     assert both.images == one.images + 2 * load_checkpoint("both").step
     assert [stage.split(" ")[0] for stage in both.stages] == ["learned", "Classifier"]
     out = metacv("evaluate", "checkpoint=both", *TEST)[1]
-    assert out.splitlines()[1].startswith("  after: learned from Classifier on Glyphs, step ")
-    assert out.splitlines()[2].startswith("  after: Classifier on Glyphs, step ")
+    assert out.splitlines()[5].startswith("  after: learned from Classifier on Glyphs, step ")
+    assert out.splitlines()[6].startswith("  after: Classifier on Glyphs, step ")
 
 
 def test_a_class_of_a_folder_is_known_by_its_images_under_another_name(metacv, tmp_path):
