@@ -118,7 +118,9 @@ def load_checkpoint(place: str | Path, name: str = "best.pt") -> Checkpoint:
     except UserError:
         raise
     except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file") from None
+        kept = [own.parent.relative_to(KEPT_DIR).as_posix() for own in sorted(KEPT_DIR.rglob(name))]
+        near = nearest(str(place), kept, cutoff=0.55)  # or all, if none is near
+        raise UserError(f"{path}: there is no such file{near if near.startswith('; did') else ''}") from None
     except PermissionError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except Exception as error:  # torch raises many kinds of errors for a file that is cut short, foreign or holds code
@@ -180,10 +182,6 @@ def checkpoint_path(place: str | Path, name: str = "best.pt") -> Path:
     path = user_path(place)
     if not path.exists() and (KEPT_DIR / place / name).is_file():
         path = KEPT_DIR / place
-    if not path.exists():
-        kept = [own.parent.relative_to(KEPT_DIR).as_posix() for own in sorted(KEPT_DIR.rglob(name))]
-        near = nearest(str(place), kept, cutoff=0.55)  # or all, if none is near
-        raise UserError(f"{path}: there is no such file{near if near.startswith('; did') else ''}")
     if not path.is_dir():
         return path
     if not (path / name).is_file():

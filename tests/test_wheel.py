@@ -76,7 +76,7 @@ def test_the_name_of_a_kept_model_is_found_below_the_folder_of_kept_models(tmp_p
     with pytest.raises(UserError, match=r"^glyphs_to_omniglot has no best.pt"):
         checkpoint_path("glyphs_to_omniglot")
     with pytest.raises(UserError, match="there is no such file; did you mean omniglot/maml_5w1s"):
-        checkpoint_path("omniglot/mamls_5w1s")
+        load_checkpoint("omniglot/mamls_5w1s")
 
 
 @pytest.mark.slow
