@@ -8,7 +8,7 @@ from metacv.config import InfoConfig, class_name
 from metacv.errors import UserError
 from metacv.files import user_path
 from metacv.model import Checkpoint, Training, load_checkpoint
-from metacv.report.gather import is_number, metrics, overrides, printable_result, protocol_of, result_files
+from metacv.report.gather import is_number, metrics, overrides, printable_result, result_files
 from metacv.text import aligned, duration, percent, plural, printable, short
 
 EVALUATIONS = ("outputs/evaluate", "outputs/compare")  # where the commands write unless told otherwise
@@ -97,10 +97,8 @@ def beside(run: Path, checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
         if test.checkpoint_sha256 == checkpoint.sha256
     ]
     for path, test in tests[:SHOWN]:
-        yield (
-            "evaluated",
-            f"{percent(test.accuracy, test.ci95)} %: {test.way}-way {test.shot}-shot, {protocol_of(test)} ({path})",
-        )
+        accuracy = percent(test.accuracy, test.ci95)
+        yield "evaluated", f"{accuracy} %: {test.way}-way {test.shot}-shot, {test.protocol} ({path})"
     if len(tests) > SHOWN:
         yield "", f"and {len(tests) - SHOWN} more evaluations"
     names = sorted(path.name for path in run.iterdir() if not path.name.startswith("."))

@@ -62,6 +62,14 @@ class Result:
         """The method and the task that it is tested on."""
         return task_text(self.method, self.head, self.way, self.shot, self.query)
 
+    @property
+    def protocol(self) -> str:
+        """The images and episodes of the test."""
+        query = plural(self.query, "query", "queries")
+        text = f"{plural(self.episodes, 'episode')} of {self.dataset} {self.split}, {query}, {self.batch_norm}"
+        text += f", rotation {self.rotation}" if self.rotation not in ("", "none") else ""
+        return text + (f", without {plural(self.left_out, 'class', 'classes')}" if self.left_out else "")
+
     def describe(self) -> str:
         """For the terminal: a line, and one for each earlier stage."""
         without = f" without {plural(self.left_out, 'class', 'classes')} of training" if self.left_out else ""

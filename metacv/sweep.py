@@ -43,25 +43,21 @@ def ranking(folder: Path) -> str:
     if not runs:
         return ""
     shared = set.intersection(*({*words} for _, _, words in runs))
-    runs.sort(key=lambda run: (protocol(run[1]), -run[1].accuracy))
+    runs.sort(key=lambda run: (task(run[1]), -run[1].accuracy))
     tables = []
-    for task, group in groupby(runs, key=lambda run: protocol(run[1])):
+    for name, group in groupby(runs, key=lambda run: task(run[1])):
         lines = [
-            [f"{percent(result.accuracy, result.ci95)} %", name, " ".join(word for word in words if word not in shared)]
-            for name, result, words in group
+            [f"{percent(result.accuracy, result.ci95)} %", run, " ".join(word for word in words if word not in shared)]
+            for run, result, words in group
         ]
         more = f"\n... and {plural(len(lines) - LINES, 'run')} more" if len(lines) > LINES else ""
-        tables.append(printable(f"best in validation: {task}") + "\n" + aligned(lines[:LINES]) + more)
+        tables.append(printable(f"best in validation: {name}") + "\n" + aligned(lines[:LINES]) + more)
     if len(tables) > 1:
         tables.append("Runs of different tables were validated differently: metacv compare RUN RUN ... compares them.")
     test, report = setting("checkpoint", folder), shlex.quote(str(folder))
     return "\n\n".join([*tables, f"on test: metacv evaluate {test}\nreport:  metacv report {report}"])
 
 
-def protocol(result: "Result") -> str:
-    """How an accuracy was measured: accuracies with the same text can be compared."""
-    rotation = "" if result.rotation == "none" else f", rotation {result.rotation}"
-    return (
-        f"{result.way}-way {result.shot}-shot, {plural(result.query, 'query', 'queries')} per class, "
-        f"{plural(result.episodes, 'episode')} of {result.dataset} {result.split}{rotation}, {result.batch_norm}"
-    )
+def task(result: "Result") -> str:
+    """What was measured, and how: accuracies with the same text can be compared."""
+    return f"{result.way}-way {result.shot}-shot, {result.protocol}"

@@ -164,14 +164,6 @@ def printable_result(test: Result) -> Result:
     return replace(test, **texts, changes=changes)
 
 
-def protocol_of(test: Result) -> str:
-    """The images and episodes of a test."""
-    query = plural(test.query, "query", "queries")
-    text = f"{plural(test.episodes, 'episode')} of {test.dataset} {test.split}, {query}, {test.batch_norm}"
-    text += f", rotation {test.rotation}" if test.rotation not in ("", "none") else ""
-    return text + (f", without {plural(test.left_out, 'class', 'classes')}" if test.left_out else "")
-
-
 def overrides(folder: Path, files: list[ResultFile]) -> dict[str, str]:
     """Settings that the command line of a run changed, except those that do not change its result."""
     words = next((file.training["overrides"] for file in files if file.training and "overrides" in file.training), None)

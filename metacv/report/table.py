@@ -11,7 +11,7 @@ from itertools import groupby
 import torch
 
 from metacv.compare import t_interval
-from metacv.report.gather import RunRecord, protocol_of
+from metacv.report.gather import RunRecord
 from metacv.results import Result
 from metacv.text import percent, printable, setting, shortened_in_the_middle
 
@@ -37,7 +37,7 @@ class Row:
     @property
     def tested_on(self) -> str:
         """The test's images and episodes; empty without a test."""
-        return protocol_of(self.test) if self.test else ""
+        return self.test.protocol if self.test else ""
 
     @property
     def task(self) -> tuple[int, int, bool, str, str]:
