@@ -51,7 +51,8 @@ def ranking(folder: Path) -> str:
             for run, result, words in group
         ]
         more = f"\n... and {plural(len(lines) - LINES, 'run')} more" if len(lines) > LINES else ""
-        tables.append(printable(f"best in validation: {name}") + "\n" + aligned(lines[:LINES]) + more)
+        shown = [[printable(cell) for cell in line] for line in lines[:LINES]]
+        tables.append(printable(f"best in validation: {name}") + "\n" + aligned(shown) + more)
     if len(tables) > 1:
         tables.append("Runs of different tables were validated differently: metacv compare RUN RUN ... compares them.")
     test, report = setting("checkpoint", folder), shlex.quote(str(folder))
