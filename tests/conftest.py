@@ -182,6 +182,12 @@ def metacv(monkeypatch, tmp_path, data_dir, capsys):
     return run
 
 
+@pytest.fixture
+def may_be_at_chance(monkeypatch):
+    """Evaluations do not warn of models that know nothing, for tests of something else."""
+    monkeypatch.setattr("metacv.evaluate.warn_at_chance", lambda *_: None)
+
+
 def assert_same(one: Any, other: Any, place: str = "state") -> None:
     """Equal to the bit, and of the same types, through nested dicts, lists and tuples; but for seconds."""
     assert type(one) is type(other), place
