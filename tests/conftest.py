@@ -188,6 +188,12 @@ def after_first_line(out: str) -> str:
     return re.sub(r"\Ametacv \S+: train.*\n", "", out)
 
 
+@pytest.fixture
+def may_be_at_chance(monkeypatch):
+    """Evaluations do not warn of models that know nothing, for tests of something else."""
+    monkeypatch.setattr("metacv.evaluate.warn_at_chance", lambda *_: None)
+
+
 def assert_same(one: Any, other: Any, place: str = "state") -> None:
     """Equal to the bit, and of the same types, through nested dicts, lists and tuples; but for seconds."""
     assert type(one) is type(other), place

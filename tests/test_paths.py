@@ -22,6 +22,8 @@ from metacv.results import read_results
 from metacv.run import resumed
 from metacv.train import train
 
+pytestmark = pytest.mark.usefixtures("may_be_at_chance")  # models of noise
+
 
 def is_text(hint: object) -> bool:
     return hint is str or (typing.get_origin(hint) in (UnionType, typing.Union) and str in typing.get_args(hint))

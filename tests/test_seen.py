@@ -65,6 +65,7 @@ def test_other_glyphs_are_other_classes(metacv, trained):
     assert metacv("evaluate", f"checkpoint={trained('protonet')}", *TEST, SHIFTED, "dataset.seed=1")[0] == 0
 
 
+@pytest.mark.usefixtures("may_be_at_chance")
 def test_compare_leaves_out_what_any_of_the_models_has_seen(metacv, trained):
     other = ("algo=protonet", *TRAIN, "dataset.classes={train:40,val:2,test:4}", "way=2", "hydra.run.dir=other")
     assert metacv("train", *other)[0] == 0
@@ -73,8 +74,7 @@ def test_compare_leaves_out_what_any_of_the_models_has_seen(metacv, trained):
     assert code == 1
     assert "were used in training or validation of" in err
     code, out, err = metacv(*runs, "dataset.classes={train:10,val:6,test:30}", "unseen_only=true", "hydra.run.dir=both")
-    assert code == 0
-    assert [line for line in err.splitlines() if "the accuracy is not above chance" not in line] == []
+    assert (code, err) == (0, "")
     assert out.count(" test without 26 classes of training") == 2
     assert [one["left_out"] for one in results("both")] == [26, 26]  # of glyphs 16 to 45, 42 to 45 are new to both
 

@@ -23,6 +23,7 @@ from metacv.compare import t_interval
 from metacv.config import flat, to_dict
 from metacv.errors import UserError
 from metacv.files import size_of
+from metacv.pictures import HUES, STYLE
 from metacv.report.gather import RunRecord
 from metacv.report.table import Row
 from metacv.results import Result
@@ -30,9 +31,6 @@ from metacv.text import plural, printable
 
 CURVES, EPISODES, POINTS = 10, 6, 150  # at most: runs with curves, runs with a sample episode, points of a curve
 TASK = {"way", "shot", "train_way", "train_shot"}
-# Ten hues with a contrast of 3 or more on a light and on a dark ground; after Tableau's.
-HUES = ("#4e79a7", "#d9730d", "#e15759", "#2a9d8f", "#59a14f", "#a8860f", "#b07aa1", "#d4738a", "#9c755f", "#8a8f98")
-STYLE = "metacv.report.figures"  # the file figures.mplstyle
 Point = tuple[float, float, float]  # x, accuracy and half its interval in %
 Line = Sequence[Point]
 
