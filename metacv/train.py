@@ -73,10 +73,7 @@ def train(cfg: DictConfig, folder: Path, overrides: list[str]) -> float:
             return math.nan
         stack.enter_context(errors_of_threads_once())
         logger = stack.enter_context(Logger(folder, run.step, run.validated))
-        for line in header(run, validation, folder):
-            logger.line(line)
-        for text in unusual(config):
-            warn(text)
+        announce(run, validation, folder, logger)
         signals = stack.enter_context(StopSignals())
         bar = stack.enter_context(progress_bar(run.steps, "step", start=run.step))
         since, told = (time.perf_counter(), run.step), -math.inf
@@ -114,6 +111,14 @@ def train(cfg: DictConfig, folder: Path, overrides: list[str]) -> float:
     if signals.received:  # after the last step
         raise SystemExit(128 + signals.received)
     return run.best["accuracy"]
+
+
+def announce(run: Run, validation: EpisodeList, folder: Path, logger: Logger) -> None:
+    """Print what begins, and a warning for each setting that may be a slip."""
+    for line in header(run, validation, folder):
+        logger.line(line)
+    for text in unusual(run.config):
+        warn(text)
 
 
 def header(run: Run, validation: EpisodeList, folder: Path) -> list[str]:

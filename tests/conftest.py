@@ -190,8 +190,9 @@ def after_first_line(out: str) -> str:
 
 @pytest.fixture
 def may_be_at_chance(monkeypatch):
-    """Evaluations do not warn of models that know nothing, for tests of something else."""
-    monkeypatch.setattr("metacv.evaluate.warn_at_chance", lambda *_: None)
+    """No warning of models that know nothing, for tests of something else."""
+    for module in ("evaluate", "train"):
+        monkeypatch.setattr(f"metacv.{module}.warn_at_chance", lambda *_: None)
 
 
 def assert_same(one: Any, other: Any, place: str = "state") -> None:

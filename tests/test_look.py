@@ -102,6 +102,7 @@ def test_photographs_for_a_model_of_glyphs_are_named_once(metacv, trained):
         )
 
 
+@pytest.mark.usefixtures("may_be_at_chance")
 def test_inverted_images_are_named_with_the_setting_that_helps(metacv, trained):
     """ImageFolder has the setting, and Glyphs, which always inverts, has not."""
     content = load_checkpoint(trained("protonet")).content

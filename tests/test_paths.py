@@ -133,6 +133,7 @@ def one_and_another(tmp_path, monkeypatch, metacv) -> list[Path]:
     return folders
 
 
+@pytest.mark.usefixtures("may_be_at_chance")
 def test_commands_in_another_folder_do_what_they_do_in_the_first(metacv, monkeypatch, one_and_another, tmp_path):
     a, b = one_and_another
     shutil.copytree(a, tmp_path / "equal")

@@ -40,6 +40,7 @@ def test_checkpoints_of_version_1_predict_what_they_did(name, mode):
 
 
 @every_run
+@pytest.mark.usefixtures("may_be_at_chance")
 def test_runs_of_version_1_resume_as_version_1_does(name, metacv, tmp_path):
     shutil.copytree(RUNS / name, tmp_path / "run")
     code, _, err = metacv("train", "resume=run", "steps=4")

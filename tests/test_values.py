@@ -61,7 +61,7 @@ ACCEPTED = {  # which of the values a setting may have by its type; a setting th
     "true": "augment.flip compile projector algo.rotations algo.cosine algo.first_order algo.adapt_norm "
     "algo.gradient_checkpointing algo.learn_temperature algo.learn_penalty algo.reset_moments backbone.ceil_pool "
     "backbone.global_pool backbone.norm_scale backbone.running_stats backbone.frozen dataset.crop dataset.color "
-    "dataset.invert dataset.resize schedule.cycle_momentum head.flip head.cosine head.normalize resume "
+    "dataset.invert dataset.resize schedule.cycle_momentum head.flip head.cosine head.normalize resume dry_run "
     "evaluate:unseen_only compare:unseen_only",
     "zero": "augment.crop backbone.padding head.augment schedule.total_iters",
     "list": "normalize.mean normalize.std backbone.padding",
@@ -75,12 +75,12 @@ ACCEPTED = {  # which of the values a setting may have by its type; a setting th
     "schedule.max_lr head.lr head.scale head.C head.penalty",
     "zero, half, one and a half": "algo.balance optimizer.lr optimizer.weight_decay schedule.eta_min schedule.gamma "
     "dataset.fractions.train dataset.fractions.val dataset.fractions.test",
-    "null": "clip_norm clip_value patience ema init algo.teacher algo.task_chunk backbone.weights dataset.root "
+    "null": "clip_norm clip_value patience ema name init algo.teacher algo.task_chunk backbone.weights dataset.root "
     "image_folder:dataset.size image_folder:dataset.color image_folder:dataset.fit image_folder:dataset.invert "
     "dataset.split_file evaluate:way evaluate:shot evaluate:query evaluate:episodes evaluate:batch_norm "
     "evaluate:checkpoint evaluate:features compare:way compare:shot compare:query compare:episodes compare:batch_norm "
     "predict:checkpoint predict:support predict:adapted predict:save predict:batch_norm",
-    TEXT: "init device data_dir resume algo.teacher backbone.name backbone.weights dataset.root dataset.split_dir "
+    TEXT: "init name device data_dir resume algo.teacher backbone.name backbone.weights dataset.root dataset.split_dir "
     "dataset.split_file dataset.split_files.train dataset.split_files.val dataset.split_files.test dataset.name "
     "evaluate:checkpoint evaluate:features evaluate:device evaluate:data_dir compare:device compare:data_dir "
     "predict:checkpoint predict:support predict:adapted predict:save predict:query predict:device",

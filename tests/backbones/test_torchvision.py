@@ -23,6 +23,7 @@ def download_of(result):
     return get_state_dict
 
 
+@pytest.mark.usefixtures("may_be_at_chance")
 def test_frozen_weights_are_downloaded_once_and_not_trained(metacv, monkeypatch):
     torch.manual_seed(3)
     donor = models.resnet18().state_dict()

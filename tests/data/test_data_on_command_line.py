@@ -74,6 +74,7 @@ def test_evaluation_refuses_classes_that_were_used_in_training(metacv, own, run)
     assert metacv("evaluate", "checkpoint=run", *EVALUATE, "dataset.split_file=run/split.json")[::2] == (0, "")
 
 
+@pytest.mark.usefixtures("may_be_at_chance")
 def test_a_run_is_resumed_only_on_the_split_that_it_began_with(metacv, own, run):
     add_classes(own)
     code, _, err = metacv("train", "resume=run", "steps=6")
@@ -82,6 +83,7 @@ def test_a_run_is_resumed_only_on_the_split_that_it_began_with(metacv, own, run)
     assert metacv("train", "resume=run", "steps=6", "dataset.split_file=run/split.json")[::2] == (0, "")
 
 
+@pytest.mark.usefixtures("may_be_at_chance")
 def test_a_run_is_evaluated_and_resumed_from_any_folder(metacv, monkeypatch, own, run):
     (elsewhere := own.parent / "elsewhere").mkdir()
     shutil.copytree(own, elsewhere / "own")
@@ -97,6 +99,7 @@ def test_a_run_is_evaluated_and_resumed_from_any_folder(metacv, monkeypatch, own
 
 
 @pytest.mark.parametrize("place", ["a, b=c & d#(1) 'é фото", "2024", "~/fotos"])
+@pytest.mark.usefixtures("may_be_at_chance")
 def test_paths_are_used_as_the_shell_passes_them(metacv, monkeypatch, tmp_path, own_images, place):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (folder := Path(place).expanduser()).mkdir(parents=True)
