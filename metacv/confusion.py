@@ -9,7 +9,7 @@ from torch import Tensor
 
 from metacv.algorithms.base import correct_share
 from metacv.data.sampler import EpisodeList, EpisodeSampler
-from metacv.text import csv_bytes, plural, printable
+from metacv.text import aligned, csv_bytes, plural, printable
 
 if TYPE_CHECKING:  # importing scipy takes a second, for which training need not wait
     from scipy import sparse
@@ -77,13 +77,15 @@ class Confusion:
         return list(found | dict.fromkeys(range(len(self.names))))[:most]
 
     def describe(self) -> str:
-        """The hardest pairs in a line; empty if no query was taken for another class."""
-        found = [
-            f"{self.names[own.true]} taken for {self.names[own.other]} {100 * own.share:.0f} % "
-            f"(of {plural(own.queries, 'query', 'queries')}{'' if i else ' with both in the task'})"
-            for i, own in enumerate(self.pairs[:HARDEST])
+        """The hardest pairs, a line for each; empty if no query was taken for another class."""
+        lines = [
+            [
+                f"  {self.names[own.true]} taken for {self.names[own.other]}",
+                f"{100 * own.share:.0f} % of {plural(own.queries, 'query', 'queries')}",
+            ]
+            for own in self.pairs[:HARDEST]
         ]
-        return f"hardest pairs: {', '.join(found)}" if found else ""
+        return f"hardest pairs, in tasks with both classes:\n{aligned(lines)}" if lines else ""
 
     def csv(self, query: int) -> bytes:
         """A line for each class; `query`: queries per class of a task."""

@@ -28,6 +28,7 @@ def results_picture(lines: Sequence[dict[str, float]], title: str) -> bytes:
         steps, values = curve(lines, tag)
         if len(steps):
             axes.plot(steps, scale * values, color=BLUE, label="training")
+    rate.set_ylim(bottom=0)
     steps, values = curve(lines, "val/accuracy")
     if len(steps):
         _, half = curve(lines, "val/ci95")
