@@ -112,28 +112,31 @@ def assert_one_line(answer: tuple[int, str, str], message: str) -> None:
         (("algo=protonets",), "algo=protonets: there is no such file in configs/algo; did you mean protonet?"),
         (("experiment=maml_20w1s",), "configs/experiment; did you mean omniglot/maml_20w1s?"),
         (("experiment=maml_5w1s",), "did you mean miniimagenet/maml_5w1s or omniglot/maml_5w1s?"),
-        (("algo=maml", "algo=protonet"), "algo=maml and algo=protonet: give algo once"),
-        (("backbone=conv4", "backbone=resnet12", "way=3"), "backbone=conv4 and backbone=resnet12: give backbone once"),
+        (("algo=maml", "algo=protonet"), "algo=maml and algo=protonet: give algo only once"),
+        (
+            ("backbone=conv4", "backbone=resnet12", "way=3"),
+            "backbone=conv4 and backbone=resnet12: give backbone only once",
+        ),
         (("shots=5",), "shots: there is no such setting; did you mean shot?"),
         (("algo.inner_lrr=1",), "algo.inner_lrr: there is no such setting; did you mean algo.inner_lr?"),
         (("optimizer.weightdecay=1",), "there is no such setting; did you mean optimizer.weight_decay?"),
         (("save=a.pt",), "save: there is no such setting of this command, or of what it chooses"),
         (("dataset.size=28",), "dataset.size: there is no such setting of this command, or of what it chooses"),
         (("optimizer.betas=[1,2]",), "optimizer.betas: there is no such setting\n"),
-        (("=5",), "=5: settings are given as name=value"),
-        (("+=5",), "+=5: settings are given as name=value"),
-        (("~",), "~: settings are given as name=value"),
+        (("=5",), "=5: give settings as name=value"),
+        (("+=5",), "+=5: give settings as name=value"),
+        (("~",), "~: give settings as name=value"),
         (("/=5",), "/=5: cannot be read; special characters need quotes"),
         (("algo/=maml",), "algo/=maml: cannot be read; special characters need quotes"),
         (("way==3",), "way==3: cannot be read; special characters need quotes, as in \"name='a=b'\""),
         (("way=[1",), "way=[1: cannot be read; special characters need quotes"),
         (("way=\uff15",), "way=\uff15: cannot be read; special characters need quotes"),
-        (("hydra=5",), "hydra=5: not the name of a file"),
-        (("hydra/launcher=5",), "hydra/launcher=5: not the name of a file"),
-        (("algo=null",), "algo=null: not the name of a file in configs/algo"),
+        (("hydra=5",), "hydra=5: must be the name of a file"),
+        (("hydra/launcher=5",), "hydra/launcher=5: must be the name of a file"),
+        (("algo=null",), "algo=null: must be the name of a file in configs/algo"),
         (("way=many",), "way=many: not a whole number from 2 to 10000"),
-        (("train_way=1000",), "train_way=1000 but glyphs train has only 30 classes"),
-        (("shot=15", "query=10"), "train_shot=15 + train_query=10 needs 25 images a class but"),
+        (("train_way=1000",), "train_way=1000, but glyphs train has only 30 classes"),
+        (("shot=15", "query=10"), "train_shot=15 + train_query=10 needs 25 images per class, but"),
         (("algo.inner_lr=fast",), "algo.inner_lr=fast: not a number above 0 to 1000000000"),
         (("algo.inner_lr=-1",), "algo.inner_lr=-1: not a number above 0"),
         (("algo.inner_lr=nan",), "algo.inner_lr=nan: not a number above 0"),
@@ -149,18 +152,18 @@ def assert_one_line(answer: tuple[int, str, str], message: str) -> None:
         (("steps=0",), "steps=0: not a whole number from 1 to 1000000000"),
         (("meta_batch=1208925819614629174706176",), "meta_batch=1208925819614629174706176: not a whole number from 1"),
         (("~steps",), "~steps: this setting cannot be deleted"),
-        (("+backbone.image_shape=[1,2,3]",), "backbone.image_shape: is not a setting"),
+        (("+backbone.image_shape=[1,2,3]",), "backbone.image_shape: Conv4 has no such setting"),
         (("algo=protonet", "schedule.step_size=many"), "schedule.step_size=many: not a whole number"),
         (("optimizer.lr=fast",), "optimizer.lr=fast: not a number from 0 to 1000000000"),
         (("meta_batch=-3",), "meta_batch=-3: not a whole number from 1 to 1000000"),
         (("batch_norm=batch",), "batch_norm=batch: not one of inductive, transductive"),
         (("batch_norm=both",), "batch_norm=both: not one of inductive, transductive"),
         (("device=cuda:99",), "device=cuda:99: this machine has"),
-        (("device=fast",), "device=fast: not a device"),
+        (("device=fast",), "device=fast: must be auto, cpu, cuda or cuda:N"),
         (("seed=-1",), "seed=-1: not a whole number from 0 to 9223372036854775807"),
         (("eval_episodes=1",), "eval_episodes=1: not a whole number from 2 to 1000000"),
         (("optimizer._target_=torch.optim.LBFGS", "~optimizer.weight_decay"), "optimizer: LBFGS"),
-        (("optimizer._target_=os.system",), "only classes of metacv and torch.optim may be named"),
+        (("optimizer._target_=os.system",), "must be a class of metacv or torch.optim, or of a package listed in"),
         (("resume=true",), "has no last.pt"),
         (("resume=nowhere",), "nowhere: there is no such file"),
         (("hydra.run.dir=/proc/nowhere",), "/proc/nowhere"),
@@ -185,7 +188,7 @@ def test_invalid_settings_of_training_exit_with_one_line(metacv, monkeypatch, ar
     [
         (("split=all",), "split=all: not one of train, val, test"),
         (("batch_norm=none",), "batch_norm=none: not one of inductive, transductive, both or null"),
-        (("way=9",), "way=9 but glyphs test has only 8 classes"),
+        (("way=9",), "way=9, but glyphs test has only 8 classes"),
         (("dataset.nothing=1",), "dataset.nothing: run/best.pt has no such setting"),
         (("dataset.images=few",), "dataset.images=few: not a whole number"),
         (("dataset=omniglot", "data_dir=empty"), "omniglot/images_background is missing, and https://"),
@@ -194,8 +197,8 @@ def test_invalid_settings_of_training_exit_with_one_line(metacv, monkeypatch, ar
         (("checkpoint=nowhere",), "nowhere: there is no such file"),
         (("checkpoint=run/.hydra",), "run/.hydra has no best.pt"),
         (("wya=5",), "wya: there is no such setting"),
-        (("--multirun",), "-m: sweeps work with train only"),
-        (("--resolve",), "--resolve: not an option of evaluate; --help and --cfg job are"),
+        (("--multirun",), "-m: only train supports sweeps"),
+        (("--resolve",), "--resolve: there is no such option; evaluate has --help and --cfg job"),
     ],
 )
 def test_invalid_settings_of_an_evaluation_exit_with_one_line_and_leave_no_folder(run, monkeypatch, arguments, message):
@@ -220,7 +223,7 @@ def test_a_command_without_its_settings_exits_with_one_line_and_leaves_no_folder
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_old_name_of_a_setting_is_answered_with_the_new_one(metacv, command):
-    assert_one_line(metacv(command, "norm=both"), "norm=both: this setting is called batch_norm now")
+    assert_one_line(metacv(command, "norm=both"), "norm=both: this setting is now called batch_norm")
     assert list(Path().iterdir()) == []
 
 
@@ -315,7 +318,7 @@ def test_wrong_usage_gets_exit_code_2(metacv, arguments):
 
 def test_an_evaluation_is_not_written_over_a_training_run(run):
     before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
-    message = "hydra.run.dir=run holds a training run: evaluate needs another folder"
+    message = "hydra.run.dir=run holds a training run; set hydra.run.dir to another folder for evaluate"
     assert_one_line(run("evaluate", "checkpoint=run", "hydra.run.dir=run"), message)
     assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()} == before
 
@@ -534,15 +537,15 @@ def test_a_line_that_cannot_be_composed_has_no_candidates(metacv, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("evaluate", "RUN"), "RUN: settings are given as name=value"),
-        (("train", "protonet"), "protonet: settings are given as name=value"),
+        (("evaluate", "RUN"), "RUN: give settings as name=value"),
+        (("train", "protonet"), "protonet: give settings as name=value"),
         (("train", "+augment.foo=1"), "foo: there is no such setting"),
         (("train", "clip_norm=inf"), "clip_norm=inf: not a number above 0 to 1000000000 or null"),
         (
             ("train", "seed=99999999999999999999999"),
             "seed=99999999999999999999999: not a whole number from 0",
         ),
-        (("evaluate", "checkpoint=a", "--cfg", "job", "--resolve"), "--resolve: not an option of evaluate"),
+        (("evaluate", "checkpoint=a", "--cfg", "job", "--resolve"), "--resolve: there is no such option; evaluate has"),
     ],
 )
 def test_words_that_are_no_settings_exit_with_one_line(metacv, words, message):

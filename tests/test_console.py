@@ -91,10 +91,10 @@ def test_a_run_is_named(metacv):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["name=a", "hydra.run.dir=b"], "name=a and hydra.run.dir=b: give one of them"),
-        (["name=a", "name=b"], "name=a and name=b: give one of them"),
-        (["name="], "name is empty"),
-        (["-m", "name=a", "hydra.sweep.dir=b"], "name=a and hydra.sweep.dir=b: give one of them"),
+        (["name=a", "hydra.run.dir=b"], "name=a and hydra.run.dir=b: give only one of them"),
+        (["name=a", "name=b"], "name=a and name=b: give only one of them"),
+        (["name="], "name is empty; give a name for the run, or leave out name"),
+        (["-m", "name=a", "hydra.sweep.dir=b"], "name=a and hydra.sweep.dir=b: give only one of them"),
     ],
 )
 def test_a_name_that_cannot_be_used_has_one_line(metacv, words, message):

@@ -182,7 +182,7 @@ def test_evaluation_runs_in_one_process(metacv, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     code, _, err = metacv("evaluate", "checkpoint=run")
-    assert (code, err) == (1, "metacv: evaluate runs in one process: call it without torchrun\n")
+    assert (code, err) == (1, "metacv: evaluate runs in one process; start it without torchrun\n")
 
 
 def settings(data_dir: Path, *overrides: str) -> TrainConfig:

@@ -71,7 +71,7 @@ def test_what_cannot_be_used_has_one_clear_line(metacv, exported):
         (f"features={exported}", "head=cl2n"): "head: augment, flip and cl2n need images; features have none",
         (f"features={exported}", "head=ncm", "head.flip=true"): "head: augment, flip and cl2n need images",
         (f"features={exported}", "checkpoint=run"): "checkpoint: not together with features",
-        (f"features={exported}", "way=9"): "way=9 but features.npz has only 6 classes",
+        (f"features={exported}", "way=9"): "way=9, but features.npz has only 6 classes",
         (): "checkpoint is missing",
     }.items():
         code, _, err = metacv("evaluate", *words, "hydra.run.dir=failed")

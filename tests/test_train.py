@@ -473,7 +473,7 @@ def test_weights_that_are_not_finite_are_never_saved(metacv, monkeypatch):
 def test_a_sweep_runs_every_combination_and_continues_after_one_that_fails(metacv):
     code, _, err = metacv("train", "-m", "algo=maml,protonet", "shot=1,100", *TRAIN, "hydra.sweep.dir=sweep")
     assert code == 1
-    assert err.count("metacv: train_shot=100 + train_query=5 needs 105 images a class") == 2
+    assert err.count("metacv: train_shot=100 + train_query=5 needs 105 images per class,") == 2
     assert sorted(path.parent.name for path in Path("sweep").glob("*/result.json")) == [
         "0_maml_glyphs_5w1s",
         "2_protonet_glyphs_5w1s",

@@ -43,7 +43,7 @@ def method(tmp_path) -> Path:
 def test_a_method_of_ones_own_needs_the_users_word_in_the_environment(metacv, method, monkeypatch):
     monkeypatch.syspath_prepend(str(method))
     train = ("train", "--config-dir", str(method / "configs"), "algo=own", *TRAIN, "hydra.run.dir=run")
-    refused = "algo._target_=own_methods.Own: only classes of metacv and torch.optim may be named, unless "
+    refused = "algo._target_=own_methods.Own: must be a class of metacv or torch.optim, or of a package "
     code, _, err = metacv(*train)
     assert (code, refused in err, "own_methods" in sys.modules) == (1, True, False)
     monkeypatch.setenv("METACV_METHODS", "another, own_methods")

@@ -174,7 +174,7 @@ def test_invalid_settings_have_one_clear_line(metacv):
             "head.augment=3",
         ): "head.augment=3: the copies are augmented as in training, which had no augment.*",
         ("head=logistic", "head.C=0"): "head.C=0: not a number above 0 to 1000",
-        ("++algo.classes=4",): "algo.classes: is not a setting",
+        ("++algo.classes=4",): "algo.classes: Classifier has no such setting",
     }.items():
         code, _, err = metacv(*SHORT, *words, "hydra.run.dir=run")
         assert (code, err) == (1, f"metacv: {message}\n"), words

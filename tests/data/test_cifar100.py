@@ -116,7 +116,7 @@ def damaged(folder: Path, how: str) -> None:
         ("truncated", r"train is not a pickle of CIFAR-FS \(.*\)"),
         ("code", r"train is not a pickle of CIFAR-FS \(it names .*open, which images do not need\)"),
         ("few labels", r"train is not a pickle of CIFAR-FS \(it has 200 images and 199 labels\)"),
-        ("label 100", r"train is not a pickle of CIFAR-FS \(it has labels from 0 to 100, not below 100\)"),
+        ("label 100", r"train is not a pickle of CIFAR-FS \(it has labels from 0 to 100, not from 0 to 99\)"),
         ("floats", r"train is not a pickle of CIFAR-FS \(an array is f4 .*\)"),
         ("a list", r"train is not a pickle of CIFAR-FS \(.*\)"),
         ("another class", r"cifar-100-python: apple of the train split has 2 images, not 3"),

@@ -134,7 +134,7 @@ def test_a_class_with_too_few_images_for_a_task_is_named(metacv, own):
         path.unlink()
     code, _, err = metacv("train", *OWN, "dataset.root=own", "hydra.run.dir=run")
     assert code == 1
-    assert re.search(r"train_shot=1 \+ train_query=2 needs 3 images a class but class \d+ of own train has 2\n", err)
+    assert re.search(r"train_shot=1 \+ train_query=2 needs 3 images per class, but class \d+ of own train has 2\n", err)
 
 
 def test_a_network_trained_on_glyphs_is_evaluated_on_omniglot(metacv, monkeypatch, trained, tmp_path):

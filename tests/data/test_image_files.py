@@ -248,7 +248,7 @@ def test_a_link_to_a_folder_that_it_lies_in_is_left_out_with_a_line(tmp_path, ca
     noise().save(tmp_path / "root/cat/1.png")
     os.symlink(target, tmp_path / "root/cat/loop")
     assert [path.name for path in files_below(tmp_path / "root/cat")] == ["1.png"]
-    message = f"metacv: {tmp_path / 'root/cat/loop'} is left out: a link to a folder that it lies in\n"
+    message = f"metacv: {tmp_path / 'root/cat/loop'} is left out: a link to a folder that contains it\n"
     assert capsys.readouterr().err == message
 
 
@@ -258,5 +258,5 @@ def test_a_link_to_nothing_and_a_pipe_are_left_out_with_a_line(tmp_path, capsys)
     os.mkfifo(tmp_path / "3.png")
     assert [path.name for path in files_below(tmp_path)] == ["1.png"]
     err = capsys.readouterr().err
-    assert f"{tmp_path / '2.png'} is left out: a link to nothing\n" in err
+    assert f"{tmp_path / '2.png'} is left out: a broken link\n" in err
     assert f"{tmp_path / '3.png'} is left out: neither a file nor a folder\n" in err

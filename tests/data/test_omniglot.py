@@ -221,7 +221,7 @@ def test_the_official_archives_are_downloaded_checked_and_unpacked(small, server
         ({"resample": "cubic"}, "dataset.resample=cubic: not one of lanczos, nearest"),
         ({"size": 1000}, "size=1000"),
         ({"split": "lakes"}, "dataset.split=lakes: not one of lake, random, file"),
-        ({"counts": {"train": 9, "val": 9, "test": 9}}, "together at most 10"),
+        ({"counts": {"train": 9, "val": 9, "test": 9}}, "the sum must be at most 10"),
         ({"counts": {"train": 1, "val": 1}}, "counts must have train, val and test"),
         ({"train_rotation": "some"}, "dataset.train_rotation=some: not one of none, per_class"),
         ({"val_alphabets": ["Klingon"]}, "Klingon is not one of the background alphabets, Greek, Korean, Latin"),

@@ -164,7 +164,7 @@ def test_rotations_as_classes_make_four_classes_of_each():
     assert sorted(turns_of(tasks.support_x)[0].tolist()) == [0, 0, 1, 1, 2, 2, 3, 3]
     assert sorted(tasks.classes[0].tolist()) == list(range(8))
     assert torch.equal(tasks.classes // 2, turns_of(tasks.support_x))
-    with pytest.raises(UserError, match="way=9 but toy train has only 8 classes"):
+    with pytest.raises(UserError, match="way=9, but toy train has only 8 classes"):
         EpisodeSampler(corner_bank(2), 9, 1, 1, "as_classes")
 
 
@@ -183,8 +183,8 @@ def test_support_and_query_of_a_class_have_the_same_rotation():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"way": 100}, "way=100 but toy train has only 12 classes"),
-        ({"shot": 15, "query": 6}, r"shot=15 \+ query=6 needs 21 images a class but class0 of toy train has 20"),
+        ({"way": 100}, "way=100, but toy train has only 12 classes"),
+        ({"shot": 15, "query": 6}, r"shot=15 \+ query=6 needs 21 images per class, but class0 of toy train has 20"),
     ],
 )
 def test_impossible_tasks_are_refused_with_the_setting_and_the_reason(settings, message):
