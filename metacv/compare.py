@@ -35,7 +35,7 @@ def compare(cfg: CompareConfig, folder: Path) -> None:
     names = shortened(places)
     say(header([evaluation.about for evaluation in evaluations.values()]))
     for name, evaluation in zip(names, evaluations.values(), strict=True):
-        measured.append(evaluation.run_and_tell(evaluation.config.batch_norm, name))
+        measured.append(evaluation.run_and_print(evaluation.config.batch_norm, name))
     accuracies = [accuracy for accuracy, _ in measured]
     pairs = list(combinations(zip(names, accuracies, strict=True), 2))
     differences: list[dict[str, Any]] = [

@@ -68,7 +68,7 @@ class Training:
             look=self.look or earlier.look,
         )
 
-    def of_result(self) -> dict[str, Any]:
+    def result_fields(self) -> dict[str, Any]:
         """Return the fields of a Result."""
         cost = {f"train_{name}": getattr(self, name) for name in ("images", "flops", "seconds")}
         return cost | {"stages": self.stages}

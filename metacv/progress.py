@@ -27,7 +27,7 @@ class Progress:
     lines: bool = False  # print lines where there is no terminal
 
     @contextmanager
-    def of(self, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    def track(self, total: int, unit: str) -> Iterator[Callable[[int], None]]:
         """Yield a function to call with the number of units completed since its last call."""
         label, start = printable(self.label), time.perf_counter()
         done, last = 0, start

@@ -146,7 +146,7 @@ def assert_one_line(answer: tuple[int, str, str], message: str) -> None:
         (("optimizer.lr=-1",), "optimizer.lr=-1: not a number from 0 to 1000000000"),
         (("+foo=1",), "foo: there is no such setting"),
         (("algo.way=1",), "algo.way=1: not a whole number from 2 to 10000"),
-        (("algo.way=4",), "algo.way=4, but the training tasks have 5 classes"),
+        (("algo.way=4",), "algo.way=4: must be 5, the number of classes of the training tasks"),
         (("backbone.padding=1000",), "backbone.padding=1000: not a whole number from 0 to 2 or a list"),
         (("data_dir=''",), "data_dir is empty"),
         (("steps=0",), "steps=0: not a whole number from 1 to 1000000000"),
@@ -293,7 +293,7 @@ def test_weights_and_images_that_do_not_fit_the_config_are_refused(run):
     content["config"]["backbone"]["channels"] = 9
     torch.save(content, "wide.pt")
     assert_one_line(run(*EVALUATE, "checkpoint=wide.pt"), "its weights do not fit its config")
-    message = "glyphs test has images of 1x28x28 but large.pt was trained on 3x84x84"
+    message = "glyphs test has images of 1x28x28, but large.pt was trained on 3x84x84"
     assert_one_line(run(*EVALUATE, "checkpoint=large.pt"), message)
 
 

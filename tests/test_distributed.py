@@ -78,7 +78,7 @@ def assert_two_processes_learn_what_one_learns(metacv, algorithms: list[str], wo
     _, err = run.communicate(timeout=300)
     assert run.returncode != 0
     printed = [line for line in err.splitlines() if line.startswith("metacv: ")]
-    assert printed == ["metacv: meta_batch=1 is too few for 2 processes"] * len(algorithms)
+    assert printed == ["metacv: meta_batch=1: must be at least 2, the number of processes"] * len(algorithms)
     for algo in algorithms:
         assert_same_training(f"one/{algo}", f"two/{algo}_5", learned(f"start/{algo}"))
         for ours, theirs in zip(lines(f"one/{algo}"), lines(f"two/{algo}_5"), strict=True):
@@ -162,7 +162,7 @@ def test_an_error_is_printed_once(metacv):
     _, err = run.communicate(timeout=120)
     assert run.returncode != 0
     printed = [line for line in err.splitlines() if line.startswith("metacv: ")]
-    assert printed == ["metacv: meta_batch=1 is too few for 2 processes"]
+    assert printed == ["metacv: meta_batch=1: must be at least 2, the number of processes"]
 
 
 def test_a_rank_prints_only_errors_that_rank_zero_does_not_know(capsys, monkeypatch):
@@ -222,5 +222,5 @@ def test_each_process_uses_a_gpu_of_its_own(monkeypatch):
     assert Ranks(3, 4, 1).device("auto") == "cuda:1"
     assert Ranks(3, 4, 1).device("cpu") == "cpu"
     assert Ranks().device("cuda:1") == "cuda:1"
-    with pytest.raises(UserError, match="device=cuda:1: with 4 processes use auto, cuda or cpu"):
+    with pytest.raises(UserError, match="device=cuda:1: must be auto, cuda or cpu with 4 processes"):
         Ranks(3, 4, 1).device("cuda:1")

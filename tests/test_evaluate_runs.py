@@ -157,7 +157,7 @@ def test_lines_of_progress_have_a_distance(capsys, monkeypatch):
     now = iter(range(0, 1000, 20))
     monkeypatch.setattr(time, "perf_counter", lambda: float(next(now)))
     for lines in (True, False):
-        with Progress("evaluating", lines=lines).of(40, "task") as done:
+        with Progress("evaluating", lines=lines).track(40, "task") as done:
             for _ in range(4):
                 done(10)
     assert capsys.readouterr().out == "evaluating: 20 of 40 tasks, about 40 s left\n"

@@ -103,7 +103,7 @@ def test_what_is_no_run_gets_one_line(metacv, run):
         ("nowhere",): "nowhere: there is no such file",
         ("text.pt",): "text.pt is not a checkpoint of metacv, or is damaged",
         ("empty",): "empty has no best.pt: it is not the folder of a run",
-        ("damaged.pt",): "the file's support set is damaged",
+        ("damaged.pt",): "the support set in the file is damaged",
         (): "runs is missing",
         ("runs=[]",): "runs=[]: name a run, or a file with a model",
         ("protonet_5w1s",): "did you mean miniimagenet/protonet_5w1s or omniglot/protonet_5w1s?",

@@ -234,8 +234,8 @@ def test_a_kept_model_holds_no_paths_of_this_machine(metacv, trained):
     [
         (["support=own/support"], "checkpoint=... is missing"),
         (["checkpoint=RUN"], "support=... is missing"),
-        ([], "give checkpoint=RUN and support=FOLDER, or adapted=FILE alone"),
-        (["adapted=RUN", "support=own/support"], "give checkpoint=RUN and support=FOLDER, or adapted=FILE alone"),
+        ([], "give either checkpoint=RUN and support=FOLDER, or adapted=FILE"),
+        (["adapted=RUN", "support=own/support"], "give either checkpoint=RUN and support=FOLDER, or adapted=FILE"),
         (["adapted=RUN"], "has no support set; save=FILE together with support=FOLDER makes one"),
         (["checkpoint=RUN", "support=nowhere"], "support=nowhere: there is no such folder"),
         (["checkpoint=RUN", "support=own/query/alpha"], "has 0 folders: it needs one for each class, and at least 2"),
@@ -254,7 +254,7 @@ def test_a_kept_model_holds_no_paths_of_this_machine(metacv, trained):
         (["checkpoint=nowhere", "support=own/support"], "nowhere: there is no such file"),
         (["checkpoint=own", "support=own/support"], "own has no best.pt"),
         (["checkpoint=text.png", "support=own/support"], "text.png is not a checkpoint of metacv, or is damaged"),
-        (["checkpoint=RUN", "support=splits"], "support=splits holds test and train: give one of them"),
+        (["checkpoint=RUN", "support=splits"], "support=splits holds test and train; use one of them"),
         (
             ["checkpoint=RUN", "support=alike"],
             "two class names look the same without unprintable characters; rename one",

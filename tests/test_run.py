@@ -19,7 +19,7 @@ from metacv.run import load_state, lock_folder
 
 def test_a_folder_has_one_lock(tmp_path):
     second = lock_folder(tmp_path)
-    with lock_folder(tmp_path), pytest.raises(UserError, match="another run is writing there"):
+    with lock_folder(tmp_path), pytest.raises(UserError, match="another process is writing there"):
         second.__enter__()
     with lock_folder(tmp_path):
         pass

@@ -101,7 +101,7 @@ def assert_same_run(one: str | Path, other: str | Path) -> None:
 
 
 def test_train_log_has_the_lines_of_the_output_and_training_lines_that_a_terminal_has_not(metacv, monkeypatch):
-    monkeypatch.setattr("metacv.train.TOLD_EVERY", 0)
+    monkeypatch.setattr("metacv.train.LINE_EVERY", 0)
     code, out, _ = metacv(*PROTONET, "log_every=2", RUN)
     assert code == 0
     lines = [line.split("  ", 1) for line in Path("run/train.log").read_text().splitlines()]
@@ -215,7 +215,7 @@ def test_a_run_can_be_lengthened_in_its_folder(metacv, trained):
     assert "checkpoint: run/best.pt" in out
     assert_same_run("whole", "run")
     code, _, err = metacv("train", "resume=run/last.pt", "steps=3")
-    assert (code, err) == (1, "metacv: steps=3, but run/last.pt is at step 8\n")
+    assert (code, err) == (1, "metacv: steps=3: must be at least 8, the step of run/last.pt\n")
 
 
 def test_resuming_into_another_folder_copies_the_best_checkpoint_and_the_curves(metacv, monkeypatch):
@@ -642,7 +642,7 @@ def test_one_run_in_a_folder_at_a_time_which_a_signal_stops_with_the_usual_exit_
         wait_for(tmp_path / "run/last.pt", process)
         code, out, err = metacv("train", "resume=true", RUN)
         assert (code, after_first_line(out)) == (1, "")
-        assert err == "metacv: hydra.run.dir=run: another run is writing there\n"
+        assert err == "metacv: hydra.run.dir=run: another process is writing there; choose another folder\n"
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
     finally:

@@ -172,7 +172,7 @@ def test_invalid_settings_have_one_clear_line(metacv):
         (
             "head=ncm",
             "head.augment=3",
-        ): "head.augment=3: the copies are augmented as in training, which had no augment.*",
+        ): "head.augment=3: needs a model that was trained with augment.*; use augment=0",
         ("head=logistic", "head.C=0"): "head.C=0: not a number above 0 to 1000",
         ("++algo.classes=4",): "algo.classes: Classifier has no such setting",
     }.items():
@@ -198,7 +198,7 @@ def test_a_second_stage_prepares_images_as_the_first_and_a_head_is_checked_befor
     assert metacv(*SHORT, "hydra.run.dir=first")[0] == 0
     code, _, err = metacv(*SHORT, "init=first", "normalize.mean=[0.5]", "hydra.run.dir=second")
     assert (code, err.count("\n")) == (1, 1)
-    assert "init=first: was trained with NormalizeConfig(mean=[0.0], std=[1.0]): set normalize to it" in err
+    assert "init=first: set normalize as in its training, NormalizeConfig(mean=[0.0], std=[1.0])" in err
     monkeypatch.setattr("metacv.train.training_step", lambda *_: pytest.fail("trained"))
     code, _, err = metacv(*SHORT, "head=logistic", "head.C=-1", "hydra.run.dir=third")
     assert (code, err) == (1, "metacv: head.C=-1: not a number above 0 to 1000\n")
