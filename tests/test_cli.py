@@ -44,7 +44,7 @@ def results() -> list[Result]:
     return read_results(Path("evaluation/result.json")).results
 
 
-def test_evaluate_writes_what_the_number_depends_on(run):
+def test_evaluate_records_everything_that_the_accuracy_depends_on(run):
     code, out, err = run(*EVALUATE, "shot=2", "query=4", "way=4")
     assert (code, err) == (0, "")
     (result,) = results()
@@ -66,7 +66,7 @@ def test_both_batch_norm_modes_give_two_results_with_the_accuracy_of_every_episo
         assert 1.96 * row.std(ddof=1) / 8**0.5 == pytest.approx(result.ci95)
 
 
-def test_a_file_and_the_folder_of_its_run_give_the_same_number(run):
+def test_a_checkpoint_and_its_run_folder_give_the_same_accuracy(run):
     records = []
     for checkpoint in ("run", "run/best.pt"):
         assert run(*EVALUATE, f"checkpoint={checkpoint}")[0] == 0
@@ -90,7 +90,7 @@ def test_settings_of_the_data_set_and_the_algorithm_can_be_changed(run):
     assert (results()[0].rotation, results()[0].changes) == ("per_class", {"metric": "cosine"})
 
 
-def test_another_data_set_replaces_the_trained_one(run):
+def test_evaluation_can_use_another_data_set(run):
     code, _, err = run(*EVALUATE, "dataset=glyphs", "dataset.seed=1", "dataset.classes={train:2,val:2,test:9}", "way=9")
     assert (code, err) == (0, "")
     assert results()[0].way == 9
@@ -222,7 +222,7 @@ def test_a_command_without_its_settings_exits_with_one_line_and_leaves_no_folder
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_the_old_name_of_a_setting_is_answered_with_the_new_one(metacv, command):
+def test_an_old_name_of_a_setting_is_refused_with_its_new_name(metacv, command):
     assert_one_line(metacv(command, "norm=both"), "norm=both: this setting is now called batch_norm")
     assert list(Path().iterdir()) == []
 
@@ -297,7 +297,7 @@ def test_weights_and_images_that_do_not_fit_the_config_are_refused(run):
     assert_one_line(run(*EVALUATE, "checkpoint=large.pt"), message)
 
 
-def test_a_full_traceback_on_request(metacv, monkeypatch):
+def test_hydra_full_error_shows_the_traceback(metacv, monkeypatch):
     def with_traceback(*arguments: str) -> None:
         monkeypatch.setattr(sys, "argv", ["metacv", *arguments])
         monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
@@ -316,28 +316,28 @@ def test_wrong_usage_gets_exit_code_2(metacv, arguments):
     assert err.startswith("metacv: ")
 
 
-def test_an_evaluation_is_not_written_over_a_training_run(run):
+def test_an_evaluation_does_not_overwrite_a_training_run(run):
     before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
     message = "hydra.run.dir=run holds a training run; set hydra.run.dir to another folder for evaluate"
     assert_one_line(run("evaluate", "checkpoint=run", "hydra.run.dir=run"), message)
     assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()} == before
 
 
-def test_a_terminal_without_the_sign_for_plus_or_minus_gets_the_result_too(run):
+def test_a_terminal_that_cannot_encode_the_plus_minus_sign_shows_the_result(run):
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run([sys.executable, "-m", "metacv", *EVALUATE], env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert "accuracy" in done.stdout
 
 
-def test_a_reader_that_exits_gets_no_traceback():
+def test_a_closed_pipe_causes_no_traceback():
     command = f"{sys.executable} -m metacv train --help | head -1 >/dev/null; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert done.stderr == ""
     assert done.stdout.strip() in ("0", "141")
 
 
-def test_a_full_disk_gets_one_line_whatever_cannot_be_written(metacv):
+def test_a_full_disk_is_reported_in_one_line_for_any_file(metacv):
     with largest_file(50):
         code, _, err = metacv("train", "hydra.run.dir=run")
     assert code == 1
@@ -403,7 +403,7 @@ def test_help_shows_the_settings_of_the_chosen_files(metacv):
         (["way=5", "dataset.fractions={train:1,val:1,test:1}"], ["way=5", "dataset.fractions={train:1,val:1,test:1}"]),
     ],
 )
-def test_paths_are_quoted_for_hydra_and_nothing_else_is(monkeypatch, tmp_path, words, overrides):
+def test_only_paths_are_quoted_for_hydra(monkeypatch, tmp_path, words, overrides):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/me")
     Path("exists,too").mkdir()
@@ -413,7 +413,7 @@ def test_paths_are_quoted_for_hydra_and_nothing_else_is(monkeypatch, tmp_path, w
 @pytest.mark.parametrize(
     "name", ["my run", "it's", "a,b=c(d)", "${x}", "back\\slash", "ends in \\", "[1]", '"quoted"', "~odd", "a#b"]
 )
-def test_evaluate_and_predict_take_paths_as_typed(metacv, name):
+def test_evaluate_and_predict_accept_paths_with_special_characters(metacv, name):
     """A missing file is named in the error as it was typed."""
     Path(name).mkdir()
     assert_one_line(metacv("evaluate", f"checkpoint={name}"), f"{name} has no best.pt")
@@ -429,7 +429,7 @@ def test_a_leading_tilde_is_the_home_folder(metacv, monkeypatch, tmp_path):
     assert_one_line(metacv("predict", "adapted=~/run", "query=a"), f"{tmp_path}/home/run has no best.pt")
 
 
-def test_a_run_with_an_equals_sign_in_its_name_is_a_run_and_not_a_setting(monkeypatch, tmp_path):
+def test_a_run_folder_may_contain_an_equals_sign(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     Path("lr=1").mkdir()
     assert hydra_overrides("compare", ["lr=1", "lr=2", "b"]) == ["lr=2", "runs=['lr=1','b']"]
@@ -473,7 +473,7 @@ def completed(line: str) -> list[str]:
         ("metacv nothing ", []),
     ],
 )
-def test_completion(line, expected):
+def test_tab_completion_offers_the_expected_words(line, expected):
     assert completed(line) == expected
 
 
@@ -493,7 +493,7 @@ def test_completion(line, expected):
         ("metacv train hydra.run.dir=nowhere", []),
     ],
 )
-def test_completion_offers_paths_where_a_word_may_be_one(line, expected, monkeypatch, tmp_path):
+def test_completion_offers_paths_for_path_settings(line, expected, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     for folder in ("a run", "b/one", "b/two"):
         Path(folder).mkdir(parents=True)
@@ -523,13 +523,13 @@ echo "${COMPREPLY[@]}"
 
 
 @pytest.mark.parametrize("words", [("train", "algo=nope"), ("train", "algo=["), ("evaluate", "dataset=nope")])
-def test_help_is_shown_whatever_else_is_on_the_line(metacv, words):
+def test_help_is_shown_whatever_other_words_are_given(metacv, words):
     code, out, err = metacv(*words, "--help")
     assert (code, err) == (0, "")
     assert out.startswith(f"metacv {words[0]}: ")
 
 
-def test_a_line_that_cannot_be_composed_has_no_candidates(metacv, monkeypatch):
+def test_an_invalid_command_line_has_no_completions(metacv, monkeypatch):
     monkeypatch.setenv("COMP_LINE", "metacv train algo=[ st")
     assert metacv("-sc", "query=bash") == (0, "", "")
 
@@ -548,7 +548,7 @@ def test_a_line_that_cannot_be_composed_has_no_candidates(metacv, monkeypatch):
         (("evaluate", "checkpoint=a", "--cfg", "job", "--resolve"), "--resolve: there is no such option; evaluate has"),
     ],
 )
-def test_words_that_are_no_settings_exit_with_one_line(metacv, words, message):
+def test_words_without_an_equals_sign_exit_with_one_line(metacv, words, message):
     code, out, err = metacv(*words)
     assert (code, after_first_line(out)) == (1, "")
     assert message in err

@@ -87,13 +87,13 @@ def assert_two_processes_learn_what_one_learns(metacv, algorithms: list[str], wo
             assert ours.get("train/accuracy", 0) == pytest.approx(theirs.get("train/accuracy", 0), abs=1e-6)
 
 
-def test_two_processes_learn_what_one_learns(metacv):
+def test_two_processes_reach_the_weights_of_one(metacv):
     assert_two_processes_learn_what_one_learns(metacv, ["maml", "protonet"], STEADY)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("algo", "words"), [("relationnet", STEADY), ("reptile", (*STEADY, *REPTILE))])
-def test_two_processes_learn_what_one_learns_with_the_other_algorithms(metacv, algo, words):
+def test_two_processes_reach_the_weights_of_one_for_the_other_algorithms(metacv, algo, words):
     assert_two_processes_learn_what_one_learns(metacv, [algo], words)
 
 
@@ -134,7 +134,7 @@ def workers(run: subprocess.Popen) -> dict[int, int]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the processes under /proc")
-def test_a_killed_process_stops_the_others_with_a_line_and_the_run_resumes(metacv):
+def test_if_one_process_is_killed_the_others_stop_and_the_run_resumes(metacv):
     run = torchrun(*ENDLESS, start_new_session=True)
     wait_for(lambda: Path("run/last.pt").exists(), run, "a checkpoint")
     os.kill(workers(run)[1], signal.SIGKILL)
@@ -165,7 +165,7 @@ def test_an_error_is_printed_once(metacv):
     assert printed == ["metacv: meta_batch=1: must be at least 2, the number of processes"]
 
 
-def test_a_rank_prints_only_errors_that_rank_zero_does_not_know(capsys, monkeypatch):
+def test_other_ranks_print_only_errors_that_rank_zero_does_not_have(capsys, monkeypatch):
     monkeypatch.setattr(sys, "__stderr__", sys.stderr)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
@@ -190,7 +190,7 @@ def settings(data_dir: Path, *overrides: str) -> TrainConfig:
         return typed(compose("train", [*TRAIN, f"data_dir={data_dir}", *overrides]), TrainConfig)
 
 
-def test_reptile_with_moments_that_pass_from_task_to_task_is_refused(data_dir):
+def test_reptile_with_persistent_moments_refuses_several_processes(data_dir):
     with pytest.raises(UserError, match=r"algo.reset_moments=false .* 2 processes"):
         prepare(settings(data_dir, "algo=reptile"), [], Ranks(0, 2))
     run, _ = prepare(settings(data_dir, "algo=reptile", "algo.reset_moments=true"), [], Ranks())
@@ -204,7 +204,7 @@ def test_shares_are_complete_disjoint_and_even():
         assert {len(range(count)[share]) for share in shares} <= {count // size, -(-count // size)}
 
 
-def test_the_shares_of_a_meta_batch_are_the_tasks_of_one_process():
+def test_the_processes_together_draw_the_tasks_of_a_single_process():
     def sampler() -> EpisodeSampler:
         bank = bank_of([20] * 12, shape=(1, 8, 8))
         return EpisodeSampler(bank, 3, 2, 2, "per_class", 4, augment=Augment(2, True, 0.5, seed=1))

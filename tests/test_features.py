@@ -36,7 +36,7 @@ def exported(metacv, data_dir) -> str:
 
 
 @pytest.mark.parametrize("head", ["ncm", "logistic", "ridge", "svm", "finetune"])
-def test_a_head_on_features_scores_as_on_the_images_that_they_come_from(metacv, exported, head):
+def test_a_head_scores_the_same_on_features_as_on_their_images(metacv, exported, head):
     task = ("way=3", "shot=2", "query=3", "episodes=20", f"head={head}")
     assert metacv("evaluate", f"features={exported}", *task, "hydra.run.dir=own")[0] == 0
     assert metacv("evaluate", "checkpoint=run", *task, "hydra.run.dir=images")[0] == 0
@@ -45,14 +45,14 @@ def test_a_head_on_features_scores_as_on_the_images_that_they_come_from(metacv, 
     assert (own.head, own.dataset, own.way, own.episodes) == (images.head, exported, 3, 20)
 
 
-def test_tasks_are_the_usual_ones_unless_the_command_line_changes_them(metacv, exported):
+def test_features_use_default_tasks_unless_the_command_line_changes_them(metacv, exported):
     code, out, _ = metacv("evaluate", f"features={exported}", "hydra.run.dir=own")
     assert code == 0
     assert "NearestMean, 5-way 1-shot, 15 queries per class, 600 episodes of features.npz" in out
     assert (Path("own/accuracies.npy")).exists()
 
 
-def test_what_cannot_be_used_has_one_clear_line(metacv, exported):
+def test_invalid_features_and_settings_exit_with_one_clear_line(metacv, exported):
     numpy.savez("flat.npz", features=numpy.zeros(5), labels=numpy.zeros(5, dtype=int))
     numpy.savez("nan.npz", features=numpy.full((5, 2), numpy.nan), labels=numpy.zeros(5, dtype=int))
     numpy.savez("objects.npz", features=numpy.array([{}, []], dtype=object), labels=numpy.zeros(2, dtype=int))

@@ -37,7 +37,7 @@ def test_a_full_disk_is_an_error_that_names_the_file_and_the_reason(tmp_path, li
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_what_a_killed_program_left_is_removed_a_day_later_when_the_file_is_written(tmp_path):
+def test_temporary_files_of_killed_processes_are_removed_after_a_day(tmp_path):
     """As in the folder of caches, which no run locks. Younger ones may belong to a program that is still writing."""
     old, young, of_another = (tmp_path / f".{name}.tmp" for name in ("a[1].pt.12", "a[1].pt.34", "b.pt.12"))
     for path in (old, young, of_another):
@@ -49,7 +49,7 @@ def test_what_a_killed_program_left_is_removed_a_day_later_when_the_file_is_writ
     assert {*tmp_path.iterdir()} == {tmp_path / "a[1].pt", young, of_another}
 
 
-def test_an_error_that_is_not_of_the_disk_stays_as_it_is(tmp_path):
+def test_other_errors_than_of_the_disk_are_not_changed(tmp_path):
     with pytest.raises(AttributeError):
         write_atomically(tmp_path / "file.pt", lambda: None)
     assert not list(tmp_path.iterdir())

@@ -75,7 +75,7 @@ def test_evaluation_refuses_classes_that_were_used_in_training(metacv, own, run)
 
 
 @pytest.mark.usefixtures("may_be_at_chance")
-def test_a_run_is_resumed_only_on_the_split_that_it_began_with(metacv, own, run):
+def test_a_run_resumes_only_on_its_original_split(metacv, own, run):
     add_classes(own)
     code, _, err = metacv("train", "resume=run", "steps=6")
     assert (code, err.count("\n")) == (1, 1)

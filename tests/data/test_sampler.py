@@ -29,7 +29,7 @@ def test_a_task_has_distinct_classes_and_its_support_and_query_are_disjoint(samp
         assert len(set(map(tuple, torch.cat([support[t], query[t]]).tolist()))) == 25
 
 
-def test_labels_and_classes_tell_the_class_of_every_image(sampler):
+def test_labels_and_classes_identify_the_class_of_every_image(sampler):
     tasks = sampler.sample(50)
     assert tasks.way == 5
     assert torch.equal(tasks.classes.gather(1, tasks.support_y), identities(tasks.support_x)[:, :, 0])
@@ -76,7 +76,7 @@ def test_the_stream_does_not_depend_on_how_many_tasks_are_drawn_at_a_time():
     assert torch.equal(whole.draw(16), torch.cat([parts.draw(n) for n in (1, 2, 5, 1, 7)]))
 
 
-def test_the_stream_follows_from_the_mersenne_twister_and_sorting():
+def test_episodes_equal_an_independent_implementation_of_the_sampler():
     """Computed a second time without torch: so it is the same on every machine and with every version of torch."""
     bits = np.random.RandomState(7)._bit_generator
 
@@ -100,7 +100,7 @@ def test_the_stream_follows_from_the_mersenne_twister_and_sorting():
         assert task == expected
 
 
-def test_the_seeds_of_tasks_are_those_of_version_1():
+def test_task_seeds_are_the_same_as_in_version_1():
     sampler = EpisodeSampler(bank_of([8, 12, 9, 20, 7]), 3, 2, 3, "per_class", seed=4)
     rows = sampler.draw(20)
     expected = [sum(i * row for i, row in enumerate(task.flatten().tolist(), start=1)) for task in rows]
@@ -197,7 +197,7 @@ def test_rotation_needs_square_images():
         EpisodeSampler(bank_of([20] * 12, shape=(1, 4, 6)), 5, 1, 1, "per_class")
 
 
-def test_a_list_of_episodes_that_no_memory_holds_is_refused_with_its_size(sampler):
+def test_a_list_of_episodes_too_large_for_memory_is_refused_with_its_size(sampler):
     with pytest.raises(UserError, match=r"^eval_episodes=10000000000: their list takes 2,000.0 GB, above 8.6 GB$"):
         EpisodeList(sampler, 10**10, "eval_episodes")
 

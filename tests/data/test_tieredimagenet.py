@@ -251,7 +251,7 @@ def test_images_without_labels_are_reported(tmp_path):
     assert error_of(tmp_path) == f"{tmp_path}/train_images_png.pkl: train_labels.pkl is missing in the same folder"
 
 
-def test_something_else_in_place_of_the_list_is_refused(tmp_path):
+def test_other_content_than_a_list_of_images_is_refused(tmp_path):
     write(tmp_path, "train", {"images": []}, content_of("train")[1])
     assert "it contains dict, not a list of images" in error_of(tmp_path)
 

@@ -100,7 +100,7 @@ def finished(tmp_path_factory) -> Place:
     return place
 
 
-def test_all_that_the_table_needs_is_kept(finished):
+def test_reproduce_keeps_all_files_that_the_table_needs(finished):
     folder = finished.kept / NAME
     assert sorted(path.name for path in folder.iterdir()) == sorted(results_table.FILES)
     kept = results_table.Kept(folder)
@@ -231,7 +231,7 @@ def test_a_signal_waits_until_the_command_has_saved(tmp_path, number):
 
 
 @pytest.mark.slow
-def test_commands_run_in_processes_of_their_own(finished, tmp_path):
+def test_each_command_runs_in_a_separate_process(finished, tmp_path):
     command = reproduce.metacv
     place = Place(tmp_path)
     place.reproduce(NAME, "--", *STEPS, metacv=command)
