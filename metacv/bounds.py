@@ -24,7 +24,9 @@ class Range:
         )
 
     def __str__(self) -> str:
-        return f"{'above' if self.above else 'from'} {self.low} to {'below ' if self.below else ''}{self.high}"
+        if self.above:
+            return f"above {self.low} and {'below' if self.below else 'at most'} {self.high}"
+        return f"from {self.low} to {'below ' if self.below else ''}{self.high}"
 
 
 # Upper bounds exclude values that no machine has the memory or time for.
@@ -78,7 +80,7 @@ def checked(name: str, value: Any, hint: Any) -> Any:
     try:
         return _of_type(value, hint)
     except ValueError:
-        raise ValueError(f"{name}={shown(value)}: not {in_words(hint)}") from None
+        raise ValueError(f"{name}={shown(value)}: must be {in_words(hint)}") from None
 
 
 def shown(value: Any) -> str:

@@ -269,7 +269,7 @@ def target_class(name: str, node: dict[str, Any], base: type[T]) -> type[T]:
     except (ImportError, AttributeError) as error:
         raise UserError(f"{name}._target_={target}: there is no such class ({error})") from error
     if not (isinstance(cls, type) and issubclass(cls, base)):
-        raise UserError(f"{name}._target_={target}: not a subclass of {base.__name__} of metacv or torch.optim")
+        raise UserError(f"{name}._target_={target}: must be a subclass of {base.__name__}")
     return cls
 
 

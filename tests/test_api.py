@@ -204,7 +204,7 @@ def test_wrong_images_and_labels_have_one_plain_line_and_leave_the_examples_as_t
         ({"head": "ncm", "head_settings": {"D": 1}}, "head.D: NearestMean has no such setting"),
         ({"head_settings": {"C": 1}}, "head.C: .* has no such setting"),
         ({"head": "ncm", "head_settings": {"_target_": "os.system"}}, "must be a class of metacv or torch.optim"),
-        ({"batch_norm": "both"}, "batch_norm=both: not one of inductive, transductive"),
+        ({"batch_norm": "both"}, "batch_norm=both: must be one of inductive, transductive"),
         ({"device": "tpu"}, "device=tpu: must be auto, cpu, cuda or cuda:N"),
     ],
 )

@@ -115,7 +115,7 @@ def test_runs_are_named_without_the_folders_that_they_share():
             ["proto", "maml"],
             "maml has batch_norm=transductive, proto has batch_norm=inductive; set batch_norm=VALUE for all runs",
         ),
-        (["proto", "other", "batch_norm=both"], "batch_norm=both: not one of inductive, transductive"),
+        (["proto", "other", "batch_norm=both"], "batch_norm=both: must be one of inductive, transductive"),
         (["proto", "other", "way=100"], "way=100, but glyphs test has only 8 classes"),
         (["proto", "other", "episodes=1"], "episodes=1: "),
         (["proto", "damaged"], "damaged/best.pt is not a checkpoint of metacv, or is damaged"),

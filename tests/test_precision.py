@@ -143,7 +143,7 @@ def test_a_graph_of_one_precision_is_not_used_for_another(graph):
 
 def test_an_invalid_precision_is_refused_in_one_line(metacv):
     code, _, err = metacv("train", "algo=protonet", *TRAIN, "precision=fp16")
-    assert (code, err.strip()) == (1, "metacv: precision=fp16: not one of fp32, tf32, bf16")
+    assert (code, err.strip()) == (1, "metacv: precision=fp16: must be one of fp32, tf32, bf16")
     code, _, err = metacv("train", "algo=protonet", *TRAIN, "precision=tf32", "device=cpu")
     assert code == 1
     assert "precision=tf32" in err

@@ -245,7 +245,7 @@ def test_a_saved_model_contains_no_local_paths(metacv, trained):
         (["checkpoint=RUN", "support=own/support", "query=text.png"], "query=text.png: no readable image"),
         (
             ["checkpoint=RUN", "support=own/support", "batch_norm=both"],
-            "batch_norm=both: not one of inductive, transductive",
+            "batch_norm=both: must be one of inductive, transductive",
         ),
         (["checkpoint=RUN", "support=own/support", "save=none/a.pt"], "none/a.pt cannot be written"),
         (["checkpoint=RUN", "support=own/support", "save=own"], "save=own: already exists and is not a file of `save`"),
@@ -261,7 +261,7 @@ def test_a_saved_model_contains_no_local_paths(metacv, trained):
         ),
         (["checkpoint=odd.pt", "support=own/support"], r"support: .* \(1, 28, 28\), and odd.pt was .* \(1, 32, 32\)"),
         (["checkpoint=RUN", "support=own/support", "dataset.size=3"], "dataset.size: .* has no such setting"),
-        (["checkpoint=RUN", "support=own/support", "algo.metric=near"], "algo.metric=near: not one of sqeuclidean"),
+        (["checkpoint=RUN", "support=own/support", "algo.metric=near"], "algo.metric=near: must be one of sqeuclidean"),
     ],
 )
 def test_invalid_input_exits_with_one_line_and_leaves_no_folder(metacv, trained, words, message):

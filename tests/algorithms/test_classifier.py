@@ -165,15 +165,15 @@ def test_the_average_is_that_of_the_weights_and_the_buffers(metacv, monkeypatch)
 
 def test_invalid_settings_have_one_clear_line(metacv):
     for words, message in {
-        ("ema=1.5",): "ema=1.5: not a number from 0 to below 1 or null",
+        ("ema=1.5",): "ema=1.5: must be a number from 0 to below 1 or null",
         ("init=nowhere",): "nowhere: there is no such file",
         ("algo.teacher=nowhere",): f"{Path.cwd()}/nowhere: there is no such file",
-        ("algo.label_smoothing=1",): "algo.label_smoothing=1: not a number from 0 to below 1",
+        ("algo.label_smoothing=1",): "algo.label_smoothing=1: must be a number from 0 to below 1",
         (
             "head=ncm",
             "head.augment=3",
         ): "head.augment=3: needs a model that was trained with augment.*; use augment=0",
-        ("head=logistic", "head.C=0"): "head.C=0: not a number above 0 to 1000",
+        ("head=logistic", "head.C=0"): "head.C=0: must be a number above 0 and at most 1000",
         ("++algo.classes=4",): "algo.classes: Classifier has no such setting",
     }.items():
         code, _, err = metacv(*SHORT, *words, "hydra.run.dir=run")
@@ -201,7 +201,7 @@ def test_a_second_stage_needs_the_same_normalization_and_a_head_is_checked_befor
     assert "init=first: set normalize as in its training, NormalizeConfig(mean=[0.0], std=[1.0])" in err
     monkeypatch.setattr("metacv.train.training_step", lambda *_: pytest.fail("trained"))
     code, _, err = metacv(*SHORT, "head=logistic", "head.C=-1", "hydra.run.dir=third")
-    assert (code, err) == (1, "metacv: head.C=-1: not a number above 0 to 1000\n")
+    assert (code, err) == (1, "metacv: head.C=-1: must be a number above 0 and at most 1000\n")
 
 
 def test_results_name_the_head_that_an_evaluation_changes(metacv):
