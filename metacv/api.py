@@ -50,7 +50,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
     device         auto, cpu, cuda, cuda:1, ...
 
     Images are a list of paths, PIL images, numpy arrays (HxW or HxWx3, uint8, or floats from 0 to 1) and torch tensors
-    ([C, H, W], likewise), in any mixture, or an array or a tensor of many. They are prepared as image files are.
+    ([C, H, W], of the same types), in any mixture, or an array or a tensor of many. They are prepared like image files.
     Labels are text or whole numbers. A UserError says what is wrong with an input.
     """
 

@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def _with_errors_in_one_line(arguments: list[str]) -> int:
-    """Run a command, print an error in one line unless a traceback is asked for, and return the exit code."""
+    """Run a command, print an error in one line unless a traceback is requested, and return the exit code."""
     traceback_wanted = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises its errors instead of printing them
     reported: list[Exception] = []

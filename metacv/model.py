@@ -230,7 +230,7 @@ def with_head(algorithm: Algorithm, config: TrainConfig, centre: Tensor | None =
 
 def build_dataset(node: dict[str, Any], data_dir: str) -> Dataset:
     if not data_dir:
-        raise UserError("data_dir is empty")
+        raise UserError("data_dir is empty; set data_dir=FOLDER, a folder for data sets and their cache")
     return build_node("dataset", node, Dataset, data_dir=user_path(data_dir))
 
 
@@ -328,7 +328,7 @@ def pick_device(name: str) -> torch.device:
     except RuntimeError:
         raise UserError(f"device={name}: must be auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device={name}: this machine has {torch.cuda.device_count()} CUDA devices")
+        raise UserError(f"device={name}: this machine has {torch.cuda.device_count()} CUDA devices; use auto or cpu")
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"device={name}: only cpu and cuda are supported")
     return device

@@ -203,7 +203,8 @@ class Run:
         except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError, AssertionError) as e:
             raise UserError(f"{path}: its state does not fit its config ({first_line(e)})") from e
         if not {*used.stages} <= {*self.earlier.stages}:  # the path may now be another run
-            raise UserError(f"algo.teacher={self.config.algo['teacher']} is not the run that {path} learned from")
+            text = f"is not the run that {path} learned from; set it to that run"
+            raise UserError(f"algo.teacher={self.config.algo['teacher']} {text}")
         if self.step > self.config.steps:
             raise UserError(f"steps={self.config.steps}: must be at least {self.step}, the step of {path}")
 
@@ -297,7 +298,7 @@ def start(cfg: DictConfig, folder: Path, overrides: list[str]) -> tuple[TrainCon
     path = last if resume is True else checkpoint_path(str(resume), "last.pt")
     if own and not (path.exists() and path.samefile(last)):
         load_state(path)  # raises if the file is missing or holds weights only
-        raise UserError(f"resume={resume}, but hydra.run.dir={folder} holds another run")
+        raise UserError(f"resume={resume}, but hydra.run.dir={folder} holds another run; choose another folder")
     source = own or load_state(path)
     config, merged = resumed(source, overrides)
     if path.parent.resolve() != folder.resolve():

@@ -302,7 +302,7 @@ def prepare(config: TrainConfig, overrides: list[str], ranks: Ranks) -> tuple[Ru
     random.seed(config.seed)
     algorithm = build(config, training.bank.image_shape, training.classes).to(device)
     if ranks.size > 1 and algorithm.sequential_because:
-        raise UserError(f"algo.{algorithm.sequential_because}, which {ranks.size} processes cannot share")
+        raise UserError(f"algo.{algorithm.sequential_because}, which {ranks.size} processes cannot share; use one")
     optimizer, schedule = build_optimizer(config, algorithm) or (None, None)
     learned = load_checkpoint(teacher) if (teacher := config.algo.get("teacher")) else None
     if learned:
@@ -328,7 +328,8 @@ def flops_of_a_step(algorithm: Algorithm, sampler: EpisodeSampler | ImageSampler
     """Count the floating-point operations of a training step of all ranks, forward and backward."""
     own, state = ranks.share(count), sampler.state_dict()
     if (size := 4 * count * sampler.images_each * math.prod(sampler.bank.image_shape)) > MOST:
-        raise UserError(f"meta_batch={count}: the images of a step take {in_bytes(size)}, above {in_bytes(MOST)}")
+        text = f"the images of a step take {in_bytes(size)}, above {in_bytes(MOST)}; reduce it"
+        raise UserError(f"meta_batch={count}: {text}")
     batch = sampler.sample(count, own)
     sampler.load_state_dict(state)
     with random_state_kept(sampler.device), FlopCounterMode(display=False) as counter:

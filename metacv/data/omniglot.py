@@ -79,7 +79,7 @@ class Omniglot(Dataset):
             allowed = ", ".join(sorted(background))
             raise UserError(f"dataset.val_alphabets: {min(unknown)} is not one of the background alphabets, {allowed}")
         if not self.val_alphabets or background == set(self.val_alphabets):
-            raise UserError("dataset.val_alphabets: name some of the background alphabets, not all or none")
+            raise UserError("dataset.val_alphabets: must have some of the background alphabets, but not all")
         classes: dict[str, list[int]] = {split: [] for split in SPLITS}
         for c, name in enumerate(names):
             folder, alphabet, _ = name.split("/")

@@ -227,7 +227,8 @@ class EpisodeList:
     def __init__(self, sampler: EpisodeSampler, episodes: int, setting: str = "episodes") -> None:
         """`setting` is the name of `episodes` in errors."""
         if (size := 8 * episodes * sampler.images_each) > MOST:
-            raise UserError(f"{setting}={episodes}: their list takes {in_bytes(size)}, above {in_bytes(MOST)}")
+            text = f"the list of episodes takes {in_bytes(size)}, above {in_bytes(MOST)}; reduce it"
+            raise UserError(f"{setting}={episodes}: {text}")
         self.sampler = sampler
         chunks = torch.arange(episodes).split(1000)  # limits memory: a draw has a value for each image of a class
         self.rows = torch.cat([sampler.draw(len(chunk)) for chunk in chunks])  # [E, N, K+Q]

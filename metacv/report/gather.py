@@ -169,7 +169,7 @@ def overrides(folder: Path, files: list[ResultFile]) -> dict[str, str]:
     words = next((file.training["overrides"] for file in files if file.training and "overrides" in file.training), None)
     if words is None:  # the run is unfinished, or of version 1
         try:
-            # BaseLoader makes texts and lists only; neither it nor the loop below multiplies what an alias refers to.
+            # BaseLoader builds only texts and lists. Neither it nor the loop below expands aliases.
             text = read(folder / ".hydra/overrides.yaml")
             words = yaml.load(text, yaml.BaseLoader) if len(text) <= 10 * limits.WORDS else text
         except (ValueError, RecursionError, yaml.YAMLError):

@@ -198,7 +198,8 @@ def test_rotation_needs_square_images():
 
 
 def test_a_list_of_episodes_too_large_for_memory_is_refused_with_its_size(sampler):
-    with pytest.raises(UserError, match=r"^eval_episodes=10000000000: their list takes 2,000.0 GB, above 8.6 GB$"):
+    message = r"^eval_episodes=10000000000: the list of episodes takes 2,000.0 GB, above 8.6 GB; reduce it$"
+    with pytest.raises(UserError, match=message):
         EpisodeList(sampler, 10**10, "eval_episodes")
 
 

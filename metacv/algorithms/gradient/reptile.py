@@ -39,7 +39,7 @@ class Reptile(InnerLoop):
         self.eval_inner_steps, self.eval_inner_batch = eval_inner_steps, eval_inner_batch
         self.moments_pass = self.one_task_in_training = inner_optimizer == "adam" and not reset_moments
         if self.moments_pass:
-            self.sequential_because = "reset_moments=false passes moments from task to task"
+            self.sequential_because = "reset_moments=false keeps moments from task to task"
         self.training_loop: Callable[..., Sequence[Tensor]] = self.loop
         self.adapted = [name for name, p in self.net.named_parameters() if p.requires_grad]
         if inner_optimizer == "adam":
