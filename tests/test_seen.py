@@ -169,7 +169,7 @@ def test_a_run_does_not_resume_with_another_teacher_at_the_same_path(metacv, tra
     content = torch.load("teacher/best.pt", weights_only=True)
     torch.save(content | {"step": 3}, "teacher/best.pt")
     code, _, err = metacv("train", "resume=run", "steps=6")
-    what = f"algo.teacher={tmp_path}/teacher is not the run that run/last.pt learned from"
+    what = f"algo.teacher={tmp_path}/teacher is not the run that run/last.pt learned from; set it to that run"
     assert (code, err) == (1, f"metacv: {what}\n")
 
 
