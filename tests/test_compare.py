@@ -30,7 +30,7 @@ def compare(metacv, trained):
 
 
 def with_other_weights(folder: str, change) -> None:
-    """A copy of `proto` whose weights are changed."""
+    """A copy of `proto` with changed weights."""
     content = load_checkpoint("proto").content
     weights = {name: change(own) if own.dim() == 4 else own for name, own in content["algorithm"].items()}
     Path(folder).mkdir()

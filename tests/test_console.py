@@ -1,4 +1,4 @@
-"""What a training run shows: its first lines, progress bars, pictures, warnings, a dry run, the end of a sweep."""
+"""Output of a training run: header, progress bars, pictures, warnings, dry run, and the end of a sweep."""
 
 import json
 import os

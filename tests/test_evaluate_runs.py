@@ -1,4 +1,4 @@
-"""What `metacv evaluate` tells while it works and at its end, for one run and for all runs of a folder."""
+"""Output of `metacv evaluate`: progress and results, for one run and for all runs of a folder."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Features that were computed elsewhere: the same heads and episodes as for a checkpoint."""
+"""Precomputed features: evaluated with the same heads and episodes as a checkpoint."""
 
 from pathlib import Path
 

@@ -136,7 +136,7 @@ def names_that_differ_in_case(path: Path) -> None:
 
 
 def another_list_of_entries(path: Path) -> None:
-    """Python looks for the list of entries before the end, torch where the end says."""
+    """Python looks for the zip directory just before the end record, torch where the end record points."""
     content = bytearray(path.read_bytes())
     struct.pack_into("<Q", content, len(content) - 98 + 48, 0)
     path.write_bytes(content)
@@ -577,7 +577,7 @@ def tar_header(size: int, kind: bytes) -> bytes:
 
 
 def sparse_tar(path: Path) -> None:
-    """A member of 1 TB of which the archive has one byte."""
+    """A sparse member of 1 TB with one byte in the archive."""
     header = bytearray(tar_header(512, tarfile.GNUTYPE_SPARSE))
     header[386:398], header[398:410] = b"%011o\0" % 0, b"%011o\0" % 1
     header[483:495] = b"\x80" + bytes(3) + struct.pack(">Q", 2**40)

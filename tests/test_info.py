@@ -1,4 +1,4 @@
-"""`metacv info`: what a run, a checkpoint, an adapted model or a kept model is."""
+"""`metacv info`: descriptions of runs, checkpoints, adapted models and kept models."""
 
 import dataclasses
 import shutil

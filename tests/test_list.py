@@ -1,4 +1,4 @@
-"""`metacv list`: what there is to choose from, with the papers' accuracies and ours."""
+"""`metacv list`: the available choices, with the papers' accuracies and ours."""
 
 import json
 import os

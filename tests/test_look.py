@@ -1,4 +1,4 @@
-"""The warning where images are unlike those that a model was trained on."""
+"""The warning for images unlike those that a model was trained on."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A relative path is meant from the folder of the command that gave it, also where the run is used from another."""
+"""Relative paths are resolved in the folder of the command that gave them, also if the run is used from another."""
 
 import json
 import shutil
@@ -54,7 +54,7 @@ def folders(tmp_path, monkeypatch):
 
 
 def begun(*words: str) -> Checkpoint:
-    """The last.pt of a run that was begun with these words in the current folder."""
+    """Return the last.pt of a run that was started with these words in the current folder."""
     config = typed(compose("train", [*words]), TrainConfig)
     return Checkpoint(Path("last.pt"), config, (1, 28, 28), 0, Training(), None, {"overrides": [*words]})
 
@@ -115,7 +115,7 @@ RELATIVE = ("algo.teacher=first", "data_dir=data", "dataset.root=own", "dataset.
 
 @pytest.fixture
 def one_and_another(tmp_path, monkeypatch, metacv) -> list[Path]:
-    """Two folders with images `own`, their split `own.json` and a run `first`: of the same names, but others."""
+    """Two folders, each with images `own`, their split `own.json` and a run `first`: same names, different content."""
     names = [f"c{c:02}" for c in range(12)]
     images = bank_of([8] * 12, shape=(1, 16, 16)).images.view(12, 8, 16, 16).numpy()
     folders = [tmp_path / "one", tmp_path / "another"]

@@ -1,4 +1,4 @@
-"""What an evaluation says of classes: the counts, classes.csv, the hardest pairs and the pictures."""
+"""Results of an evaluation by class: counts, classes.csv, the hardest pairs and the pictures."""
 
 import csv
 import warnings

@@ -1,4 +1,4 @@
-"""Every method and backbone on a device that is not the CPU: on a fake one, whose tensors have no values.
+"""Every method and backbone on a device other than the CPU: a fake device, whose tensors have no values.
 
 There an operation on tensors of two devices fails, and so does one that needs a value on the host, for which a real GPU
 would have to finish its work. Tensors on the CPU are real. The fake device is one of the whole process, which must have

@@ -1,4 +1,4 @@
-"""`metacv predict`: labels for images, after a few examples of each class."""
+"""`metacv predict`: labels for images, given a few examples of each class."""
 
 import csv
 import json
@@ -118,7 +118,7 @@ TESTED_BY = [("maml", "transductive"), ("protonet", "inductive"), ("reptile", "i
                    if a != "relationnet" and (a, m) not in TESTED_BY)],
 )  # fmt: skip
 def test_image_files_get_the_same_labels_as_in_evaluation(metacv, algo, mode):
-    """In the batch-norm mode that the model was trained with, and from a kept model too."""
+    """In the batch-norm mode of training, also from a saved model."""
     for i, split in enumerate(("train", "val", "test")):
         as_files(f"own/{split}", draw_glyphs(4, 7, seed=i))
         for c in range(4):

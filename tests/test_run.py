@@ -56,7 +56,7 @@ def test_training_metrics_up_to_the_step_are_kept_for_any_scalars(tmp_path):
 
 
 def test_a_resumed_log_keeps_training_up_to_the_step_and_saved_validations(tmp_path):
-    """Saved by a signal at step 3, whose validation was logged, but not saved, before a kill."""
+    """A signal saved the run at step 3; its validation there was logged, but not saved, before a kill."""
     curve = {}
     for validated in (-1, 2):
         with Logger(tmp_path, step=max(0, 3 * validated // 2), validated=validated) as logger:
@@ -97,7 +97,7 @@ def test_temporary_files_of_a_killed_run_are_removed_at_the_next_start(tmp_path)
 
 @pytest.mark.parametrize("file", ["metrics.jsonl", "events.out.tfevents.*"])
 def test_an_unwritable_log_is_one_error_that_names_the_file(tmp_path, capfd, file):
-    """Of the file that reaches the limit first. TensorBoard writes on a thread of its own."""
+    """The error names the file that reaches the limit first. TensorBoard writes on a separate thread."""
     earlier = json.dumps({"step": 0, "val/accuracy": 0.5}) + "\n"
     (tmp_path / "metrics.jsonl").write_text(earlier * (100 if file == "metrics.jsonl" else 1))
 

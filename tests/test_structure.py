@@ -1,4 +1,4 @@
-"""The shape of the code: imports without cycles, a core that names no method, and short functions."""
+"""The structure of the code: no import cycles, no names of methods in the core, short functions."""
 
 import ast
 import re

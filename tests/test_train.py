@@ -58,7 +58,7 @@ EXPERIMENTS = sorted(
 
 
 def settings(*overrides: str) -> TrainConfig:
-    """The settings that a command line gives, without the folder of a run."""
+    """Return the settings of a command line, without the run's folder."""
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         return typed(compose("train", [*overrides]), TrainConfig)
 
@@ -91,7 +91,7 @@ def interrupt_at(monkeypatch, owner, name: str, condition, number: int = signal.
 
 
 def assert_same_run(one: str | Path, other: str | Path) -> None:
-    """Bit for bit: weights, optimizer, sampler, random states, best and metrics."""
+    """Compare bit for bit: weights, optimizer, sampler, random states, best and metrics."""
     ours, theirs = last(one), last(other)
     for content in (ours, theirs):
         del content["config"], content["overrides"], content["seconds"]
@@ -181,7 +181,7 @@ def test_another_seed_gives_other_initial_weights_and_other_tasks(metacv, traine
     ("algo", "number", "code"), [("protonet", signal.SIGTERM, 143), ("reptile", signal.SIGINT, 130)]
 )
 def test_resuming_equals_never_having_stopped(metacv, monkeypatch, algo, number, code):
-    """Stopped by a signal in the middle of a window of metrics, between two validations."""
+    """The run is stopped by a signal between two validations and between two log entries."""
     train = ("train", *quick(algo), "steps=9", "log_every=4", "eval_every=3")
     assert metacv(*train, "hydra.run.dir=whole")[0] == 0
     drawn = []
@@ -196,7 +196,7 @@ def test_resuming_equals_never_having_stopped(metacv, monkeypatch, algo, number,
 
 
 def test_leftover_files_of_a_killed_run_do_not_affect_resuming(metacv, trained):
-    """A temporary file, and half a line of metrics after the checkpoint."""
+    """A kill leaves a temporary file, and half a line of metrics after the checkpoint."""
     shutil.copytree(trained("protonet"), "run")
     Path("run/.last.pt.123.tmp").write_bytes(b"half")
     with Path("run/metrics.jsonl").open("a") as file:
@@ -219,7 +219,7 @@ def test_a_run_can_be_lengthened_in_its_folder(metacv, trained):
 
 
 def test_resuming_into_another_folder_copies_the_best_checkpoint_and_the_curves(metacv, monkeypatch):
-    """With validations that get worse, so that the best is an earlier one."""
+    """Validations get worse, so that the best is an earlier one."""
     accuracies = iter([0.9, 0.5, 0.4, 0.3])
     monkeypatch.setattr("metacv.train.evaluate_episodes", lambda *_: torch.full((8,), next(accuracies)).double())
     assert metacv(*PROTONET, RUN)[0] == 0
@@ -234,7 +234,7 @@ def test_resuming_into_another_folder_copies_the_best_checkpoint_and_the_curves(
 
 
 def test_paths_mean_the_same_where_hydra_changes_the_folder(metacv, data_dir, monkeypatch):
-    """Those of the run, of another run to start from or to continue, of data, and those that are printed."""
+    """Paths of the run, of another run to start from or to continue, of data, and printed paths."""
     monkeypatch.setenv("METACV_DATA_DIR", os.path.relpath(data_dir))
     here = Path.cwd()
     code, out, err = metacv(*PROTONET, RUN, "hydra.job.chdir=true")
@@ -348,7 +348,7 @@ def test_schedules_give_the_expected_learning_rates(overrides, expected):
 
 
 def test_clipping_bounds_the_step(metacv):
-    """With SGD at rate 1 a step is as long as the gradient: at most 1e-3 for each network, and here is one."""
+    """With SGD at rate 1, a step is as long as the gradient: at most 1e-3 for the only network."""
     sgd = (*PROTONET, "optimizer=sgd", "schedule=constant", "steps=1", "eval_every=1")
     assert metacv(*sgd, "optimizer.lr=1", "clip_norm=1e-3", RUN)[0] == 0
     assert metacv(*sgd, "optimizer.lr=1e-12", "hydra.run.dir=start")[0] == 0
@@ -568,7 +568,7 @@ def test_a_frozen_backbone_is_validated_without_a_training_step(metacv):
 
 
 class TwoProcesses(Ranks):
-    """The first of two processes, whose other one adds 1 to every sum."""
+    """The first of two processes; the other one adds 1 to every sum."""
 
     def __init__(self) -> None:
         super().__init__(rank=0, size=2)

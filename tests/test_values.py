@@ -1,4 +1,4 @@
-"""Every setting of every command with values that make no sense: accepted on purpose, or refused in one short line.
+"""Every setting of every command with invalid values: accepted on purpose, or refused in one short line.
 
 The settings come from the dataclasses of the commands and from the classes that configs/ names. The slow test takes
 every tenth of them, and all with METACV_TEST_EVERY_VALUE=1, which takes half an hour of two cores.

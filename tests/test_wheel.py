@@ -1,4 +1,4 @@
-"""What `pip install` brings beside the code: kept models, and a method from a package of one's own."""
+"""The installed wheel: kept models, and custom methods from a package of the user."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Classification of all training classes: its losses by hand, its sampler, and what later stages take from it."""
+"""Classification of all training classes: losses by hand, the sampler, and later stages that start from it."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""miniImageNet in every form that people have it in, with 2 classes a split and 3 images each."""
+"""miniImageNet in each common form, with 2 classes per split and 3 images each."""
 
 import os
 import pickle
@@ -74,7 +74,7 @@ def write_lists(folders: Path, root: Path) -> None:
 
 
 def content_of(folders: Path, split: str) -> dict:
-    """As in the pickles that are in use: images one class after another, and the rows of each class."""
+    """As in the published pickles: images sorted by class, and the rows of each class."""
     rows = {name: list(range(IMAGES * c, IMAGES * (c + 1))) for c, name in enumerate(CLASSES[split])}
     return {"image_data": decoded(folders, split), "class_dict": rows}
 

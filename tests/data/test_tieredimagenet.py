@@ -1,4 +1,4 @@
-"""tieredImageNet in each form that people have it in, with 2 or 3 classes a split and few images each."""
+"""tieredImageNet in each common form, with 2 or 3 classes per split and a few images each."""
 
 import io
 import pickle

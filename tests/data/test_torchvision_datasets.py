@@ -1,4 +1,4 @@
-"""Data sets of torchvision: its own classes on small folders, and made-up classes in the place of others."""
+"""Data sets of torchvision: real dataset classes on small folders, and replacements for others."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ def image_of(label: int, part: int, size: tuple[int, int] = (12, 8)) -> Image.Im
 
 
 class Fake:
-    """In the place of Flowers102: one image of each class in each split, in files of its own."""
+    """Replacement for Flowers102: one image of each class in each split."""
 
     downloads: ClassVar[list[str]] = []
     image, label = staticmethod(image_of), staticmethod(int)

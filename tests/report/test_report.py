@@ -150,7 +150,7 @@ def test_rows_of_a_task_are_together_and_the_best_comes_first(runs):
 
 
 def test_runs_that_differ_in_a_setting_are_distinguishable_in_the_table(folder):
-    """Also where no command line is known, or another method brought other settings of validation."""
+    """Also if no command line is known, or if another method has other validation settings."""
     make_run(folder / "a", overrides=("algo=protonet",))
     make_run(folder / "b", overrides=("algo=protonet",), clip_norm=5.0)
     assert {row["run"]: row["clip_norm"] for row in rows(folder)} == {"a": "None", "b": "5.0"}
@@ -451,7 +451,7 @@ def test_validation_selects_and_runs_with_overlapping_intervals_are_marked(folde
 
 
 def test_an_evaluation_with_other_settings_is_never_the_best(folder):
-    """Validation did not try these settings."""
+    """These settings were not used in validation."""
     make_test(make_run(folder / "a", 0.9), folder / "a/test", {}, {"accuracy": 0.805, "changes": {"temperature": 2}})
     make_test(make_run(folder / "b", 0.8, seed=1), folder / "b/test", {})
     selection = {(row["run"], row["algo.temperature"]): row["selection"] for row in rows(folder)}
@@ -459,7 +459,7 @@ def test_an_evaluation_with_other_settings_is_never_the_best(folder):
 
 
 def test_each_group_begins_with_the_run_selected_by_validation(folder, capsys):
-    """Of two methods that are validated and tested in different batch-norm modes, one run each not tested yet."""
+    """Two methods are validated and tested in different batch-norm modes; each has one run that is not tested yet."""
     maml = {"algo": CONFIG["algo"] | {"_target_": "metacv.algorithms.gradient.maml.MAML"}, "batch_norm": "transductive"}
     runs = {"0_maml": (0.60, 0.90), "1_maml": (0.70, 0.10), "2_maml": (0.88, None)}
     runs |= {"3_proto": (0.92, 0.92), "4_proto": (0.91, 0.93), "5_proto": (0.99, None)}
@@ -506,7 +506,7 @@ def test_the_command_to_compare_batch_norm_modes_is_accepted_as_printed(folder, 
 
 
 def test_no_two_rows_of_a_group_are_equal(folder):
-    """Whether or not a command line is known, and whatever differs: in validation, data or method."""
+    """With or without a known command line; rows differ in validation, data or method."""
     changes = [
         {"eval_episodes": 50}, {"batch_norm": "transductive"}, {"query": 5}, {"clip_norm": 5.0},
         {"dataset": CONFIG["dataset"] | {"split": "lake"}}, {"backbone": CONFIG["backbone"] | {"channels": 32}},

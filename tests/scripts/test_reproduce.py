@@ -93,7 +93,7 @@ def omniglot(tmp_path_factory) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Place:
-    """protonet_5w1s after 4 steps, of which it was stopped after 2. Tests that change it take a copy."""
+    """protonet_5w1s after 4 steps, stopped once after 2. Tests that change it must use a copy."""
     place = Place(tmp_path_factory.mktemp("finished"))
     place.reproduce(NAME, "--", "eval_every=4", "steps=2")
     place.reproduce(NAME, "--", *STEPS)

@@ -1,4 +1,4 @@
-"""run_queue.py: runs in order, saves what is not done when the time is over, and goes on with it on another machine."""
+"""run_queue.py: runs experiments in order, sets unfinished runs aside at the time limit, and resumes them later."""
 
 import os
 import signal
