@@ -12,13 +12,13 @@ _PACKAGE = Path(__file__).resolve().parent
 _CHECKOUT = _PACKAGE.parent / "configs"
 # configs/ of the checkout, otherwise the copy inside the installed package.
 CONFIG_DIR = _CHECKOUT if (_CHECKOUT / "train.yaml").is_file() else _PACKAGE / "configs"
-# Models that are known by name: of the checkout, otherwise the few inside the installed package.
+# Kept models, which have a name: those of the checkout, otherwise the few inside the installed package.
 KEPT_DIR = _PACKAGE.parent / "outputs" / "reference" if CONFIG_DIR == _CHECKOUT else _PACKAGE / "kept"
 
 
 @cache
 def version() -> str:
-    """`__version__`, in a checkout with the commit, such as 0.2.0+3462cd0."""
+    """Return `__version__`, in a git checkout with the commit, such as 0.2.0+3462cd0."""
     if CONFIG_DIR != _CHECKOUT or not (_PACKAGE.parent / ".git").exists():
         return __version__
     try:
@@ -29,7 +29,7 @@ def version() -> str:
 
 
 def __getattr__(name: str) -> Any:
-    """`load` and `FewShotClassifier` of metacv/api.py, imported at their first use, as torch takes seconds."""
+    """Import `load` and `FewShotClassifier` from metacv/api.py at first use, because importing torch takes seconds."""
     if name not in ("load", "FewShotClassifier"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module("metacv.api"), name)

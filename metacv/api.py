@@ -28,9 +28,9 @@ CHANNELS = (1, 3, 4)  # grey, colour, and colour with transparency
 
 
 def load(checkpoint: str | os.PathLike[str], **settings: Any) -> "FewShotClassifier":
-    """The model in a checkpoint, a run's folder, or a file of `save`, or a kept model by its name.
+    """Load a model from a checkpoint, a run's folder or a file of `save`, or a kept model by its name.
 
-    It is fitted already if `save` or `metacv predict save=` wrote the file. `settings` are those of FewShotClassifier.
+    It is already fitted if `save` or `metacv predict save=` wrote the file. `settings` are those of FewShotClassifier.
     """
     classifier = FewShotClassifier(os.fspath(checkpoint), **settings)
     classifier.predictor_ = classifier._predictor()
@@ -40,17 +40,17 @@ def load(checkpoint: str | os.PathLike[str], **settings: Any) -> "FewShotClassif
 
 
 class FewShotClassifier(ClassifierMixin, BaseEstimator):
-    """Classifies images by a few examples of each class, with a model that metacv trained on other classes.
+    """Classify images by a few examples of each class, with a model that metacv trained on other classes.
 
     checkpoint     as `load` takes it
-    head           what classifies the features, such as ncm, ridge or logistic; None: as the model was trained
+    head           the classifier of features, such as ncm, ridge or logistic; None: as the model was trained
     head_settings  settings of the head, such as {"augment": 5}
     batch_norm     inductive, transductive, or None: as the model was trained. transductive: labels depend on which
                    images are given together
     device         auto, cpu, cuda, cuda:1, ...
 
     Images are a list of paths, PIL images, numpy arrays (HxW or HxWx3, uint8, or floats from 0 to 1) and torch tensors
-    ([C, H, W], likewise), in any mixture, or an array or a tensor of many. They are prepared as image files are.
+    ([C, H, W], of the same types), in any mixture, or an array or a tensor of many. They are prepared like image files.
     Labels are text or whole numbers. A UserError says what is wrong with an input.
     """
 
@@ -73,25 +73,25 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         self.device = device
 
     def fit(self, images: Iterable[Any], labels: Iterable[Any]) -> "FewShotClassifier":
-        """Take images with their labels as the examples, in place of earlier ones; at least two classes."""
+        """Set the examples: images with their labels, of at least two classes. Replaces earlier examples."""
         predictor = self._predictor()
         support = supported(predictor, images, labels)
         self.predictor_, self.support_ = predictor, support
         return self
 
     def partial_fit(self, images: Iterable[Any], labels: Iterable[Any]) -> "FewShotClassifier":
-        """Add examples, of the known classes or of new ones."""
+        """Add examples of known or new classes."""
         if not self.__sklearn_is_fitted__():
             return self.fit(images, labels)
         self.support_ = supported(self.predictor_, images, labels, self.support_)
         return self
 
     def predict_proba(self, images: Iterable[Any]) -> np.ndarray:
-        """Probabilities [images, classes], in the order of `classes_`; warns if images are unlike those in training."""
+        """Return probabilities [images, classes] in the order of `classes_`; warn if images look unusual."""
         return self._probabilities(images)
 
     def predict(self, images: Iterable[Any]) -> np.ndarray:
-        """The most likely class of each image."""
+        """Return the most likely class of each image."""
         return self.classes_[self._probabilities(images).argmax(axis=1)]
 
     @property
@@ -113,7 +113,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         check_is_fitted(self)
         queries = prepared(images, self.predictor_)
         if text := unlike("the images", queries, self.predictor_.checkpoint):
-            warnings.warn(text, stacklevel=3)  # of the line that called predict or predict_proba
+            warnings.warn(text, stacklevel=3)  # the caller of predict or predict_proba
         return self.predictor_.probabilities(self.support_, queries).numpy()
 
     def _predictor(self) -> Predictor:
@@ -134,18 +134,18 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
 def supported(
     predictor: Predictor, images: Iterable[Any], labels: Iterable[Any], earlier: Support | None = None
 ) -> Support:
-    """Images with their labels as a support set, together with an earlier one; UserError if they cannot be one."""
+    """Build a support set from images and labels, added to an earlier one if given; UserError if they are invalid."""
     added, names = (
         prepared(images, predictor),
         np.asarray(labels.tolist() if hasattr(labels, "tolist") else list(labels)),
     )
     if names.shape != (len(added),):
-        raise UserError(f"labels: of shape {names.shape}, for {len(added)} images: must be one for each image")
+        raise UserError(f"labels: shape {names.shape} for {len(added)} images: must be one label for each image")
     if names.dtype.kind not in "Uib":
         raise UserError("labels: must be all text or all whole numbers")
     if earlier:
         if names.dtype.kind != (before := np.array(earlier.classes)).dtype.kind:
-            raise UserError(f"labels: {names[0]} is not of the type of the classes so far, such as {before[0]}")
+            raise UserError(f"labels: {names[0]} must be of the same type as the existing classes, such as {before[0]}")
         added, names = torch.cat([earlier.images, added]), np.concatenate([before.repeat(earlier.shots), names])
     classes, rows, shots = np.unique(names, return_inverse=True, return_counts=True)
     if not 2 <= len(classes) <= limits.CLASSES:
@@ -158,17 +158,17 @@ def supported(
 
 
 def prepared(images: Iterable[Any], predictor: Predictor) -> Tensor:
-    """Images as the model takes them, uint8 [B, C, H, W]; UserError if one of them cannot be read."""
+    """Prepare images for the model: uint8 [B, C, H, W]; UserError if one of them cannot be read."""
     path_or_image = isinstance(images, str | os.PathLike | Image.Image)
     one_tensor = isinstance(images, Tensor) and images.dim() != 4
     one_array = isinstance(images, np.ndarray) and (
         images.ndim == 2 or (images.ndim == 3 and images.shape[2] in CHANNELS)
     )
     if path_or_image or one_tensor or one_array:
-        raise UserError("images: must be a list of images, or an array of many; for a single one give [image]")
+        raise UserError("images: must be a list of images, or an array of many; for a single image give [image]")
     items = list(images)
     if not items:
-        raise UserError("images: there is none")
+        raise UserError("images: must not be empty")
 
     def read(row: int) -> Tensor:
         try:
@@ -182,7 +182,7 @@ def prepared(images: Iterable[Any], predictor: Predictor) -> Tensor:
 
 
 def readable(image: Any) -> Readable:
-    """A path, or an image in memory with the pixels that a file of it would have; UserError if it is neither."""
+    """Convert an input to a path or a PIL image, as its file would be; UserError for other types or shapes."""
     if isinstance(image, str | os.PathLike):
         return user_path(os.fsdecode(image))
     if isinstance(image, Image.Image):

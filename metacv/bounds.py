@@ -1,4 +1,4 @@
-"""The types of settings: numbers with their bounds, and the check that a value from outside is of a type."""
+"""Types of settings: numbers with bounds, and the check that a value is of a type."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers from `low` to `high`. `above`: without `low` itself; `below`: without `high` itself."""
+    """The numbers from `low` to `high`; `above` excludes `low`, `below` excludes `high`."""
 
     low: float
     high: float
@@ -24,10 +24,12 @@ class Range:
         )
 
     def __str__(self) -> str:
-        return f"{'above' if self.above else 'from'} {self.low} to {'below ' if self.below else ''}{self.high}"
+        if self.above:
+            return f"above {self.low} and {'below' if self.below else 'at most'} {self.high}"
+        return f"from {self.low} to {'below ' if self.below else ''}{self.high}"
 
 
-# Upper bounds refuse what no machine has the memory or the time for.
+# Upper bounds exclude values that no machine has the memory or time for.
 Count = Annotated[int, Range(1, 10**9)]  # such as steps
 Seed = Annotated[int, Range(0, 2**63 - 1)]
 Way = Annotated[int, Range(2, 10_000)]
@@ -43,7 +45,7 @@ NotNegative = Annotated[float, Range(0, 10**9)]
 Share = Annotated[float, Range(0, 1)]
 ShareBelowOne = Annotated[float, Range(0, 1, below=True)]
 
-# Parameters of the optimizers and schedules of torch, which check some of these themselves, and late.
+# Parameters of torch's optimizers and schedules; torch checks only some of them, and later.
 TORCH: dict[str, Any] = {
     "lr": NotNegative,
     "weight_decay": NotNegative,
@@ -69,27 +71,27 @@ TORCH: dict[str, Any] = {
 
 
 def checked(name: str, value: Any, hint: Any) -> Any:
-    """The value of the setting `name` as its type has it: a whole number as a float if that is wanted.
+    """Return the value of the setting `name`, with an integer converted if its type is float.
 
-    ValueError with the setting, the value and what is allowed, if the value is not of the type.
+    Raises ValueError with the setting, the value and what is allowed if the value is not of the type `hint`.
     """
     if typing.get_origin(hint) is dict and isinstance(value, dict):
         return {key: checked(f"{name}.{key}", own, typing.get_args(hint)[1]) for key, own in value.items()}
     try:
         return _of_type(value, hint)
     except ValueError:
-        raise ValueError(f"{name}={shown(value)}: not {in_words(hint)}") from None
+        raise ValueError(f"{name}={shown(value)}: must be {in_words(hint)}") from None
 
 
 def shown(value: Any) -> str:
-    """A value as it is typed; text that looks like a number, or like nothing, in quotes."""
+    """Format a value as typed; text that looks like a number or is empty gets quotes."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     return repr(value) if isinstance(value, str) and re.fullmatch(r"[\d.]*", value) else str(value)
 
 
 def in_words(hint: Any) -> str:
-    """What a setting of this type may be."""
+    """Describe the values that a type allows."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         return f"a {'whole ' if args[0] is int else ''}number {args[1]}"
@@ -106,7 +108,7 @@ def in_words(hint: Any) -> str:
 
 
 def _of_type(value: Any, hint: Any) -> Any:
-    """The value, or a ValueError without text."""
+    """Return the value, or raise ValueError without a message."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         value = _of_type(value, args[0])

@@ -19,13 +19,13 @@ from metacv.words import IN_ITS_FOLDER, hydra_overrides, quoted
 def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # for terminals without the sign ±
+            stream.reconfigure(errors="replace")  # some terminals cannot encode ±
     try:
         code = _with_errors_in_one_line(sys.argv[1:])
         sys.stdout.flush()
     except KeyboardInterrupt:
         code = 130
-    except OSError as error:  # of the output: its reader has exited, as in `metacv --help | head`, or the disk is full
+    except OSError as error:  # on output: the reader has exited, as in `metacv --help | head`, or the disk is full
         code = 141 if isinstance(error, BrokenPipeError) else 1
         if code == 1:
             print(f"metacv: the output cannot be written: {error.strerror}", file=sys.stderr)
@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def _with_errors_in_one_line(arguments: list[str]) -> int:
-    """Run a command, print an error in one line unless a traceback is asked for, and return the exit code."""
+    """Run a command, print an error in one line unless a traceback is requested, and return the exit code."""
     traceback_wanted = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises its errors instead of printing them
     reported: list[Exception] = []
@@ -58,13 +58,13 @@ def _dispatch(arguments: list[str], reported: list[Exception]) -> int:
     elif command in ("-sc", "--shell-completion"):
         return complete(words)
     elif command not in COMMANDS:
-        problem = f"there is no command {command!r}" if command else "no command given"
-        print(f"metacv: {problem}; one of: {', '.join(COMMANDS)}; metacv --help", file=sys.stderr)
+        problem = f"unknown command {command!r}" if command else "no command given"
+        print(f"metacv: {problem}; use one of: {', '.join(COMMANDS)}; see metacv --help", file=sys.stderr)
         return 2
     elif {"--help", "-h"} & {*words}:
         print(help_text(command, words))
     elif command != "train" and world_size() > 1:
-        print(f"metacv: {command} runs in one process: call it without torchrun", file=sys.stderr)
+        print(f"metacv: {command} runs in one process; start it without torchrun", file=sys.stderr)
         return 1
     else:
         with silent_unless_rank_zero() as folder:
@@ -74,7 +74,7 @@ def _dispatch(arguments: list[str], reported: list[Exception]) -> int:
 
 
 def _run(command: str, words: list[str]) -> int:
-    """evaluate, predict, compare and report: compose the settings and call the function of the same name."""
+    """Run any command but train: compose its settings and call the function of the same name."""
     from omegaconf import OmegaConf, open_dict
 
     from metacv import config
@@ -88,14 +88,16 @@ def _run(command: str, words: list[str]) -> int:
         print(OmegaConf.to_yaml(cfg), end="")
         return 0
     if any(folder.glob("*.pt")):
-        raise UserError(f"hydra.run.dir={folder} holds a training run: {command} needs another folder")
+        raise UserError(
+            f"hydra.run.dir={folder} holds a training run; set hydra.run.dir to another folder for {command}"
+        )
     settings = config.typed(cfg, getattr(config, f"{command.capitalize()}Config"))
     getattr(importlib.import_module(f"metacv.{command}"), command)(settings, folder)
     return 0
 
 
 def _train(words: list[str], reported: list[Exception]) -> int:
-    """Hydra composes the settings, makes the folder of the run, and runs every job of a sweep."""
+    """Let Hydra compose the settings, create the run's folder, and run every job of a sweep."""
     import hydra
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
@@ -106,7 +108,7 @@ def _train(words: list[str], reported: list[Exception]) -> int:
 
     overrides = hydra_overrides("train", words)
     sweep.Folder.started = None
-    overrides.sort(key=lambda word: word not in ("-m", "--multirun"))  # argparse takes no option between settings
+    overrides.sort(key=lambda word: word not in ("-m", "--multirun"))  # argparse rejects an option between settings
     sys.argv = ["metacv train", *overrides]
     failed: list[Exception] = []
 
@@ -115,7 +117,7 @@ def _train(words: list[str], reported: list[Exception]) -> int:
         from metacv.train import train
 
         hydra_config = HydraConfig.get()
-        if hydra_config.job.chdir:  # a path means what it means where it was typed
+        if hydra_config.job.chdir:  # resolve paths in the folder of the command
             os.chdir(hydra_config.runtime.cwd)
         folder = Path(hydra_config.runtime.output_dir)
         folder = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
@@ -123,11 +125,11 @@ def _train(words: list[str], reported: list[Exception]) -> int:
             return train(cfg, folder, list(hydra_config.overrides.task))
         except Exception as error:
             remove_unused(folder)
-            if hydra_config.mode == RunMode.MULTIRUN:  # Hydra continues with the other jobs, and raises this in the end
+            if hydra_config.mode == RunMode.MULTIRUN:  # Hydra runs the other jobs first, then raises this
                 reported.append(error)
                 report_error(error, hydra_config.overrides.task)
                 raise
-            failed.append(error)  # raised below, where Hydra does not print it too
+            failed.append(error)  # re-raised below, so that Hydra does not print it too
             return math.nan
 
     if not any(word.startswith("-") and word not in ("-m", "--multirun") for word in overrides):
@@ -137,7 +139,8 @@ def _train(words: list[str], reported: list[Exception]) -> int:
     except OSError as error:
         if error.filename or not error.strerror or error in reported:
             raise
-        named = (re.fullmatch(r"(?:hydra\.(?:run|sweep)\.dir|resume)=(.+)", word) for word in words)  # Hydra names none
+        # Hydra's error does not name the file.
+        named = (re.fullmatch(r"(?:hydra\.(?:run|sweep)\.dir|resume)=(.+)", word) for word in words)
         folder = next((found[1] for found in named if found and found[1] not in IN_ITS_FOLDER), "outputs")
         raise UserError(f"{folder}: Hydra cannot write the settings of the run there: {error.strerror}") from error
     finally:

@@ -1,4 +1,4 @@
-"""Which of several runs is better: their accuracies on the same episodes, and the differences per episode."""
+"""`metacv compare`: accuracies of several runs on the same episodes, and the paired differences between runs."""
 
 from itertools import combinations, product
 from pathlib import Path
@@ -21,21 +21,21 @@ SAME = ("way", "shot", "query", "episodes", "batch_norm")
 
 
 def compare(cfg: CompareConfig, folder: Path) -> None:
-    """Evaluate every run on one list of episodes, and write accuracies and paired differences into `folder`."""
+    """Evaluate every run on the same list of episodes; write accuracies and paired differences into `folder`."""
     places = without_plain_files(cfg.runs)
     checkpoints = {place: load_checkpoint(place) for place in places}
     if len({checkpoint.path.resolve() for checkpoint in checkpoints.values()}) < max(2, len(places)):
-        raise UserError(f"compare {' '.join(places)}: name two runs or more, each once")
+        raise UserError(f"compare {' '.join(places)}: give two or more different runs, each once")
     check_same_tasks(checkpoints, cfg)
     measured: list[tuple[Tensor, Result]] = []
-    evaluations = {place: prepare(own, cfg, checkpoints.values()) for place, own in checkpoints.items()}
+    evaluations = {place: prepare(checkpoint, cfg, checkpoints.values()) for place, checkpoint in checkpoints.items()}
     for place, evaluation in evaluations.items():
         if evaluation.episodes.fingerprint != evaluations[places[0]].episodes.fingerprint:
-            raise UserError(f"{place} is tested on other images than {places[0]}: set dataset=...")
+            raise UserError(f"{place} and {places[0]} are tested on different images; set dataset=NAME for all runs")
     names = shortened(places)
     say(header([evaluation.about for evaluation in evaluations.values()]))
     for name, evaluation in zip(names, evaluations.values(), strict=True):
-        measured.append(evaluation.run_and_tell(evaluation.config.batch_norm, name))
+        measured.append(evaluation.run_and_print(evaluation.config.batch_norm, name))
     accuracies = [accuracy for accuracy, _ in measured]
     pairs = list(combinations(zip(names, accuracies, strict=True), 2))
     differences: list[dict[str, Any]] = [
@@ -48,7 +48,7 @@ def compare(cfg: CompareConfig, folder: Path) -> None:
 
 
 def show(differences: list[dict[str, Any]], episodes: int) -> None:
-    """Print a line for each pair of runs."""
+    """Print the difference of each pair of runs in a line."""
     pairs = len(differences)
     together = f", simultaneous for {plural(pairs, 'pair')} (Bonferroni)" if pairs > 1 else ""
     print(f"\ndifferences on the same {episodes} episodes, with 95 % intervals{together}:")
@@ -63,30 +63,31 @@ def show(differences: list[dict[str, Any]], episodes: int) -> None:
 
 
 def difference(one: Tensor, other: Tensor, pairs: int = 1) -> dict[str, float]:
-    """Mean and 95 % interval, simultaneous for `pairs` (Bonferroni), of the differences of accuracies [E] by episode.
+    """Return mean and half the 95 % interval of the differences of two accuracies [E] by episode.
 
-    What is hard for both models cancels out, so it is narrower than that of two separate intervals.
+    The interval is simultaneous for `pairs` comparisons (Bonferroni). It is narrower than separate intervals suggest,
+    because the difficulty of an episode, which both models share, cancels out.
     """
     return {"mean": float((one - other).mean()), "ci95": t_interval(one - other, 0.05 / pairs)}
 
 
 def t_interval(values: Tensor, alpha: float = 0.05) -> float:
-    """Half the interval of the mean of a few values [E] by Student's t, which misses with probability `alpha`."""
+    """Return half the (1 - `alpha`) confidence interval of the mean of values [E], by Student's t distribution."""
     quantile = float(stats.t.ppf(1 - alpha / 2, len(values) - 1))
     return quantile * float(values.std(correction=1)) / len(values) ** 0.5
 
 
 def without_plain_files(places: list[str]) -> list[str]:
-    """The places without what lies beside the runs of a sweep, where the shell's * names everything."""
+    """Drop plain files if there are folders: `SWEEP/*` in a shell also matches the files beside the runs."""
     folders = any(user_path(place).is_dir() for place in places)
     return [place for place in places if not (folders and Path(place).suffix != ".pt" and Path(place).is_file())]
 
 
 def check_same_tasks(checkpoints: dict[str, Checkpoint], cfg: CompareConfig) -> None:
-    """Refuse runs that were trained to be tested on different tasks, unless the command says which task to use."""
+    """Raise UserError if the runs' settings define different test tasks, unless the command line sets the task."""
     configs = {place: with_changes(checkpoint, cfg) for place, checkpoint in checkpoints.items()}
     first, *others = configs
     for place, name in product(others, SAME):
         own, expected = getattr(configs[place], name), getattr(configs[first], name)
         if own != expected:
-            raise UserError(f"{place} is tested with {name}={own}, {first} with {name}={expected}: set {name}=...")
+            raise UserError(f"{place} has {name}={own}, {first} has {name}={expected}; set {name}=VALUE for all runs")

@@ -1,4 +1,4 @@
-"""Tab completion: Hydra's own, with the choices that YAML comments and folders of experiments name."""
+"""Tab completion: Hydra's, extended by the choices in YAML comments and in folders of configs/."""
 
 import contextlib
 import glob
@@ -11,14 +11,14 @@ from metacv import CONFIG_DIR
 from metacv.help import COMMANDS
 from metacv.words import PATHS, POSITIONAL, choices, groups
 
-CHOICES = re.compile(r"#\s*(\S+(?: \| [^\s|:,]+)+)")  # in a comment: a | b | c
+CHOICES = re.compile(r"#\s*(\S+(?: \| [^\s|:,]+)+)")  # a | b | c in a comment
 
 
 def complete(arguments: list[str]) -> int:
-    """`install=SHELL` prints a script for the shell to evaluate, `query=SHELL` the candidates for $COMP_LINE."""
+    """Print a script for the shell to evaluate (`install=SHELL`), or the candidates for $COMP_LINE (`query=SHELL`)."""
     action, _, shell = (arguments[0] if arguments else "").partition("=")
     if len(arguments) != 1 or action not in ("install", "query") or shell not in ("bash", "zsh", "fish"):
-        print("metacv: use -sc install=SHELL, with bash, zsh or fish", file=sys.stderr)
+        print("metacv: use -sc install=SHELL, where SHELL is bash, zsh or fish", file=sys.stderr)
         return 2
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
@@ -35,7 +35,7 @@ def complete(arguments: list[str]) -> int:
 
 
 def candidates(line: str, plugin: Any) -> list[str]:
-    """Words that the last word of the line can become; `plugin` is Hydra's CompletionPlugin for the shell."""
+    """Return completions of the last word of the line; `plugin` is Hydra's CompletionPlugin for the shell."""
     words = line.split()[1:] + ([""] if line.endswith(" ") else [])
     if len(words) <= 1:
         return [command for command in COMMANDS if command.startswith(words[0] if words else "")]
@@ -44,7 +44,7 @@ def candidates(line: str, plugin: Any) -> list[str]:
         return []
     name, equals, value = last.partition("=")
     possible = values(command, name) if equals else []
-    if possible or (equals and (CONFIG_DIR / name).is_dir()):  # Hydra knows the groups of other commands too
+    if possible or (equals and (CONFIG_DIR / name).is_dir()):  # Hydra also suggests groups of other commands
         earlier = value[: value.rfind(",") + 1]  # values of a sweep, such as a,b,
         return [word for choice in possible if (word := f"{name}={earlier}{choice}").startswith(last)]
     if equals and PATHS.fullmatch(name):
@@ -63,12 +63,12 @@ def candidates(line: str, plugin: Any) -> list[str]:
 
 
 def paths(start: str) -> list[str]:
-    """Files and folders whose path starts so, folders with a slash."""
+    """Return the files and folders whose path begins with `start`, folders with a slash."""
     return sorted(path + "/" * os.path.isdir(path) for path in glob.glob(f"{glob.escape(start)}*"))
 
 
 def values(command: str, name: str) -> list[str]:
-    """The choices of a group, or of a setting whose comment names them."""
+    """Return the choices of a group, or of a setting whose comment lists them."""
     if name in groups(command):
         return choices(name)
     group_name, _, setting = name.rpartition(".")

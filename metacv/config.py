@@ -93,7 +93,7 @@ class TrainConfig:
 
 @dataclass
 class TestConfig:
-    """What evaluate and compare share. Settings that are None are those that the model was trained with."""
+    """Settings that evaluate and compare share. None stands for the value that the model was trained with."""
 
     split: Split = MISSING
     unseen_only: bool = MISSING
@@ -152,7 +152,7 @@ class PredictConfig:
 
 
 def typed(cfg: DictConfig, schema: type[T]) -> T:
-    """The composed settings as an object of `schema`; UserError or OmegaConf's error if one is invalid or missing."""
+    """Convert composed settings to a `schema` object; UserError or OmegaConf's error if one is invalid or missing."""
     hints = typing.get_type_hints(schema, include_extras=True)
     if deleted := {name for name in hints if getattr(schema, name, None) == MISSING} - cfg.keys():
         raise UserError(f"~{min(deleted)}: this setting cannot be deleted")
@@ -164,7 +164,7 @@ def typed(cfg: DictConfig, schema: type[T]) -> T:
 
 
 def from_dict(schema: type[T], content: Mapping[str, Any], prefix: str = "") -> T:
-    """Settings from plain values, where `${...}` stays text; ValueError if one is unknown, missing or invalid."""
+    """Build settings from plain values; `${...}` stays text. ValueError if one is unknown, missing or invalid."""
     hints = typing.get_type_hints(schema, include_extras=True)
     values: dict[str, Any] = {}
     for name, value in content.items():
@@ -182,14 +182,14 @@ def from_dict(schema: type[T], content: Mapping[str, Any], prefix: str = "") -> 
 
 
 def merged(one: Any, other: Any) -> Any:
-    """Nested settings, where those of `other` replace those of `one`."""
+    """Merge nested settings; values of `other` replace those of `one`."""
     if isinstance(one, dict) and isinstance(other, dict):
         return one | {name: merged(one.get(name), value) for name, value in other.items()}
     return other
 
 
 def to_dict(config: TrainConfig, *, with_local: bool = False) -> dict[str, Any]:
-    """Plain values, as a checkpoint holds them; without what concerns only this machine unless `with_local`."""
+    """Return plain values as in a checkpoint, without settings that concern only this machine unless `with_local`."""
     content = dataclasses.asdict(config)
     return content if with_local else {name: value for name, value in content.items() if name not in LOCAL}
 
@@ -199,12 +199,12 @@ def is_resumable(name: str) -> bool:
 
 
 def is_path(name: str) -> bool:
-    """Whether a setting, by its full name, is a path on this machine that a run reads again later."""
+    """Whether the setting with this full name is a path that a run reads again when it is resumed or evaluated."""
     return KEPT_PATHS.fullmatch(name) is not None
 
 
 def with_paths(content: Mapping[str, Any], change: Callable[[str, str], Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings, with `change(full name, path)` in place of each path."""
+    """Return nested settings with every path replaced by `change(full name, path)`."""
 
     def changed(name: str, value: Any) -> Any:
         if isinstance(value, dict):
@@ -215,17 +215,17 @@ def with_paths(content: Mapping[str, Any], change: Callable[[str, str], Any], pr
 
 
 def absolute(path: str) -> str:
-    """A path that is meant from the current folder, as all folders see it."""
+    """Make a path absolute; relative paths start at the current folder, ~ at the home folder."""
     return os.path.abspath(os.path.expanduser(path))
 
 
 def class_name(node: Mapping[str, Any]) -> str:
-    """Of the class that a config node builds; empty without one."""
+    """Return the name of the class that a config node builds; empty without one."""
     return str(node.get("_target_", "")).rpartition(".")[2]
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Settings by their full names, without local ones; `_target_` becomes group: class name."""
+    """Yield settings as (full name, value), without local ones; `_target_` becomes (group, class name)."""
     for name, value in config.items():
         if isinstance(value, dict):
             yield from flat(value, f"{prefix}{name}.")
@@ -236,7 +236,7 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def differences(one: Any, other: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Full name and both values of every setting in which two nested configs differ."""
+    """Yield the full name and both values of every setting in which two nested configs differ."""
     if isinstance(one, dict) and isinstance(other, dict):
         for key in sorted(one.keys() | other.keys()):
             yield from differences(one.get(key), other.get(key), f"{name}.{key}" if name else key)
@@ -245,7 +245,7 @@ def differences(one: Any, other: Any, name: str = "") -> Iterator[tuple[str, Any
 
 
 def composed(command: str, overrides: list[str]) -> DictConfig:
-    """The settings of a command, with those of Hydra itself."""
+    """Compose the settings of a command, including Hydra's own."""
     from hydra import compose, initialize_config_dir
 
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):

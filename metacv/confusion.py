@@ -1,4 +1,4 @@
-"""What each query of an evaluation was taken for: accuracies by episode and by class, and classes that are mixed up."""
+"""Predictions of an evaluation: accuracies by episode and by class, and pairs of classes that are confused."""
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -20,7 +20,7 @@ HEADING = ("class", "episodes", "queries", "accuracy in %", "ci95 in %", "most o
 
 @dataclass(frozen=True)
 class Predictions:
-    """The class that each query was taken for, and the features of images where each was embedded once."""
+    """The predicted class of each query, and the features of the images if each was embedded once."""
 
     episodes: EpisodeList
     classes: Tensor  # int16 [E, Q], from 0 to N - 1; -1 where logits are not finite
@@ -29,19 +29,19 @@ class Predictions:
 
     @property
     def labels(self) -> Tensor:
-        """The class of each query of any episode, [Q]."""
+        """The true class of each query, [Q], the same in every episode."""
         sampler = self.episodes.sampler
         return torch.arange(sampler.way).repeat_interleave(sampler.query)
 
     @property
     def accuracy(self) -> Tensor:
-        """Of each episode, float64 [E]; NaN for one with logits that are not finite."""
+        """The accuracy of each episode, float64 [E]; NaN for an episode with logits that are not finite."""
         return correct_share(self.classes, self.labels).double()
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Queries of class `true` that were taken for class `other`."""
+    """Queries of class `true` that were predicted as class `other`."""
 
     true: int
     other: int
@@ -55,29 +55,29 @@ class Pair:
 
 @dataclass(frozen=True)
 class Confusion:
-    """Queries by their class, and by the class that they were taken for. `pairs`: the worst first."""
+    """Queries counted by true class and by predicted class. `pairs` are sorted, the most confused first."""
 
     names: list[str]
-    episodes: numpy.ndarray  # that each class was in, [C]
-    accuracy: numpy.ndarray  # the mean of these episodes, [C]; NaN for a class in none
+    episodes: numpy.ndarray  # number of episodes with each class, [C]
+    accuracy: numpy.ndarray  # mean over these episodes, [C]; NaN for a class in none
     ci95: numpy.ndarray  # half its 95 % interval, [C]; NaN for a class in fewer than two episodes
-    taken: "sparse.csr_matrix"  # queries of the row that were taken for the column, [C, C]
-    together: "sparse.csr_matrix"  # queries of the row in tasks with both classes, [C, C]
+    taken: "sparse.csr_matrix"  # queries of the row's class that were predicted as the column's, [C, C]
+    together: "sparse.csr_matrix"  # queries of the row's class in tasks with both classes, [C, C]
     pairs: list[Pair]
 
     def shares(self, classes: list[int]) -> numpy.ndarray:
-        """The shares of the queries of the row that were taken for the column; NaN for classes never in one task."""
+        """Return `taken` / `together` for some classes; NaN for two classes that were never in one task."""
         queries = self.together[classes][:, classes].toarray()
         taken = self.taken[classes][:, classes].toarray()
         return numpy.where(queries > 0, taken / queries.clip(1), numpy.nan)
 
     def hardest_classes(self, most: int) -> list[int]:
-        """The classes of the worst pairs, up to `most`, those of a pair side by side; then the others in order."""
+        """Return up to `most` classes: those of the most confused pairs, side by side, then the others in order."""
         found = dict.fromkeys(c for pair in self.pairs for c in (pair.true, pair.other))
         return list(found | dict.fromkeys(range(len(self.names))))[:most]
 
     def describe(self) -> str:
-        """The hardest pairs, a line for each; empty if no query was taken for another class."""
+        """Return the hardest pairs, one a line; empty if every prediction was correct."""
         lines = [
             [
                 f"  {self.names[own.true]} taken for {self.names[own.other]}",
@@ -88,7 +88,7 @@ class Confusion:
         return f"hardest pairs, in tasks with both classes:\n{aligned(lines)}" if lines else ""
 
     def csv(self, query: int) -> bytes:
-        """A line for each class; `query`: queries per class of a task."""
+        """Return a CSV table with a line for each class; `query`: queries per class of a task."""
         worst: dict[int, Pair] = {}
         for pair in self.pairs:
             worst[pair.true] = max(worst.get(pair.true, pair), pair, key=lambda own: own.wrong)
@@ -103,16 +103,16 @@ class Confusion:
 
 
 def confusion(predictions: Predictions) -> Confusion:
-    """Count what the queries of every class were taken for."""
+    """Count the predictions for the queries of every class."""
     episodes, sampler = predictions.episodes, predictions.episodes.sampler
     classes = sampler.classes_of(episodes.rows[:, :, 0])  # [E, N]
     count, queries = sampler.classes, sampler.query
     hits = (predictions.classes == predictions.labels).unflatten(1, (sampler.way, queries)).double().mean(2)  # [E, N]
-    each, flat = classes.flatten().numpy(), hits.flatten().numpy()
-    number = numpy.bincount(each, minlength=count)
+    flat_classes, flat_hits = classes.flatten().numpy(), hits.flatten().numpy()
+    number = numpy.bincount(flat_classes, minlength=count)
     with numpy.errstate(divide="ignore", invalid="ignore"):
-        mean = numpy.bincount(each, flat, count) / number
-        squares = numpy.bincount(each, (flat - mean[each]) ** 2, count)
+        mean = numpy.bincount(flat_classes, flat_hits, count) / number
+        squares = numpy.bincount(flat_classes, (flat_hits - mean[flat_classes]) ** 2, count)
         ci95 = 1.96 * numpy.sqrt(squares / (number - 1) / number)
     inside = table(torch.arange(len(classes)).unsqueeze(1).expand_as(classes), classes, (len(classes), count))
     taken_for = classes.gather(1, predictions.classes.long())
@@ -122,7 +122,7 @@ def confusion(predictions: Predictions) -> Confusion:
 
 
 def table(rows: Tensor, columns: Tensor, shape: tuple[int, int]) -> "sparse.csr_matrix":
-    """How often each row occurs with each column."""
+    """Count how often each row occurs with each column."""
     from scipy import sparse
 
     places = rows.flatten().numpy(), columns.flatten().numpy()
@@ -130,8 +130,8 @@ def table(rows: Tensor, columns: Tensor, shape: tuple[int, int]) -> "sparse.csr_
 
 
 def worst_pairs(taken: "sparse.csr_matrix", together: "sparse.csr_matrix") -> list[Pair]:
-    """The pairs of different classes by the lower end of the 95 % interval of the share (Clopper and Pearson): so that
-    a pair which met in few tasks by chance is not the first."""
+    """Sort pairs of different classes by the lower end of the share's 95 % interval (Clopper and Pearson), so that a
+    pair that was in few tasks together is not first by chance."""
     from scipy import stats
 
     found = taken.tocoo()
@@ -144,7 +144,7 @@ def worst_pairs(taken: "sparse.csr_matrix", together: "sparse.csr_matrix") -> li
 
 
 def class_names(sampler: EpisodeSampler) -> list[str]:
-    """The names of the classes of tasks: where an image is of another class after each rotation, with the angle."""
+    """Return the names of the classes of tasks, with the angle where rotations are classes of their own."""
     names = [printable(name) for name in sampler.bank.class_names]
     turns = range(sampler.classes // len(names))
     return [f"{name} {90 * turn}°" if turn else name for turn in turns for name in names]

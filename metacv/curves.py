@@ -1,4 +1,4 @@
-"""The curves of a run as a picture."""
+"""Draw the curves of a run."""
 
 import io
 from collections.abc import Sequence
@@ -8,13 +8,13 @@ from matplotlib.figure import Figure
 from matplotlib.style import context
 
 STYLE = "metacv.report.figures"  # the file figures.mplstyle
-POINTS = 150  # of a curve at most
+POINTS = 150  # maximum of points of a curve
 BLUE, ORANGE = "#4e79a7", "#d9730d"
 
 
 @context(STYLE)
 def results_picture(lines: Sequence[dict[str, float]], title: str) -> bytes:
-    """A PNG of a run's curves: loss, accuracy in training and validation with its interval, and learning rate.
+    """Draw loss, training and validation accuracy with its interval, and learning rate; return a PNG.
 
     `lines` are those of metrics.jsonl, with accuracies from 0 to 1.
     """
@@ -42,9 +42,9 @@ def results_picture(lines: Sequence[dict[str, float]], title: str) -> bytes:
 
 
 def curve(lines: Sequence[dict[str, float]], tag: str) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """Steps and values of a curve, each the mean of so many points that there are at most POINTS."""
+    """Return steps and values of a curve, averaged over groups of points so that at most POINTS remain."""
     points = numpy.array([(line["step"], line[tag]) for line in lines if tag in line]).reshape(-1, 2)
-    each = -(-len(points) // POINTS) or 1
-    starts = numpy.arange(0, len(points), each)
+    group = -(-len(points) // POINTS) or 1
+    starts = numpy.arange(0, len(points), group)
     means = numpy.add.reduceat(points, starts) / numpy.diff([*starts, len(points)])[:, None] if len(points) else points
     return means[:, 0], means[:, 1]

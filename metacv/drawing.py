@@ -11,17 +11,17 @@ from metacv.data.image_files import as_tensor
 from metacv.data.task import TaskBatch
 
 Colour = tuple[int, int, int]
-# A heading, which may be empty, and images [C, H, W] (uint8), all of one size, with the caption of each and the colour
-# of caption and frame.
+# A heading, which may be empty, and for each image: uint8 [C, H, W], all of one size, its caption, and the colour of
+# its frame and caption.
 Section = tuple[str, list[tuple[Tensor, str, Colour]]]
 
 PAPER, LINE, INK, RIGHT, WRONG = (255, 255, 255), (200, 200, 200), (60, 60, 60), (46, 139, 87), (200, 40, 40)
-# Pixels: between images, height of a caption, least width of a heading, height of letters.
+# In pixels: gap between images, height of a caption, minimum width of a heading, height of letters.
 GAP, CAPTION, HEADING, FONT_SIZE = 6, 14, 250, 10
 
 
 def episode_picture(tasks: TaskBatch, logits: Tensor, columns: int = 8, rows: int = 20) -> Tensor:
-    """The first of T tasks as a picture, uint8 [3, H, W]; logits: [T, Q, N].
+    """Draw the first of T tasks, with logits [T, Q, N]: uint8 [3, H, W].
 
     A row for each class, up to `rows`, with up to `columns` support images and then as many query images, which have a
     green frame if the prediction is correct, otherwise a red one, and the predicted class below.
@@ -38,7 +38,7 @@ def episode_picture(tasks: TaskBatch, logits: Tensor, columns: int = 8, rows: in
 
 
 def captioned_picture(sections: list[Section], columns: int = 8, least_width: int = 96) -> Image.Image:
-    """Sections, one below the other, in columns of `least_width` pixels or of the images' width."""
+    """Draw sections below each other, in columns as wide as the images, but at least `least_width` pixels."""
     columns = min(columns, max(len(cells) for _, cells in sections))
     width, height = _thumbnail(sections[0][1][0][0], least_width).size
     pitch_x, pitch_y = max(width, least_width) + GAP, height + GAP + CAPTION
@@ -61,7 +61,7 @@ def captioned_picture(sections: list[Section], columns: int = 8, least_width: in
 
 @cache
 def letters(font: str) -> frozenset[str]:
-    """The letters that a font file has; none if it cannot be read."""
+    """Return the letters that a font file has; none if it cannot be read."""
     from matplotlib.ft2font import FT2Font
 
     try:
@@ -71,23 +71,23 @@ def letters(font: str) -> frozenset[str]:
 
 
 def fonts() -> Iterator[str]:
-    """Font files: matplotlib's own, which has Latin, Greek, Cyrillic and Arabic letters, then those of this machine."""
+    """Yield font files: matplotlib's own (Latin, Greek, Cyrillic and Arabic letters), then those of this machine."""
     from matplotlib import get_data_path
 
     yield str(Path(get_data_path()) / "fonts/ttf/DejaVuSans.ttf")
-    from matplotlib.font_manager import fontManager  # looks for all fonts, which can take seconds
+    from matplotlib.font_manager import fontManager  # searches all fonts at import, which can take seconds
 
-    yield from (font.fname for font in fontManager.ttflist if "LastResort" not in font.fname)  # boxes for all letters
+    yield from (font.fname for font in fontManager.ttflist if "LastResort" not in font.fname)  # has boxes only
 
 
 @cache
 def font_for(text: str) -> str:
-    """The first font that has all letters of a text, or the first of all."""
+    """Return the first font with all letters of a text, or matplotlib's own if there is none."""
     return next((font for font in fonts() if letters(font) >= {*text} - {" "}), next(fonts()))
 
 
 def legible(name: str, otherwise: str) -> str:
-    """The name if a font on this machine can show it; else `otherwise`."""
+    """Return the name if a font on this machine can show it, else `otherwise`."""
     return name if letters(font_for(name)) >= {*name} - {" "} else otherwise
 
 
@@ -101,7 +101,7 @@ def _opened(font: str) -> ImageFont.FreeTypeFont:
 
 
 def _fitted(draw: ImageDraw.ImageDraw, caption: str, width: int) -> str:
-    """The caption, without its middle if it is wider than `width` pixels."""
+    """Drop the middle of a caption that is wider than `width` pixels."""
     text, kept, font = caption, len(caption), _font(caption)
     while draw.textlength(text, font) > width:
         kept -= 1
@@ -110,7 +110,7 @@ def _fitted(draw: ImageDraw.ImageDraw, caption: str, width: int) -> str:
 
 
 def _thumbnail(image: Tensor, width: int) -> Image.Image:
-    """An image [C, H, W] (uint8) in RGB; a small one at twice its size, or as many times as fit into `width`."""
+    """Convert an image [C, H, W] (uint8) to RGB; a small one is doubled, or enlarged as often as fits into `width`."""
     pixels = image[:3].expand(3, -1, -1).permute(1, 2, 0)  # grey images have one channel
     thumbnail = Image.fromarray(pixels.contiguous().cpu().numpy())
     times = max(2 if thumbnail.width <= 42 else 1, width // thumbnail.width)

@@ -1,4 +1,4 @@
-"""What a training run will take, measured on a few of its steps: `metacv train dry_run=true`."""
+"""`metacv train dry_run=true`: estimate time and memory of a training run from a few of its steps."""
 
 import sys
 import time
@@ -16,22 +16,23 @@ STEPS, TASKS = 2, 20
 
 
 def dry_run(run: Run, tested: Algorithm, validation: EpisodeList, step: Callable[[], object]) -> list[str]:
-    """Time STEPS steps, and `tested` on TASKS validation tasks; returns lines with the run's time and memory."""
+    """Time STEPS training steps, and `tested` on TASKS validation tasks; return lines with its time and memory."""
     mode, device = run.config.batch_norm, run.sampler.device
     few = validation.part(slice(TASKS))
     seconds = timed(lambda: evaluate_episodes(tested, few, mode), 1, device)
-    each = seconds * images(tested, validation, mode) / images(tested, few, mode)
+    per_validation = seconds * images(tested, validation, mode) / images(tested, few, mode)
     count, left = max(1, -(-(run.steps - run.step) // run.config.eval_every)), run.steps - run.step
-    of_step = timed(step, STEPS, device) if left else 0.0
+    per_step = timed(step, STEPS, device) if left else 0.0
     return [
-        f"steps      {left:,} of {of_step:.3g} s: {duration(left * of_step)}",
-        f"validation {plural(count, 'time')} {duration(each)}: {duration(count * each)}",
-        f"in all     {duration(left * of_step + count * each)}, {in_bytes(peak_memory(device))} of memory at most",
+        f"steps      {left:,} of {per_step:.3g} s: {duration(left * per_step)}",
+        f"validation {plural(count, 'time')} {duration(per_validation)}: {duration(count * per_validation)}",
+        f"in all     {duration(left * per_step + count * per_validation)}, "
+        f"{in_bytes(peak_memory(device))} of memory at most",
     ]
 
 
 def timed(work: Callable[[], object], count: int, device: torch.device) -> float:
-    """Seconds that a call of `work` takes, the mean of `count` calls after a first one, which takes longer."""
+    """Return the mean seconds of `count` calls of `work`, after a first call to warm up."""
     for calls in (1, count):
         began = time.perf_counter()
         for _ in range(calls):
@@ -42,15 +43,15 @@ def timed(work: Callable[[], object], count: int, device: torch.device) -> float
 
 
 def images(algorithm: Algorithm, episodes: EpisodeList, batch_norm: str) -> int:
-    """How many images pass through the network in evaluation, up to those of inner steps and augmented copies."""
+    """Return how many images pass through the network in evaluation, not counting inner steps and augmented copies."""
     once = isinstance(algorithm, MetricMethod) and algorithm.embeds_each_image_alone(batch_norm)
     return episodes.rows.unique().numel() if once else episodes.rows.numel()
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes of memory so far: of the GPU, or of this process."""
+    """Return the peak memory so far in bytes: of the GPU, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource  # not on Windows, where metacv has not been tried
+    import resource  # does not exist on Windows, where metacv is untested
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,4 +1,4 @@
-"""The error that a user can correct."""
+"""The exception for errors that the user can correct."""
 
 
 class UserError(Exception):

@@ -1,4 +1,4 @@
-"""From a trained model, or one in training, to its accuracy over episodes with a 95 % interval."""
+"""Evaluate a model on episodes: accuracy with a 95 % interval. Implements `metacv evaluate`, and validation."""
 
 import dataclasses
 import io
@@ -43,27 +43,27 @@ from metacv.terminal import say
 from metacv.text import aligned, percent, plural, printable, shortened
 
 CHANGEABLE = ("way", "shot", "query", "episodes", "batch_norm", "seed")
-CLASSES = {"dataset": "dataset", "method": "algo", "head": "head"}  # fields of a result: groups of the settings
+CLASSES = {"dataset": "dataset", "method": "algo", "head": "head"}  # field of a result -> group of settings
 IMAGES_AT_ONCE = 1024
-CENTRED_ON = 2000  # training images
-FEATURES_AT_ONCE = 2**24  # numbers in the features of a batch of episodes, 64 MB
-FEATURES_KEPT = 2**29  # numbers at most in the cached features, 2 GB
+CENTRED_ON = 2000  # training images for the mean feature
+FEATURES_AT_ONCE = 2**24  # numbers in the features of a batch of episodes: 64 MB
+FEATURES_KEPT = 2**29  # maximum of numbers in the cached features: 2 GB
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A checkpoint and the episodes that it is evaluated on."""
+    """A checkpoint and the episodes to evaluate it on."""
 
     checkpoint: Checkpoint
-    config: TrainConfig  # of the checkpoint, with what the command line changed
+    config: TrainConfig  # settings of the checkpoint, with changes from the command line
     episodes: EpisodeList
     split: str
     algorithm: Algorithm
-    left_out: int  # classes of the split
+    left_out: int  # number of classes of the split that are left out
 
     @property
     def changes(self) -> dict[str, Any]:
-        """Settings of algorithm and head that differ from those of training, without those that change speed only."""
+        """Settings of algorithm and head that differ from training, except those that change speed only."""
         own, trained = self.config, self.checkpoint.config
         of_algo = {name: now for name, now, _ in differences(own.algo, trained.algo)}
         of_head = {f"head.{name}": now for name, now, _ in differences(own.head, trained.head)}
@@ -73,7 +73,7 @@ class Evaluation:
 
     @property
     def about(self) -> dict[str, str]:
-        """What is evaluated, on what."""
+        """The method, data, episodes and device, for the header on the terminal."""
         config, sampler = self.config, self.episodes.sampler
         method, head, data = (class_name(getattr(config, group)) for group in ("algo", "head", "dataset"))
         bank, rotation = sampler.bank, f", rotation {sampler.rotation}" * (sampler.rotation != "none")
@@ -85,15 +85,15 @@ class Evaluation:
             "device": describe_device(sampler.device),
         }
 
-    def run_and_tell(self, batch_norm: str, name: str) -> tuple[Tensor, Result]:
-        """The accuracy of each episode, [E], and the record of the evaluation, which is printed with a run's name."""
+    def run_and_print(self, batch_norm: str, name: str) -> tuple[Tensor, Result]:
+        """Run the evaluation of the run called `name` and print its result; return accuracies [E] and the result."""
         predictions, result = self.run(batch_norm, f"evaluating {name}")
         say(f"{printable(name)}: {result.describe()}")
         warn_at_chance(result, name)
         return predictions.accuracy, result
 
     def run(self, batch_norm: str, label: str = "evaluating") -> tuple[Predictions, Result]:
-        """The predictions, and the record of the evaluation; UserError if some are not finite."""
+        """Run the evaluation; return predictions and the result. UserError if predictions are not finite."""
         start = time.perf_counter()
         predictions = predict_episodes(self.algorithm, self.episodes, batch_norm, Progress(label, lines=True))
         seconds = time.perf_counter() - start
@@ -112,7 +112,7 @@ class Evaluation:
             checkpoint=str(self.checkpoint.path),
             checkpoint_sha256=self.checkpoint.sha256,
             step=self.checkpoint.step,
-            **self.checkpoint.training.of_result(),
+            **self.checkpoint.training.result_fields(),
             device=describe_device(self.episodes.sampler.device),
             tasks_per_second=len(accuracy) / seconds,
             **summary(accuracy),
@@ -120,7 +120,7 @@ class Evaluation:
 
 
 def record(config: TrainConfig, episodes: EpisodeList, **measured: Any) -> Result:
-    """The record of an accuracy on `episodes`: `measured`, with what the other arguments and this program say of it."""
+    """Build the Result of an evaluation: `measured` fields, and those given by settings, episodes and versions."""
     known = {name: getattr(episodes.sampler, name) for name in ("way", "shot", "query", "rotation")}
     known |= {name: class_name(getattr(config, group)) for name, group in CLASSES.items()}
     return Result(**known, **measured, episodes=len(episodes), torch=str(torch.__version__), metacv=version())
@@ -129,7 +129,7 @@ def record(config: TrainConfig, episodes: EpisodeList, **measured: Any) -> Resul
 def evaluate(cfg: EvaluateConfig, folder: Path) -> None:
     """Evaluate a checkpoint, all runs below a folder, or features; and write the results into `folder`."""
     if not cfg.checkpoint and not cfg.features:
-        raise UserError("checkpoint is missing")
+        raise UserError("checkpoint is missing; set checkpoint=RUN, or features=FILE.npz")
     if not cfg.features and (below := runs_below(user_path(str(cfg.checkpoint)))):
         return evaluate_runs(cfg, folder, below)
     measured = [evaluate_features(cfg)] if cfg.features else evaluate_checkpoint(cfg)
@@ -138,14 +138,14 @@ def evaluate(cfg: EvaluateConfig, folder: Path) -> None:
         print(result.describe())
         warn_at_chance(result)
     if len(measured) == 1:
-        from metacv.pictures import write_pictures  # here, since matplotlib takes time, which training need not wait
+        from metacv.pictures import write_pictures  # matplotlib is slow to import, and training does not need it
 
         write_pictures(folder, *measured[0])
     print(f"result: {folder / 'result.json'}")
 
 
 def evaluate_checkpoint(cfg: EvaluateConfig) -> list[tuple[Predictions, Result]]:
-    """Predictions and record for each batch-norm mode that is asked for."""
+    """Evaluate one checkpoint; return predictions and the result for each requested batch-norm mode."""
     modes = batch_norm_modes(cfg)
     given = dataclasses.replace(cfg, batch_norm=modes[0])
     evaluation = prepare(load_checkpoint(str(cfg.checkpoint)), given)
@@ -154,14 +154,14 @@ def evaluate_checkpoint(cfg: EvaluateConfig) -> list[tuple[Predictions, Result]]
 
 
 def evaluate_runs(cfg: EvaluateConfig, folder: Path, places: list[Path]) -> None:
-    """Evaluate all runs, those in `places`, in the same way. UserError in the end if one could not be."""
+    """Evaluate the runs in `places` with the same settings; UserError at the end if some of them failed."""
     modes, failed = batch_norm_modes(cfg), []
     evaluations: dict[str, Evaluation] = {}
     measured: dict[tuple[str, str], tuple[Tensor, Result]] = {}
 
     @contextmanager
-    def or_named(name: str) -> Iterator[None]:
-        """Print the error of a run, and go on."""
+    def continue_after_error(name: str) -> Iterator[None]:
+        """Print the error of a run instead of raising it."""
         try:
             yield
         except UserError as error:
@@ -169,14 +169,14 @@ def evaluate_runs(cfg: EvaluateConfig, folder: Path, places: list[Path]) -> None
             print(f"metacv: {printable(f'{name}: {error}')}", file=sys.stderr)
 
     for place, name in zip(places, shortened(places), strict=True):
-        with or_named(name):
+        with continue_after_error(name):
             evaluations[name] = prepare(load_checkpoint(place), dataclasses.replace(cfg, batch_norm=modes[0]))
     if evaluations:
         say(header([evaluation.about for evaluation in evaluations.values()]))
     for name, evaluation in evaluations.items():
-        with or_named(name):
+        with continue_after_error(name):
             for mode in (mode or evaluation.config.batch_norm for mode in modes):
-                measured[name, mode] = evaluation.run_and_tell(mode, name)
+                measured[name, mode] = evaluation.run_and_print(mode, name)
     if measured:
         write_evaluation(folder, [*measured.values()])
         own = [(evaluations[name].checkpoint, name, result) for (name, _), (_, result) in measured.items()]
@@ -186,8 +186,8 @@ def evaluate_runs(cfg: EvaluateConfig, folder: Path, places: list[Path]) -> None
 
 
 def ranking(measured: list[tuple[Checkpoint, str, Result]]) -> str:
-    """A table of runs, each with its name and a test. The best in validation is the first: a choice among many test
-    accuracies takes one that is high by chance. Runs that were validated in different ways stay in their order."""
+    """Format a table of runs with their test accuracies, sorted by validation accuracy: the best of many test
+    accuracies is high partly by chance. Runs that were validated in different ways are not sorted."""
     validations = [checkpoint.content.get("validation") for checkpoint, *_ in measured]
     ways = {str(validated_in(checkpoint.config)) for checkpoint, *_ in measured}
     lines, numbers = [["run", "validation", measured[0][2].split, ""]], []
@@ -207,13 +207,13 @@ def ranking(measured: list[tuple[Checkpoint, str, Result]]) -> str:
 
 
 def validated_in(config: TrainConfig) -> tuple[Any, ...]:
-    """Equal for runs that were validated on the same episodes."""
+    """Return a key that is equal for runs that were validated on the same episodes."""
     images = {name: value for name, value in config.dataset.items() if name != "train_rotation"}
     return images, config.way, config.shot, config.query, config.batch_norm, config.eval_episodes
 
 
 def runs_below(place: Path) -> list[Path]:
-    """The runs in a folder that is none itself."""
+    """Return the runs below a folder; empty if the folder is a run itself."""
     if not place.is_dir() or (place / "best.pt").exists():
         return []
     return sorted(path.parent for path in place.rglob("best.pt"))
@@ -224,9 +224,9 @@ def batch_norm_modes(cfg: EvaluateConfig) -> tuple[BatchNormMode | None, ...]:
 
 
 def prepare(checkpoint: Checkpoint, given: TestConfig, others: Iterable[Checkpoint] = ()) -> Evaluation:
-    """Load data and model; UserError if the data set does not fit, or has classes that training used.
+    """Load data and model; UserError if the images do not fit the model, or classes were used in training.
 
-    `others` are evaluated on the same episodes, whose classes must be new to them too.
+    `others` are evaluated on the same episodes, so the classes must be new to them too.
     """
     config = with_changes(checkpoint, given)
     device = pick_device(given.device)
@@ -236,7 +236,7 @@ def prepare(checkpoint: Checkpoint, given: TestConfig, others: Iterable[Checkpoi
     bank = dataset.load(given.split)
     if bank.image_shape != checkpoint.image_shape:
         own, trained = ("x".join(map(str, shape)) for shape in (bank.image_shape, checkpoint.image_shape))
-        raise UserError(f"{bank.name} has images of {own} but {checkpoint.path} was trained on {trained}")
+        raise UserError(f"{bank.name} has images of {own}, but {checkpoint.path} was trained on {trained}")
     unseen = seen.unseen(dataset, bank, given.split, (checkpoint, *others), given.unseen_only)
     left_out, bank = len(bank.class_names) - len(unseen.class_names), unseen
     warn_if_unlike(f"the images of {bank.name}", bank.images, checkpoint, dataset)
@@ -253,7 +253,7 @@ def prepare(checkpoint: Checkpoint, given: TestConfig, others: Iterable[Checkpoi
 
 
 def centre(algorithm: WithHead, bank: ImageBank, device: torch.device) -> Tensor:
-    """Give a centred head the mean feature of training images, and return it."""
+    """Set and return the mean feature [D] of training images for a head that subtracts it."""
     some = torch.randperm(len(bank.images), generator=torch.Generator().manual_seed(0))[:CENTRED_ON].sort().values
     return algorithm.centre(bank.images[some].to(device).float().div_(255))
 
@@ -265,19 +265,19 @@ def evaluate_episodes(
     label: str = "evaluating",
     check: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """The accuracy of each episode, float64 [E], with a progress bar on a terminal. `check` is called now and then, and
+    """Return the accuracy of each episode, float64 [E]. Shows a progress bar; `check` is called after every batch and
     may raise."""
     return predict_episodes(algorithm, episodes, batch_norm, Progress(label, check)).accuracy
 
 
 def predict_episodes(algorithm: Algorithm, episodes: EpisodeList, batch_norm: str, progress: Progress) -> Predictions:
-    """The class of each query. Each image passes once if its features depend on no other image."""
+    """Predict the class of each query. Each image is embedded only once if its features depend on no other image."""
     if isinstance(algorithm, MetricMethod) and algorithm.embeds_each_image_alone(batch_norm):
         cached = _from_features(algorithm, episodes, batch_norm, progress)
         if cached is not None:
             return cached
     results = []
-    with progress.of(len(episodes), "task") as done:
+    with progress.track(len(episodes), "task") as done:
         for tasks in episodes.batches(max(1, IMAGES_AT_ONCE // episodes.rows[0].numel())):
             results.append(predicted(algorithm.predict(tasks, batch_norm)))
             done(len(tasks))
@@ -287,7 +287,7 @@ def predict_episodes(algorithm: Algorithm, episodes: EpisodeList, batch_norm: st
 def _from_features(
     algorithm: MetricMethod, episodes: EpisodeList, batch_norm: str, progress: Progress
 ) -> Predictions | None:
-    """`predict_episodes` with each image embedded once; None if the features would take too much memory."""
+    """Predict as `predict_episodes`, with each image embedded once; None if features would take too much memory."""
     sampler, device = episodes.sampler, episodes.sampler.device
     rows, index = episodes.rows.unique(return_inverse=True)
     supports, support_index = episodes.rows[:, :, : sampler.shot].unique(return_inverse=True)
@@ -295,7 +295,7 @@ def _from_features(
     results = []
 
     def embedded(rows: Tensor, copies: int) -> Tensor | None:
-        """Features [R, ...] of the images at `rows`, or of copies of each [R, copies, ...]."""
+        """Embed the images at `rows` [R]: features [R, ...], or [R, copies, ...] of augmented copies."""
         features, step = torch.empty(0), max(1, IMAGES_AT_ONCE // (4 + 4 * copies))
         for start in range(0, len(rows), step):
             some = rows[start : start + step]
@@ -310,15 +310,15 @@ def _from_features(
         return features
 
     with evaluating(algorithm, batch_norm, device):
-        with progress.of(passes, "image") as done:
+        with progress.track(passes, "image") as done:
             features = embedded(rows, 0)
             copied = embedded(supports, algorithm.copies) if algorithm.copies else None
         if features is None or (algorithm.copies and copied is None):
             return None
-        support = algorithm.copies * support_index[0].numel()  # copies in an episode
-        each = max((index[0].numel() + support) * features[0].numel(), support**2)
-        batches = (part.split(max(1, FEATURES_AT_ONCE // each)) for part in (episodes.rows, index, support_index))
-        with progress.of(len(episodes), "task") as done:
+        support = algorithm.copies * support_index[0].numel()  # augmented copies in an episode
+        numbers = max((index[0].numel() + support) * features[0].numel(), support**2)  # per episode
+        batches = (part.split(max(1, FEATURES_AT_ONCE // numbers)) for part in (episodes.rows, index, support_index))
+        with progress.track(len(episodes), "task") as done:
             for some, places, support_places in zip(*batches, strict=True):
                 tasks = sampler.tasks(features, some, places.to(device))
                 if copied is not None:
@@ -329,20 +329,20 @@ def _from_features(
 
 
 def learning_rates(config: TrainConfig) -> str:
-    """For messages that predictions are not finite: the rates by which evaluation adapts to a task, if it does."""
+    """Return the end of an error on diverged predictions: the learning rates of adaptation; empty without any."""
     group = "head" if config.head else "algo"
     rates = [f"{group}.{name}={value}" for name, value in getattr(config, group).items() if name.endswith("lr")]
     return f": adaptation diverged with {', '.join(rates)}" if rates else ""
 
 
 def with_changes(checkpoint: Checkpoint, given: Any, names: tuple[str, ...] = CHANGEABLE) -> TrainConfig:
-    """The settings of a checkpoint, with those of `names`, algo and dataset that `given` does not leave null."""
+    """Return the settings of a checkpoint, with those of `names`, algo, dataset and head that `given` changes."""
     changes = {name: value for name in names if (value := getattr(given, name, None)) is not None}
     if "_target_" in given.algo:
         raise UserError("algo._target_: the method of a checkpoint cannot be changed")
     for group in ("algo", "dataset", "head"):
         changed = getattr(given, group)
-        trained = changed if "_target_" in changed else getattr(checkpoint.config, group)  # another data set or head
+        trained = changed if "_target_" in changed else getattr(checkpoint.config, group)  # a new data set or head
         if unknown := changed.keys() - trained.keys():
             raise UserError(f"{group}.{min(unknown)}: {checkpoint.path} has no such setting")
         changes[group] = merged(trained, changed)
@@ -352,9 +352,9 @@ def with_changes(checkpoint: Checkpoint, given: Any, names: tuple[str, ...] = CH
 def write_evaluation(
     folder: Path, measured: list[tuple[Tensor, Result]], differences: list[dict[str, Any]] | None = None
 ) -> None:
-    """result.json, and accuracies.npy [results, E]: the accuracy of every episode, in the order of the results.
+    """Write result.json, and accuracies.npy [results, E] with the accuracy of every episode.
 
-    The row of a run with fewer episodes than another ends with NaN.
+    Rows are in the order of the results; those with fewer episodes are padded with NaN.
     """
     folder.mkdir(parents=True, exist_ok=True)
     content = io.BytesIO()

@@ -1,4 +1,4 @@
-"""`metacv evaluate features=FILE.npz`: a head on features that were computed elsewhere."""
+"""`metacv evaluate features=FILE.npz`: evaluate a head on precomputed features."""
 
 import time
 import zipfile
@@ -24,19 +24,19 @@ from metacv.terminal import say
 from metacv.text import first_line
 
 DEFAULT_HEAD = {"_target_": "metacv.algorithms.heads.ncm.NearestMean"}
-TASK = {"way": 5, "shot": 1, "query": 15, "episodes": 600}  # where the settings are null
+TASK = {"way": 5, "shot": 1, "query": 15, "episodes": 600}  # defaults of settings that are null
 TASKS_AT_ONCE = 100
 
 
 def evaluate_features(cfg: EvaluateConfig) -> tuple[Predictions, Result]:
-    """The class of each query, and the record of the evaluation; UserError if a setting or the file is wrong."""
+    """Evaluate a head on a file of features; return predictions and the result. UserError if a setting is invalid."""
     given = {name: getattr(cfg, name) for name in ("checkpoint", "batch_norm", "algo", "dataset")}
     if wrong := [name for name, value in given.items() if value] + ["split"] * (cfg.split != "test"):
-        raise UserError(f"{wrong[0]}: not together with features, which have no {wrong[0]}")
+        raise UserError(f"{wrong[0]}: cannot be set together with features, which have no {wrong[0]}")
     node = cfg.head if "_target_" in cfg.head else DEFAULT_HEAD | cfg.head
     head = build_node("head", node, Head)
     if head.augment or head.flip or head.centred:
-        raise UserError("head: augment, flip and cl2n need images; features have none")
+        raise UserError("head: augment, flip and cl2n need images, which features do not have; choose another head")
     task = {name: value if (own := getattr(cfg, name)) is None else own for name, value in TASK.items()}
     bank, device = read_features(user_path(str(cfg.features))), pick_device(cfg.device)
     sampler = EpisodeSampler(bank, task["way"], task["shot"], task["query"], seed=cfg.seed, device=device)
@@ -50,7 +50,7 @@ def evaluate_features(cfg: EvaluateConfig) -> tuple[Predictions, Result]:
     say(header([about]))
     start = time.perf_counter()
     results = []
-    with torch.no_grad(), Progress(lines=True).of(len(episodes), "task") as done:
+    with torch.no_grad(), Progress(lines=True).track(len(episodes), "task") as done:
         for tasks in episodes.batches(TASKS_AT_ONCE):
             results.append(predicted(head(tasks.map(lambda features: features.flatten(2)))))
             done(len(tasks))
@@ -78,9 +78,9 @@ def evaluate_features(cfg: EvaluateConfig) -> tuple[Predictions, Result]:
 
 
 def read_features(path: Path) -> ImageBank:
-    """`features` [M, D] and `labels` [M] of an .npz file as a bank, sorted by label, with float images [M, D, 1, 1]."""
+    """Read `features` [M, D] and `labels` [M] of an .npz file into a bank with float images [M, D, 1, 1]."""
     try:
-        size_of(path)  # refuses devices
+        size_of(path)  # rejects devices
         with zipfile.ZipFile(path) as zipped:
             check_growth(path, sum(entry.file_size for entry in zipped.infolist()))
         with numpy.load(path, allow_pickle=False) as file:
@@ -90,7 +90,7 @@ def read_features(path: Path) -> ImageBank:
             raise ValueError(f"features {tuple(features.shape)} and labels {tuple(labels.shape)}, not [M, D] and [M]")
         if labels.is_floating_point() or not features.isfinite().all():
             raise ValueError("labels must be integers, and features finite")
-    except Exception as error:  # a damaged or foreign file may raise anything
+    except Exception as error:  # a damaged or foreign file may raise any error
         raise UserError(f"features={path} cannot be used ({first_line(error)})") from None
     classes, labels = labels.unique(return_inverse=True)
     offsets = torch.cat([torch.zeros(1, dtype=torch.long), labels.bincount().cumsum(0)])

@@ -24,7 +24,7 @@ DAY = 24 * 3600  # seconds
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file; UserError if it is a device or a pipe, which may have no end. OSError if it is missing."""
+    """Return a file's size in bytes; UserError for a device or a pipe, which may be endless. OSError if missing."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         raise UserError(f"{path} is not a regular file")
@@ -32,21 +32,21 @@ def size_of(path: Path) -> int:
 
 
 def check_file(path: Path, most: int) -> None:
-    """Raise a UserError if a file is no regular one, or larger than `most` bytes; OSError if it is missing."""
+    """Raise UserError if a file is not regular or is larger than `most` bytes; OSError if it is missing."""
     if size_of(path) > most:
-        raise UserError(f"{path} is larger than {most} bytes")
+        raise UserError(f"{path} is larger than {most} bytes, the limit for such a file")
 
 
 def read_text(path: Path, errors: str = "strict") -> str:
-    """The text of a file in UTF-8; UserError if it is no regular file, or too large. OSError or UnicodeDecodeError."""
+    """Read a UTF-8 file; UserError if it is not regular or too large, OSError or UnicodeDecodeError if unreadable."""
     check_file(path, limits.TEXT)
     return path.read_text("utf-8", errors)
 
 
 def read_checked(path: Path, mmap: bool = False) -> Any:
-    """torch.load of tensors and plain values. With `mmap` they stay in the file, in memory that its readers share.
+    """Load tensors and plain values by torch.load. With `mmap` tensors stay in the file, in memory shared by readers.
 
-    Any error if the file holds anything else, is damaged, or would need more memory than it has bytes on disk.
+    Raises an error of any type if the file holds anything else, is damaged, or needs more memory than its size on disk.
     """
     size = size_of(path)
     with zipfile.ZipFile(path) as zipped:
@@ -68,7 +68,7 @@ def read_checked(path: Path, mmap: bool = False) -> Any:
 
 
 def _check_as_torch_sees_it(path: Path, size: int) -> None:
-    """Raise a ValueError unless the list of a zip's entries lies where torch looks for it too, and not only Python."""
+    """Raise ValueError unless a zip's directory is where torch looks for it, which differs from where Python looks."""
     with path.open("rb") as file:
         file.seek(max(0, size - 98))
         end = file.read(98)
@@ -80,13 +80,13 @@ def _check_as_torch_sees_it(path: Path, size: int) -> None:
 
 
 def check_growth(path: Path, unpacked: int) -> None:
-    """Raise a ValueError if an archive would unpack to far more than its own size."""
+    """Raise ValueError if an archive would unpack to far more than its own size."""
     if unpacked > limits.GROWTH * size_of(path) + limits.SMALL:
         raise ValueError(f"it would unpack to more than {limits.GROWTH} times its size")
 
 
 def rename_unless_there(folder: Path, target: Path) -> None:
-    """Move a complete folder to `target`, unless another program has put one there meanwhile."""
+    """Move a complete folder to `target`, unless another process has created it meanwhile."""
     try:
         os.rename(folder, target)
     except OSError:
@@ -95,7 +95,7 @@ def rename_unless_there(folder: Path, target: Path) -> None:
 
 
 def write_atomically(path: Path, content: Any) -> None:
-    """torch.save to a temporary file, synced and renamed: at every instant `path` is the old file or the new one."""
+    """Save by torch.save to a temporary file, sync and rename: `path` is always the complete old or new file."""
     _atomically(path, lambda file: torch.save(content, file))
 
 
@@ -104,19 +104,19 @@ def write_bytes_atomically(path: Path, content: bytes) -> None:
 
 
 def user_path(place: str | Path) -> Path:
-    """`place` with the home folder for a leading ~; unchanged if there is no such user."""
+    """Expand a leading ~ to the home folder; unchanged if there is no such user."""
     return Path(os.path.expanduser(place))
 
 
 def copy_atomically(source: Path, path: Path) -> None:
-    """Without the whole file in memory."""
+    """Copy a file in chunks and rename it, as `write_atomically` does."""
     with source.open("rb") as content:
         _atomically(path, lambda file: shutil.copyfileobj(content, file))
 
 
 @contextmanager
 def written_or_refused(path: Path) -> Iterator[None]:
-    """Turn an error of the file system into a UserError that names `path`."""
+    """Convert OSError to a UserError that names `path`."""
     try:
         yield
     except OSError as error:
@@ -124,14 +124,14 @@ def written_or_refused(path: Path) -> Iterator[None]:
 
 
 def sha256(path: Path) -> str:
-    """Of a file's content, in hexadecimal."""
+    """Return the SHA-256 of a file in hexadecimal."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    # A random name: programs in two containers may have the same process id.
+    # A random name, because processes in two containers may have the same id.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # by a killed program; a young one may be in use
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # of killed processes; recent ones may be in use
         with suppress(OSError):
             if left.stat().st_mtime < time.time() - DAY:
                 left.unlink()

@@ -1,4 +1,4 @@
-"""`metacv COMMAND --help`: choices, settings and their comments from the YAML files."""
+"""`metacv COMMAND --help`: choices, settings and comments from the YAML files."""
 
 import re
 
@@ -12,7 +12,7 @@ COMMANDS = sorted(path.stem for path in CONFIG_DIR.glob("*.yaml"))  # each has a
 
 
 def help_text(command: str, words: list[str]) -> str:
-    """What the command does, a line for every choice, and the settings of the chosen files."""
+    """Return a description of the command, a line for every choice, and the settings of the chosen files."""
     text = (CONFIG_DIR / f"{command}.yaml").read_text()
     content = yaml.safe_load(text)
     settings = [readable(text.partition("\n\n")[2].partition("\nhydra:")[0])]
@@ -35,13 +35,13 @@ def help_text(command: str, words: list[str]) -> str:
 
 
 def about(text: str) -> str:
-    """What a YAML file is, which its first comment says in one line."""
+    """Return the first comment of a YAML file, which describes it in one line."""
     lines = [line for line in text.splitlines() if not line.startswith("# @package")]
     return "".join(lines[:1]).lstrip("# ")
 
 
 def _chosen(command: str, words: list[str]) -> dict[str, str | None]:
-    """The choice in each group: that of the command line, of the algorithm or experiment, or the default."""
+    """Return the choice in each group: from the command line, from the algorithm or experiment, or the default."""
     from metacv.config import composed
 
     own = groups(command)
@@ -52,7 +52,7 @@ def _chosen(command: str, words: list[str]) -> dict[str, str | None]:
 
 
 def readable(text: str) -> str:
-    """The settings of a YAML file without what only the program needs."""
+    """Return the settings of a YAML file without lines that only Hydra needs."""
     text = re.sub(r"^defaults: \[(.*)\]", r"# as \1, except:", text, flags=re.MULTILINE)
     text = re.sub(r"^defaults:\n( .*\n)+\n?", "", text, flags=re.MULTILINE)
     return re.sub(r"^(# @package| *_target_:).*\n", "", text, flags=re.MULTILINE).strip()

@@ -1,4 +1,4 @@
-"""`metacv info RUN`: what a run or a file with a model is, in about 15 lines."""
+"""`metacv info RUN`: describe a run or a file with a model in about 15 lines."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,12 +11,12 @@ from metacv.model import Checkpoint, Training, load_checkpoint
 from metacv.report.gather import is_number, metrics, overrides, printable_result, result_files
 from metacv.text import aligned, duration, percent, plural, printable, short
 
-EVALUATIONS = ("outputs/evaluate", "outputs/compare")  # where the commands write unless told otherwise
-SHOWN = 8  # at most: evaluations, earlier runs, classes, files
+EVALUATIONS = ("outputs/evaluate", "outputs/compare")  # default output folders of the commands
+SHOWN = 8  # maximum of evaluations, earlier runs, classes and files
 
 
 def info(config: InfoConfig, folder: Path) -> None:
-    """Print what each run is; UserError if one is none."""
+    """Print a description of each run; UserError if one is not a run or a model."""
     if not config.runs:
         raise UserError("runs=[]: name a run, or a file with a model")
     checkpoints = [load(place) for place in config.runs]
@@ -25,14 +25,14 @@ def info(config: InfoConfig, folder: Path) -> None:
 
 
 def load(place: str) -> Checkpoint:
-    """The best.pt of a run, or its last.pt if it was not validated yet."""
+    """Load the best.pt of a run, or its last.pt if it was not validated yet."""
     path = user_path(place)
     untested = not (path / "best.pt").exists() and (path / "last.pt").exists()
     return load_checkpoint(place, "last.pt" if untested else "best.pt")
 
 
 def lines(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
-    """Name and text of each line."""
+    """Yield name and text of each line."""
     path, config, content = checkpoint.path, checkpoint.config, checkpoint.content
     algorithm = checkpoint.build()
     run = path.parent if path.name in ("best.pt", "last.pt") else None
@@ -60,7 +60,7 @@ def lines(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
 
 
 def history(training: Training) -> Iterator[tuple[str, str]]:
-    """Classes that chose the weights, earlier runs and cost; nothing that an older checkpoint does not have."""
+    """Yield classes, earlier runs and cost of training, as far as the checkpoint has them."""
     if trained := len(training.trained_on) or training.classes:
         validated = f", {len(training.validated_on):,} in validation" if training.validated_on else ""
         yield "classes", f"{trained:,} in training{validated}"
@@ -73,19 +73,19 @@ def history(training: Training) -> Iterator[tuple[str, str]]:
 
 
 def support(content: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """The examples in a file that `metacv predict save=` wrote."""
+    """Yield a line on the support set in a file of `metacv predict save=`."""
     if "support" in content:
         try:
             classes, images = [str(name) for name in content["support"]["classes"]], len(content["support"]["images"])
         except (TypeError, KeyError):
-            raise UserError("the file's support set is damaged") from None
+            raise UserError("the support set in the file is damaged; write it again by metacv predict save=") from None
         more = f" and {len(classes) - SHOWN} more" if len(classes) > SHOWN else ""
         names = f"{', '.join(classes[:SHOWN])}{more}"
         yield "adapted to", f"{plural(images, 'image')} of {plural(len(classes), 'class', 'classes')}: {names}"
 
 
 def beside(run: Path, checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
-    """What the files of a run's folder tell, and the evaluations of its checkpoint."""
+    """Yield changed settings, evaluations of the checkpoint and files in the run's folder."""
     own, _ = result_files([run])
     files = own | result_files([place for place in map(Path, EVALUATIONS) if place.is_dir()])[0]
     if changed := overrides(run, [file for path, file in own.items() if path.parent == run]):

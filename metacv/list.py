@@ -1,4 +1,4 @@
-"""`metacv list`: what there is to choose from, by the first comments of the YAML files and the kept results."""
+"""`metacv list`: the available methods, data sets, networks, heads and experiments, with our results."""
 
 import json
 import textwrap
@@ -16,16 +16,16 @@ from metacv.help import about
 from metacv.text import aligned, percent
 from metacv.words import choices, nearest
 
-GROUPS = {"methods": "algo", "datasets": "dataset", "backbones": "backbone", "heads": "head"}  # in configs/
+GROUPS = {"methods": "algo", "datasets": "dataset", "backbones": "backbone", "heads": "head"}  # folders in configs/
 GROUPS |= {"experiments": "experiment"}
-WIDTH = 100  # of a line
+WIDTH = 100  # columns of a line
 NOTE = """\
 ours: the accuracy of a kept model, often after fewer steps than the paper took (see RESULTS.md).
 metacv evaluate checkpoint=NAME gives it again."""
 
 
 def table_of(group: str) -> str:
-    """A line or two for each file of a group."""
+    """Format the names and first comments of a group's files, one or two lines each."""
     names = choices(group)
     indent = max(map(len, names)) + 2
     texts = ((name, about((CONFIG_DIR / group / f"{name}.yaml").read_text())) for name in names)
@@ -34,7 +34,7 @@ def table_of(group: str) -> str:
 
 
 def experiment_rows() -> Iterator[tuple[str, ...]]:
-    """Name, batch-norm mode, the paper's accuracy, ours and the paper of each published number."""
+    """Yield name, batch-norm mode, published accuracy, our accuracy and paper, for each published number."""
     for name in choices("experiment"):
         paper = published(yaml.safe_load((CONFIG_DIR / f"experiment/{name}.yaml").read_text()).get("paper", []))
         kept = KEPT_DIR / name / "result.json"
@@ -48,7 +48,7 @@ def experiment_rows() -> Iterator[tuple[str, ...]]:
 
 
 def experiments() -> str:
-    """A line for each published number."""
+    """Format a table with a line for each published number."""
     head = ("", "batch norm", "paper %", "ours %", "published in")
     return f"{aligned([[*row] for row in (head, *experiment_rows())])}\n{NOTE}"
 

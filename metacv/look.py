@@ -1,4 +1,4 @@
-"""How images look, in three numbers each, to notice images unlike those that a model was trained on."""
+"""Brightness, contrast and saturation of images, to warn of images unlike those that a model was trained on."""
 
 import torch
 from torch import Tensor
@@ -8,13 +8,13 @@ from metacv.model import Checkpoint, target_class
 from metacv.terminal import warn
 
 QUANTILES = (0.01, 0.5, 0.99)
-MOST = 1000  # images that are looked at
-SPARE = 0.25, 0.02  # beyond the range in training: a share of its width, and a number
-GREY, COLOURED = 0.01, 0.05  # a saturation below the first is grey, above the second is not
+MOST = 1000  # images to measure
+SPARE = 0.25, 0.02  # tolerance beyond the range in training: relative to its width, plus absolute
+GREY, COLOURED = 0.01, 0.05  # saturation below the first counts as grey, above the second as colour
 
 
 def statistics(images: Tensor) -> dict[str, Tensor]:
-    """Numbers of each image [M, C, H, W] (uint8), from 0 to 1: brightness, contrast, and in colour saturation."""
+    """Return brightness, contrast and, in colour, saturation of up to MOST images [M, C, H, W] (uint8), from 0 to 1."""
     rows = torch.linspace(0, len(images) - 1, min(len(images), MOST)).long()
     values = images[rows].float().div(255)
     found = {"brightness": values.mean((1, 2, 3)), "contrast": values.std((1, 2, 3), correction=0)}
@@ -24,7 +24,7 @@ def statistics(images: Tensor) -> dict[str, Tensor]:
 
 
 def look_of(images: Tensor) -> Look:
-    """What a checkpoint keeps of its training images [M, C, H, W] (uint8), as they are before augmentation."""
+    """Return quantiles of the statistics of training images [M, C, H, W] (uint8), before augmentation."""
     quantiles = torch.tensor(QUANTILES)
     return {
         name: [round(one, 4) for one in own.quantile(quantiles).tolist()] for name, own in statistics(images).items()
@@ -32,17 +32,17 @@ def look_of(images: Tensor) -> Look:
 
 
 def look_in_training(checkpoint: Checkpoint) -> Look:
-    """As the checkpoint has it; for an older one, that of its data set, if it is known."""
+    """Return the quantiles in the checkpoint; for an older one, those known for its data set, if any."""
     node = checkpoint.config.dataset
     known = target_class("dataset", node, Dataset).look if node.get("invert", True) else {}
     return checkpoint.training.look or known
 
 
 def unlike(what: str, images: Tensor, checkpoint: Checkpoint, dataset: Dataset | None = None) -> str | None:
-    """A line that says in what way most of the images [M, C, H, W] (uint8) are unlike those in training; None if alike.
+    """Describe in a line how images [M, C, H, W] (uint8) differ from those in training; None if they do not.
 
-    `dataset` has prepared them; its setting that would help is named. A single image is never unlike: it may be an
-    exception.
+    `dataset` has prepared them: the line names its setting that would help. A single image may be an exception and
+    is never reported.
     """
     if len(images) < 2:
         return None
@@ -65,12 +65,12 @@ def unlike(what: str, images: Tensor, checkpoint: Checkpoint, dataset: Dataset |
     if odd == ["brightness"] and fits("brightness", 1 - own["brightness"]):
         advice = "; inverted they would fit"
         now = ... if getattr(dataset, "like", None) else getattr(dataset, "invert", ...)
-        if now is not ...:  # there is such a setting
+        if now is not ...:  # the data set has this setting
             advice += f": try dataset.invert={str(not now).lower()}"
     return f"{what} are unlike those that the model was trained on: {', '.join(differences)}{advice}"
 
 
 def warn_if_unlike(what: str, images: Tensor, checkpoint: Checkpoint, dataset: Dataset) -> None:
-    """Print the line of `unlike`, if there is one."""
+    """Print the result of `unlike` as a warning, if there is one."""
     if text := unlike(what, images, checkpoint, dataset):
         warn(text)

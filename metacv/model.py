@@ -1,6 +1,6 @@
-"""From settings and checkpoints to objects: the only place where either becomes a model.
+"""Build models, data sets and optimizers from settings; load and save checkpoints.
 
-A checkpoint holds tensors and plain values only, so that loading one runs no code of whoever wrote it.
+A checkpoint holds tensors and plain values only, so that loading one cannot run code of its author.
 """
 
 import importlib
@@ -39,12 +39,12 @@ T = TypeVar("T")
 FORMAT = 2
 WEIGHTS = {"config", "image_shape", "step", "algorithm"}
 EVALUATED = ("dataset", "backbone", "algo", "head", "way", "shot", "query", "episodes")  # settings for evaluation
-OPTIONAL = {"training", "centre"}  # missing in older checkpoints, and where there is none
+OPTIONAL = {"training", "centre"}  # may be missing: older checkpoints lack both, and not every head needs a centre
 
 
 @dataclass(frozen=True)
 class Training:
-    """What it took to train a model, together with the runs whose weights or predictions it used."""
+    """Cost and data of a training run, including the earlier runs whose weights or predictions it used."""
 
     classes: int = 0  # in training
     images: int = 0  # drawn in training
@@ -53,10 +53,10 @@ class Training:
     stages: list[str] = field(default_factory=list)  # the earlier runs
     trained_on: list[str] = field(default_factory=list)  # names of classes, see Dataset.identities
     validated_on: list[str] = field(default_factory=list)
-    look: Look = field(default_factory=dict)  # of the images in the last stage; empty in older checkpoints
+    look: Look = field(default_factory=dict)  # statistics of the last stage's images; empty in older checkpoints
 
     def after(self, earlier: "Training") -> "Training":
-        """Both together."""
+        """Add the cost and data of an earlier run."""
         return replace(
             self,
             images=earlier.images + self.images,
@@ -68,22 +68,22 @@ class Training:
             look=self.look or earlier.look,
         )
 
-    def of_result(self) -> dict[str, Any]:
-        """The fields of a Result."""
+    def result_fields(self) -> dict[str, Any]:
+        """Return the fields of a Result."""
         cost = {f"train_{name}": getattr(self, name) for name in ("images", "flops", "seconds")}
         return cost | {"stages": self.stages}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A file with a trained model: its settings and weights, and in last.pt all that a run needs to continue."""
+    """A trained model on disk: its settings and weights, and in last.pt also the state that a run resumes from."""
 
     path: Path
     config: TrainConfig
     image_shape: tuple[int, int, int]  # C, H, W
     step: int
     training: Training
-    centre: Tensor | None  # mean feature of training images, [D], for heads that subtract it
+    centre: Tensor | None  # mean feature [D] of training images, for heads that subtract it
     content: dict[str, Any]  # all of the file
 
     @cached_property
@@ -91,11 +91,11 @@ class Checkpoint:
         return sha256(self.path)
 
     def build(self, config: TrainConfig | None = None) -> Algorithm:
-        """The trained model on the CPU, with other settings if `config` is given; UserError if one does not fit."""
+        """Build the trained model on the CPU, with the settings of `config` if given; UserError if one is invalid."""
         given = config or self.config, self.image_shape, self.training.classes
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns that nothing is copied
-            self.load_weights(build(*given))  # first without memory: settings may ask for any amount
+            self.load_weights(build(*given))  # first without memory: settings of a file may ask for any amount
         algorithm = build(*given)
         self.load_weights(algorithm)
         return algorithm
@@ -109,7 +109,7 @@ class Checkpoint:
 
 
 def load_checkpoint(place: str | Path, name: str = "best.pt") -> Checkpoint:
-    """The checkpoint in the file `place`, or `name` in the folder of a run; UserError if it is missing or damaged."""
+    """Load the file `place`, or the file `name` of the run in that folder; UserError if it is missing or damaged."""
     path = checkpoint_path(place, name)
     try:
         with warnings.catch_warnings():
@@ -118,12 +118,12 @@ def load_checkpoint(place: str | Path, name: str = "best.pt") -> Checkpoint:
     except UserError:
         raise
     except FileNotFoundError:
-        kept = [own.parent.relative_to(KEPT_DIR).as_posix() for own in sorted(KEPT_DIR.rglob(name))]
-        near = nearest(str(place), kept, cutoff=0.55)  # or all, if none is near
+        kept = [file.parent.relative_to(KEPT_DIR).as_posix() for file in sorted(KEPT_DIR.rglob(name))]
+        near = nearest(str(place), kept, cutoff=0.55)  # lists all names if none is similar
         raise UserError(f"{path}: there is no such file{near if near.startswith('; did') else ''}") from None
     except PermissionError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except Exception as error:  # torch raises many kinds of errors for a file that is cut short, foreign or holds code
+    except Exception as error:  # torch raises errors of many types for a file that is truncated, foreign or holds code
         raise _damaged(path, error) from error
     if not isinstance(content, dict) or WEIGHTS - content.keys() or "format" not in content:
         raise UserError(f"{path} is not a checkpoint of metacv")
@@ -155,7 +155,7 @@ def load_checkpoint(place: str | Path, name: str = "best.pt") -> Checkpoint:
 
 
 def check_numbers(config: Any, name: str = "") -> None:
-    """Raise a ValueError if a whole number is far larger than evaluation needs. Seeds may have any size."""
+    """Raise ValueError if an integer is far larger than evaluation needs. Seeds may have any size."""
     if isinstance(config, dict):
         for key, value in config.items():
             check_numbers(value, key)
@@ -172,13 +172,13 @@ def _damaged(path: Path, error: Exception) -> UserError:
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Replaces `path` in one step; on an error the old file stays. Raises UserError if the file cannot be written."""
+    """Replace `path` atomically; after an error the old file remains. UserError if the file cannot be written."""
     with written_or_refused(path):
         write_atomically(path, content | {"format": FORMAT})
 
 
 def checkpoint_path(place: str | Path, name: str = "best.pt") -> Path:
-    """`place` itself if it is a file, otherwise the checkpoint `name` of the run in that folder, or of a kept model."""
+    """Return `place` if it is a file, otherwise the file `name` of the run in that folder, or of a kept model."""
     path = user_path(place)
     if not path.exists() and (KEPT_DIR / place / name).is_file():
         path = KEPT_DIR / place
@@ -190,7 +190,7 @@ def checkpoint_path(place: str | Path, name: str = "best.pt") -> Path:
 
 
 def build(config: TrainConfig, image_shape: tuple[int, int, int], classes: int = 0) -> Algorithm:
-    """The algorithm of `config`, with initial weights, for images [C, H, W] of `classes` training classes.
+    """Build the algorithm of `config` with initial weights, for images [C, H, W] and `classes` training classes.
 
     Raises UserError if a setting is invalid.
     """
@@ -198,7 +198,8 @@ def build(config: TrainConfig, image_shape: tuple[int, int, int], classes: int =
     if config.normalize != NormalizeConfig():
         for name, values in asdict(config.normalize).items():
             if len(values) not in (1, image_shape[0]):
-                raise UserError(f"normalize.{name}={values}: the images have {plural(image_shape[0], 'channel')}")
+                channels = plural(image_shape[0], "channel")
+                raise UserError(f"normalize.{name}={values}: must have one value, or one for each of {channels}")
         try:
             backbone.set_normalization(config.normalize.mean, config.normalize.std)
         except ValueError as error:
@@ -210,11 +211,11 @@ def build(config: TrainConfig, image_shape: tuple[int, int, int], classes: int =
 
 
 def with_head(algorithm: Algorithm, config: TrainConfig, centre: Tensor | None = None) -> Algorithm:
-    """What classifies in evaluation: the method itself, or its backbone with the head that the settings choose.
+    """Return the model that classifies in evaluation: the method, or its backbone with the head in the settings.
 
     `centre`: the mean feature [D] of training images, for heads that subtract it.
     """
-    if "_target_" not in config.head:  # at most settings that an experiment has for the head that head=null removes
+    if "_target_" not in config.head:  # head=null; an experiment may have left settings of its head
         return algorithm
     head = build_node("head", config.head, Head)
     if centre is not None and head.centred:
@@ -229,50 +230,51 @@ def with_head(algorithm: Algorithm, config: TrainConfig, centre: Tensor | None =
 
 def build_dataset(node: dict[str, Any], data_dir: str) -> Dataset:
     if not data_dir:
-        raise UserError("data_dir is empty")
+        raise UserError("data_dir is empty; set data_dir=FOLDER, a folder for data sets and their cache")
     return build_node("dataset", node, Dataset, data_dir=user_path(data_dir))
 
 
 def build_optimizer(config: TrainConfig, algorithm: Algorithm) -> tuple[Optimizer, LRScheduler] | None:
-    """The optimizer with its schedule; None if no parameter of the algorithm is trained."""
+    """Build the optimizer and its schedule; return None if no parameter of the algorithm is trained."""
     parameters = [parameter for parameter in algorithm.parameters() if parameter.requires_grad]
     if not parameters:
         return None
     optimizer = build_node("optimizer", config.optimizer, Optimizer, params=parameters)
     if isinstance(optimizer, torch.optim.LBFGS):
-        raise UserError("optimizer: LBFGS needs to compute the loss itself; use another")
+        raise UserError(
+            "optimizer: LBFGS is not supported: it calls the loss several times a step; use another optimizer"
+        )
     schedule = build_node("schedule", config.schedule, LRScheduler, optimizer=optimizer)
     if isinstance(schedule, ReduceLROnPlateau):
-        raise UserError("schedule: ReduceLROnPlateau is not a function of the step; use another")
+        raise UserError("schedule: ReduceLROnPlateau is not supported: it needs a metric; use another schedule")
     if (total := getattr(schedule, "total_steps", config.steps)) < config.steps:
-        raise UserError(f"schedule.total_steps={total}, but steps={config.steps}")
+        raise UserError(f"schedule.total_steps={total}: must be at least steps={config.steps}")
     return optimizer, schedule
 
 
 def target_class(name: str, node: dict[str, Any], base: type[T]) -> type[T]:
-    """The class that `_target_` of a config node names.
+    """Import the class that `_target_` of a config node names.
 
-    A checkpoint brings its own config, and whoever wrote it chose the targets. So a target must be a class in a module
-    of metacv or torch.optim, or of a package that the user names in METACV_METHODS, and a subclass of `base`: nothing
-    else is imported or called.
+    The author of a checkpoint chose the targets in its config. So a target must be a subclass of `base` in a module of
+    metacv or torch.optim, or in a package that the user lists in METACV_METHODS: nothing else is imported or called.
     """
     target = str(node.get("_target_"))
     module, _, attribute = target.rpartition(".")
     own = [package.strip() for package in os.environ.get("METACV_METHODS", "").split(",") if package.strip()]
     if not target.startswith(tuple(f"{package}." for package in ("metacv", "torch.optim", *own))):
-        text = "only classes of metacv and torch.optim may be named, unless METACV_METHODS names their package"
+        text = "must be a class of metacv or torch.optim, or of a package listed in METACV_METHODS"
         raise UserError(f"{name}._target_={target}: {text}")
     try:
         cls = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise UserError(f"{name}._target_={target}: there is no such class ({error})") from error
     if not (isinstance(cls, type) and issubclass(cls, base)):
-        raise UserError(f"{name}._target_={target}: not a subclass of {base.__name__} of metacv or torch.optim")
+        raise UserError(f"{name}._target_={target}: must be a subclass of {base.__name__}")
     return cls
 
 
 def settings(config: TrainConfig) -> dict[str, Any]:
-    """The settings as plain values, where one that a class got after a checkpoint was written has its default."""
+    """Return the settings as plain values, with defaults for settings that are newer than the checkpoint."""
     content = to_dict(config)
     for group, base in (("algo", Algorithm), ("backbone", Backbone), ("schedule", LRScheduler)):
         parameters = inspect.signature(target_class(group, content[group], base)).parameters.values()
@@ -281,12 +283,12 @@ def settings(config: TrainConfig) -> dict[str, Any]:
 
 
 def execution_settings(algo: dict[str, Any]) -> set[str]:
-    """Full names of the settings of an algorithm that change its speed and memory, not its result."""
+    """Return the full names of the algorithm's settings that change its speed and memory, not its result."""
     return {f"algo.{name}" for name in target_class("algo", algo, Algorithm).execution_settings}
 
 
 def build_node(name: str, node: dict[str, Any], base: type[T], **given: Any) -> T:
-    """The object that a config node describes: its `_target_`, called with its other entries and `given`."""
+    """Build the object that a config node describes: call its `_target_` with its other entries and `given`."""
     cls = target_class(name, node, base)
     settings = {key: value for key, value in node.items() if key != "_target_"}
     try:
@@ -298,7 +300,7 @@ def build_node(name: str, node: dict[str, Any], base: type[T], **given: Any) -> 
     parameters = inspect.signature(cls).parameters
     for key, value in settings.items():
         if key in given or key not in parameters:
-            raise UserError(f"{name}.{key}: is not a setting")
+            raise UserError(f"{name}.{key}: {cls.__name__} has no such setting")
         try:
             settings[key] = checked(f"{name}.{key}", value, hints.get(key, Any))
         except ValueError as error:
@@ -310,7 +312,7 @@ def build_node(name: str, node: dict[str, Any], base: type[T], **given: Any) -> 
 
 
 def describe_device(device: torch.device) -> str:
-    """Name of the processor or GPU, and the number of threads on a CPU."""
+    """Return the name of the processor or GPU, and on a CPU the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
@@ -319,14 +321,14 @@ def describe_device(device: torch.device) -> str:
 
 
 def pick_device(name: str) -> torch.device:
-    """The torch device for the setting `device`; `auto` is a GPU if there is one; UserError for none here."""
+    """Return the torch device for the setting `device`; `auto`: a GPU if present. UserError if it does not exist."""
     available = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(available if name == "auto" else name)
     except RuntimeError:
-        raise UserError(f"device={name}: not a device; use auto, cpu, cuda or cuda:N") from None
+        raise UserError(f"device={name}: must be auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device={name}: this machine has {torch.cuda.device_count()} CUDA devices")
+        raise UserError(f"device={name}: this machine has {torch.cuda.device_count()} CUDA devices; use auto or cpu")
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"device={name}: only cpu and cuda are supported")
     return device

@@ -1,4 +1,4 @@
-"""Pickles of others: plain values, and what stands in for the few classes they may name. No code of theirs runs."""
+"""Read untrusted pickles without running their code: plain values, and replacements for a few allowed names."""
 
 import io
 import math
@@ -8,23 +8,24 @@ from typing import Any, ClassVar
 
 from metacv import limits
 
-KEYS = {"SETITEM": slice(-2, -1), "SETITEMS": slice(None, None, 2), "DICT": slice(None, None, 2)}  # on the stack
-# Steps that plain values do without: objects, sets (their values are hashed, see KEYS) and integers of any size.
+# Where each opcode has the keys of a dict on the stack.
+KEYS = {"SETITEM": slice(-2, -1), "SETITEMS": slice(None, None, 2), "DICT": slice(None, None, 2)}
+# Opcodes that plain values do not need: objects, sets (which hash their values, see `check`), unbounded integers.
 REFUSED = {"EXT1", "EXT2", "EXT4", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "PERSID", "EMPTY_SET", "ADDITEMS", "FROZENSET"}
 REFUSED |= {"LONG4", "POP", "POP_MARK", "DUP", "NEXT_BUFFER", "READONLY_BUFFER"}
 WIDTHS = {1: ("Bool", "Byte", "Char"), 2: ("Short", "Half", "BFloat16"), 4: ("Int", "Float"), 8: ("Long", "Double")}
 
 
 class PlainUnpickler(pickle._Unpickler):
-    """Python's unpickler that is written in Python, since the one in C makes room for any number that a file states.
+    """Based on the unpickler in Python, because the one in C allocates memory for any size that a file claims.
 
-    Looks up nothing that a pickle names: `stand_ins` has all names that it may use, and what they become.
+    Imports nothing that a pickle names: `stand_ins` maps the allowed names to their replacements.
     """
 
-    title: ClassVar[str]  # of such files, for messages
+    title: ClassVar[str]  # kind of file, used in messages
     stand_ins: ClassVar[Mapping[tuple[str, str], Any]]
     steps = 0
-    stack: list[Any]  # of the values that are complete; since the last MARK
+    stack: list[Any]  # complete values since the last MARK
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self.stand_ins:
@@ -32,7 +33,7 @@ class PlainUnpickler(pickle._Unpickler):
         return self.stand_ins[module, name]
 
     def check(self, code: str) -> None:
-        """Raise an error before a step that plain values do without."""
+        """Raise UnpicklingError if the next opcode is not needed for plain values."""
         if code in REFUSED:
             raise pickle.UnpicklingError(f"it has the opcode {code}, which {self.title} do not need")
         if any(type(key) not in (str, bytes, int) for key in self.stack[KEYS.get(code, slice(0))]):
@@ -62,20 +63,20 @@ PlainUnpickler.dispatch = {
 
 
 class _Ordered(dict[Any, Any]):
-    """In place of an OrderedDict, whose attributes are not needed to check a file."""
+    """Replacement for OrderedDict; its attributes are not needed to check a file."""
 
     def __setstate__(self, state: Any) -> None:
         self["state"] = state
 
 
 def _tensor(numbers: int, offset: int, size: tuple[int, ...], *_: Any) -> None:
-    """In place of a tensor. One that is larger than what the file holds of it would need memory later."""
+    """Replacement for a tensor; ValueError if it is larger than its storage in the file, and so would need memory."""
     if not all(type(side) is int and side >= 0 for side in size) or math.prod(size) > numbers:
         raise ValueError(f"a tensor of size {size[:8]} has only {numbers} numbers")
 
 
 class CheckpointUnpickler(PlainUnpickler):
-    """The pickle in a checkpoint, without its tensors; any error if it holds more than tensors and plain values."""
+    """Unpickler for a checkpoint, without its tensors; any error if it holds more than tensors and plain values."""
 
     title = "checkpoints"
     stand_ins: ClassVar = {
@@ -85,12 +86,12 @@ class CheckpointUnpickler(PlainUnpickler):
     }
 
     def __init__(self, content: bytes, sizes: Mapping[str, int]) -> None:
-        """`sizes`: the number of bytes of each tensor's storage by its name."""
+        """`sizes`: the size of each tensor's storage in bytes, by name."""
         super().__init__(io.BytesIO(content))
         self.sizes = sizes
 
     def persistent_load(self, pid: Any) -> int:
-        """The number of numbers in a storage."""
+        """Return the number of elements in a storage."""
         _, width, name, _, numbers = pid
         if type(numbers) is not int or not 0 <= numbers * width <= self.sizes[name]:
             raise ValueError(f"the storage {name} has {self.sizes[name]} bytes, not {numbers} numbers")
@@ -98,7 +99,7 @@ class CheckpointUnpickler(PlainUnpickler):
 
 
 def check_extent(value: Any, most: int) -> None:
-    """Raise a ValueError if nested plain values, written out, are more than `most`; ten letters count as one value."""
+    """Raise ValueError if nested values, written out, are more than `most`; ten letters count as one value."""
     left, values = most, [(value, 0)]
     while values:
         own, depth = values.pop()

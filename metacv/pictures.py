@@ -1,4 +1,4 @@
-"""Pictures of an evaluation: which classes are mixed up, and where the images of classes lie in feature space."""
+"""Pictures of an evaluation: a confusion matrix, and an embedding of image features by t-SNE."""
 
 import io
 from collections.abc import Sequence
@@ -19,17 +19,17 @@ from metacv.results import Result
 from metacv.text import columns
 
 STYLE = "metacv.report.figures"  # the file figures.mplstyle
-PRINTED = {"savefig.dpi": 150, "text.parse_math": False, "font.size": 9}  # of PNG; a $ in a class name is a dollar
-# Ten hues with a contrast of 3 or more on a light and on a dark ground; after Tableau's.
+PRINTED = {"savefig.dpi": 150, "text.parse_math": False, "font.size": 9}  # a $ in a class name is no formula
+# Ten hues based on Tableau's, with a contrast of at least 3 on light and dark backgrounds.
 HUES = ("#4e79a7", "#d9730d", "#e15759", "#2a9d8f", "#59a14f", "#a8860f", "#b07aa1", "#d4738a", "#9c755f", "#8a8f98")
 MARKERS = "os^Dv"
 MOST_CLASSES = 20  # of a confusion matrix
-EMBEDDED, IMAGES_EACH, FEWEST = 10, 30, 20  # classes, images of each, and images at least
-LETTER, LONGEST = 0.085, 30  # inches of a letter, and letters of a name at most
+EMBEDDED, IMAGES_EACH, FEWEST = 10, 30, 20  # maximum of classes and of images per class; minimum of images
+LETTER, LONGEST = 0.085, 30  # width of a letter in inches; maximum of letters in a name
 
 
 def write_pictures(folder: Path, predictions: Predictions, result: Result) -> None:
-    """classes.csv, confusion.png and embedding.png of an evaluation; prints the hardest pairs and what was written."""
+    """Write classes.csv, confusion.png and embedding.png; print the hardest pairs and the files written."""
     found = confusion(predictions)
     method = f"{result.method} + {result.head}" if result.head else result.method
     tested = f"{result.dataset} {result.split}, {method}, {result.way}-way {result.shot}-shot"
@@ -46,7 +46,7 @@ def write_pictures(folder: Path, predictions: Predictions, result: Result) -> No
 
 @context([STYLE, PRINTED])
 def confusion_matrix(found: Confusion, tested: str) -> Figure:
-    """Shares of queries by class and by predicted class, of all classes or of those of the hardest pairs."""
+    """Draw the confusion matrix in %, of all classes or of those in the hardest pairs."""
     count = len(found.names)
     classes = list(range(count)) if count <= MOST_CLASSES else found.hardest_classes(MOST_CLASSES)
     shares = 100 * found.shares(classes)
@@ -78,7 +78,7 @@ def confusion_matrix(found: Confusion, tested: str) -> Figure:
 
 @context([STYLE, PRINTED])
 def embedding(predictions: Predictions, tested: str) -> Figure | None:
-    """t-SNE of the features of some images of some classes; None if there are too few, or all are the same."""
+    """Draw features of some images of some classes by t-SNE; None if there are too few, or all are equal."""
     from sklearn.manifold import TSNE  # takes time
 
     sampler, rows = predictions.episodes.sampler, predictions.rows
@@ -111,14 +111,14 @@ def embedding(predictions: Predictions, tested: str) -> Figure | None:
 
 
 def legible_names(names: Sequence[str], classes: Sequence[int]) -> list[str]:
-    """The names of `classes` as a picture can show them: without outer folders, and without a long middle. A name in
-    letters that no font has is a number: that of its line in classes.csv."""
+    """Shorten the names of `classes` for a picture: drop outer folders and the middle of long names. A name with
+    letters that no font has becomes the number of its line in classes.csv."""
     ends = ["/".join(names[c].split("/")[-2:]) for c in classes]
     return [clipped(legible(name, f"class {c + 1}")) for c, name in zip(classes, ends, strict=True)]
 
 
 def clipped(name: str) -> str:
-    """The name without its middle if it takes more than LONGEST columns."""
+    """Drop the middle of a name that takes more than LONGEST columns."""
     text, kept = name, len(name)
     while columns(text) > LONGEST:
         kept -= 1
@@ -127,7 +127,7 @@ def clipped(name: str) -> str:
 
 
 def in_their_letters(texts: Sequence[Text]) -> None:
-    """Give each text a font that has its letters."""
+    """Set a font for each text that has its letters."""
     for text in texts:
         size = text.get_fontsize()
         text.set_fontproperties(FontProperties(fname=font_for(text.get_text()), size=size))
@@ -135,7 +135,7 @@ def in_their_letters(texts: Sequence[Text]) -> None:
 
 @context([STYLE, PRINTED])
 def png(figure: Figure) -> bytes:
-    """The figure as a file, the same for the same data."""
+    """Return the figure as a PNG file, with the same bytes for the same data."""
     content = io.BytesIO()
     figure.savefig(content, format="png", bbox_inches="tight", pad_inches=0.1, metadata={"Software": None})
     return content.getvalue()

@@ -1,4 +1,4 @@
-"""Precision, compiled steps and memory: they make a step faster, and change what it computes by rounding only."""
+"""Precision, compiled steps and memory: faster steps whose results differ by rounding only."""
 
 import ctypes
 import sys
@@ -16,12 +16,12 @@ from metacv.text import first_line
 
 def check_precision(name: str, device: torch.device) -> None:
     if name == "tf32" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)):
-        raise UserError(f"precision=tf32: needs a GPU of the Ampere generation or later, not {device}")
+        raise UserError(f"precision=tf32: needs a GPU of the Ampere generation or later, not {device}; use fp32")
 
 
 @contextmanager
 def precision(name: str, device: torch.device) -> Iterator[None]:
-    """Matrix products and convolutions in fp32, tf32 (factors with 10 bits of mantissa) or bf16 (7); sums in fp32."""
+    """Compute products and convolutions in fp32, tf32 (10 bits of mantissa) or bf16 (7 bits); sums in fp32."""
     products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
     before = products.allow_tf32, convolutions.allow_tf32
     products.allow_tf32 = convolutions.allow_tf32 = name == "tf32"
@@ -34,12 +34,12 @@ def precision(name: str, device: torch.device) -> Iterator[None]:
 
 
 def random_state_kept(device: torch.device) -> AbstractContextManager[None]:
-    """Random draws inside do not change those after it, on the CPU and on `device`."""
+    """Restore the random state of the CPU and of `device` at exit."""
     return torch.random.fork_rng([device] if device.type != "cpu" else [], device_type=device.type)
 
 
 def keep_freed_memory() -> None:
-    """Let glibc, if it is there, keep freed memory: new, cleared pages can take a quarter of a step on a CPU."""
+    """Make glibc, if present, keep freed memory: new zeroed pages can take a quarter of a step's time on a CPU."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
         trim_threshold, mmap_max = -1, -4  # names of parameters, in malloc.h
@@ -48,17 +48,17 @@ def keep_freed_memory() -> None:
 
 
 class Compiled:
-    """A function of tensors, with everything that autograd does in it, that runs as one graph per shape of its inputs.
+    """A function of tensors, including its autograd calls, that runs as one graph per shape of its inputs.
 
-    On a CPU torch.compile makes it. That differentiates at most once, so the operations that autograd produces are
-    recorded first, and the graph to compile has no derivatives. On a GPU the kernels of one call are recorded and then
-    started together (a CUDA graph), which takes seconds; outputs are valid until the next call.
+    On a CPU, torch.compile builds the graph. It supports first derivatives only, so make_fx first records the
+    operations of autograd, and the graph to compile has no derivatives. On a GPU, the kernels of one call are recorded
+    as a CUDA graph, which takes seconds; outputs are valid until the next call.
     """
 
     def __init__(self, function: Callable[..., Sequence[Tensor]], state: Sequence[Tensor] = ()) -> None:
-        """`function` takes the inputs of a call, and uses the tensors of `state`, which keep their places in memory.
+        """`function` takes the inputs of a call and uses the tensors of `state`, whose memory must not move.
 
-        All tensors that change between calls must be in `state` or inputs, also those that `function` itself changes.
+        All tensors that change between calls, also those that `function` changes, must be in `state` or in the inputs.
         """
         self.function, self.state = function, list(state)
         self.graphs: dict[object, Callable[..., Sequence[Tensor]]] = {}
@@ -77,7 +77,7 @@ class Compiled:
 
     @contextmanager
     def _undone(self, inputs: Sequence[Tensor]) -> Iterator[None]:
-        """Changes to tensors and to the random state within are undone."""
+        """Undo changes to tensors and to the random state at exit."""
         tensors = [*self.state, *inputs]
         before = [t.detach().clone() for t in tensors]
         with random_state_kept(inputs[0].device):
@@ -102,7 +102,7 @@ class Compiled:
         graph, current, aside = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), torch.cuda.Stream()
         aside.wait_stream(current)
         with self._undone(inputs):
-            with torch.cuda.stream(aside):  # a capture must not be the first use of libraries and memory
+            with torch.cuda.stream(aside):  # warm up: a capture must not initialize libraries or memory
                 for _ in range(2):
                     self.function(*own)
             current.wait_stream(aside)

@@ -1,4 +1,4 @@
-"""Label images, after a few examples of each class."""
+"""`metacv predict`: label images by a few examples of each class."""
 
 import io
 import json
@@ -23,19 +23,19 @@ from metacv.model import Checkpoint
 from metacv.predictor import Predictor, Support, check_place_to_save, kept_support
 from metacv.text import aligned, csv_bytes, printable, setting
 
-LINES = 40  # of the table on the terminal
-PICTURED = 200  # support images at most, and queries
-ROWS = 25  # classes at most that have a row each for their support images
+LINES = 40  # maximum of lines of the table on the terminal
+PICTURED = 200  # maximum of support images, and of queries, in the picture
+ROWS = 25  # maximum of classes with a row each in the picture
 Predictions = list[dict[str, Any]]  # file, label, probability, and probabilities by class
 
 
 def predict(cfg: PredictConfig, folder: Path) -> Predictions:
-    """Label the images at `cfg.query`, and write predictions.csv, .json and .png into `folder`."""
+    """Label the images at `cfg.query`; write predictions.csv, .json and .png into `folder`."""
     save = user_path(cfg.save) if cfg.save else None
     if save:
         check_place_to_save(save)
     if (cfg.adapted is None) == (cfg.checkpoint is None and cfg.support is None):
-        raise UserError("give checkpoint=RUN and support=FOLDER, or adapted=FILE alone")
+        raise UserError("give either checkpoint=RUN and support=FOLDER, or adapted=FILE")
     if cfg.adapted is None and (cfg.checkpoint is None or cfg.support is None):
         raise UserError(f"{'checkpoint' if cfg.checkpoint is None else 'support'}=... is missing")
     predictor = Predictor.load(str(cfg.adapted or cfg.checkpoint), cfg)
@@ -64,7 +64,7 @@ def predict(cfg: PredictConfig, folder: Path) -> Predictions:
         for query, row in zip(queries, probabilities, strict=True)
     ]
     truth = labels_of_folders(queries, place, names)
-    if save:  # first, since it may fail, and should then leave no folder behind
+    if save:  # first, so that a failure leaves no folder behind
         predictor.save(save, support)
     support = replace(support, classes=names)
     folder.mkdir(parents=True, exist_ok=True)
@@ -75,7 +75,7 @@ def predict(cfg: PredictConfig, folder: Path) -> Predictions:
 
 
 def read_support(folder: Path, dataset: Dataset) -> Support:
-    """Examples from a folder with a folder for each class; UserError for one class, or one without an image."""
+    """Read a support set from a folder with a folder per class; UserError for one class, or a class without images."""
     if not folder.is_dir():
         raise UserError(f"support={folder}: there is no such folder")
     folders = folders_in(folder)
@@ -83,7 +83,7 @@ def read_support(folder: Path, dataset: Dataset) -> Support:
         raise UserError(f"support={folder} has {len(folders)} folders: it needs one for each class, and at least 2")
     names = [printable(path.name) for path in folders]
     if {*names} <= {*SPLITS} and all(map(has_only_folders, folders)):
-        raise UserError(f"support={folder} holds {' and '.join(names)}: give one of them")
+        raise UserError(f"support={folder} holds {' and '.join(names)}; use one of them, such as {folder / names[0]}")
     if len({*names}) < len(names):
         raise UserError(f"support={folder}: two class names look the same without unprintable characters; rename one")
     images = []
@@ -94,7 +94,7 @@ def read_support(folder: Path, dataset: Dataset) -> Support:
 
 
 def read_images(files: list[Path], dataset: Dataset, label: str, missing: str) -> tuple[list[Path], Tensor]:
-    """Those of the files that are readable, and their images [B, C, H, W] (uint8); UserError(`missing`) if none is."""
+    """Return the readable files and their images [B, C, H, W] (uint8); UserError(`missing`) if there are none."""
     readable, images = read_readable(label, files, dataset.read)
     report_skipped(label, len(readable), len(files))
     if not images:
@@ -103,7 +103,7 @@ def read_images(files: list[Path], dataset: Dataset, label: str, missing: str) -
 
 
 def labels_of_folders(queries: list[Path], place: Path, classes: tuple[str, ...]) -> list[str]:
-    """The class of each query if all of them are in folders of `place` with names of classes; otherwise nothing."""
+    """Return the class of each query if all of them are in folders named after classes; otherwise an empty list."""
     if not place.is_dir():
         return []
     inside = [query.relative_to(place).parts for query in queries]
@@ -112,14 +112,14 @@ def labels_of_folders(queries: list[Path], place: Path, classes: tuple[str, ...]
 
 
 def picture(images: Tensor, predictions: Predictions, support: Support, truth: list[str]) -> bytes:
-    """A PNG of examples of each class and of the queries, in green or red where their class is known."""
+    """Draw examples of each class and the queries as PNG, framed green or red if the true class is known."""
     captions = {name: legible(str(name), f"class {i}") for i, name in enumerate(support.classes, start=1)}
-    each = max(1, min(8, PICTURED // len(support.classes)))
+    per_class = max(1, min(8, PICTURED // len(support.classes)))
     examples = [
-        [(image, captions[name], LINE) for image in images_of_class[:each]]
+        [(image, captions[name], LINE) for image in images_of_class[:per_class]]
         for name, images_of_class in zip(support.classes, support.images.split(support.shots), strict=True)
     ]
-    if len(examples) > ROWS:  # not a row for each class
+    if len(examples) > ROWS:  # all in one block
         examples = [list(chain(*examples))[:PICTURED]]
     labelled = []
     for i, (image, one) in enumerate(zip(images[:PICTURED], predictions, strict=False)):
@@ -156,7 +156,7 @@ def write(folder: Path, predictions: Predictions, support: Support, checkpoint: 
 
 
 def show(folder: Path, predictions: Predictions, truth: list[str], cfg: PredictConfig, batch_norm: str) -> None:
-    """Print the labels, the accuracy where the classes are known, and what was written."""
+    """Print the labels, the accuracy if the true classes are known, and the files written."""
     base = user_path(cfg.query)
     names = [printable(relpath(one["file"], base) if base.is_dir() else one["file"]) for one in predictions]
     shown = zip(names[:LINES], predictions, strict=False)

@@ -1,4 +1,4 @@
-"""A trained model that labels images by a few examples of each class, for `metacv predict` and the Python API."""
+"""Label images with a trained model and a support set, for `metacv predict` and the Python API."""
 
 from contextlib import suppress
 from dataclasses import dataclass
@@ -35,14 +35,14 @@ Label = str | int | bool
 
 @dataclass(frozen=True)
 class Support:
-    """Labelled images [S, C, H, W] (uint8), class after class, with `shots` images of each of `classes`."""
+    """Labelled images [S, C, H, W] (uint8), grouped by class: `shots[i]` images of `classes[i]`."""
 
     images: Tensor
     shots: tuple[int, ...]
     classes: tuple[Label, ...]
 
     def task(self, queries: Tensor, device: torch.device) -> TaskBatch:
-        """One task, with uint8 images [B, C, H, W] as queries."""
+        """Return one task with images [B, C, H, W] (uint8) as queries."""
         way = len(self.classes)
         labels = torch.arange(way).repeat_interleave(torch.tensor(self.shots))
         return TaskBatch(
@@ -57,7 +57,7 @@ class Support:
 
 @dataclass(frozen=True)
 class Predictor:
-    """A trained model with the settings that it predicts with."""
+    """A trained model and the settings for prediction."""
 
     checkpoint: Checkpoint
     config: TrainConfig  # of the checkpoint, with changes
@@ -65,14 +65,14 @@ class Predictor:
 
     @classmethod
     def load(cls, place: str | Path, given: PredictConfig) -> "Predictor":
-        """The model at `place`, with the settings of `given` that are not null; UserError if one does not fit."""
+        """Load the model at `place`, with the settings of `given` that are not null; UserError if one is invalid."""
         checkpoint = load_checkpoint(place)
         config = with_changes(checkpoint, given, ("batch_norm",))  # query is a path here
         return cls(checkpoint, config, pick_device(given.device))
 
     @cached_property
     def dataset(self) -> Dataset:
-        """What prepares images like those of training."""
+        """The data set of training, which prepares images in the same way."""
         return build_dataset(self.config.dataset, ".")
 
     @cached_property
@@ -84,22 +84,22 @@ class Predictor:
         return algorithm
 
     def check_shape(self, kind: str, images: Tensor) -> None:
-        """Raise a UserError unless images [B, C, H, W] have the shape of those in training."""
+        """Raise UserError unless images [B, C, H, W] have the shape of those in training."""
         path, trained = self.checkpoint.path, self.checkpoint.image_shape
         if (shape := tuple(images.shape[1:])) != trained:
-            raise UserError(f"{kind}: its images become {shape}, and {path} was trained on {trained}")
+            raise UserError(f"{kind}: prepared images have shape {shape}, but {path} was trained on {trained}")
 
     def probabilities(self, support: Support, images: Tensor) -> Tensor:
-        """Probabilities [B, N] of the classes for images [B, C, H, W] (uint8); UserError if one is not finite."""
+        """Return class probabilities [B, N] of images [B, C, H, W] (uint8); UserError if one is not finite."""
         logits = label(self.algorithm, support, images, self.config.batch_norm, self.device)
         probabilities = self.algorithm.probabilities(logits).cpu()
         if not probabilities.isfinite().all():
-            what = "the probabilities are not finite; the weights are not, or adaptation diverged"
+            what = "the probabilities are not finite: adaptation diverged, or the weights are not finite"
             raise UserError(f"{self.checkpoint.path}: {what}")
         return probabilities
 
     def save(self, path: Path, support: Support) -> None:
-        """Write one file with the model and its support set, and no path of this machine."""
+        """Write one file with the model and its support set, without paths of this machine."""
         portable = with_paths(to_dict(self.config), lambda *_: None) | {"init": None}
         kept = {"images": support.images, "shots": list(support.shots), "classes": list(support.classes)}
         content = self.checkpoint.content
@@ -108,11 +108,11 @@ class Predictor:
 
 
 def label(algorithm: Algorithm, support: Support, images: Tensor, batch_norm: str, device: torch.device) -> Tensor:
-    """Logits [B, N] of query images [B, C, H, W] (uint8); transductive ones are of one task, as in evaluation."""
+    """Return logits [B, N] of query images [B, C, H, W] (uint8); if transductive, all are queries of one task."""
     groups = images.split(QUERIES_AT_ONCE if batch_norm == "inductive" else len(images))
     try:
         return torch.cat([algorithm.predict(support.task(group, device), batch_norm)[0] for group in groups])
-    except (RuntimeError, ValueError) as error:  # too many for the memory, or a single one has no statistics
+    except (RuntimeError, ValueError) as error:  # out of memory, or batch statistics of a single query
         if batch_norm == "inductive":
             raise
         text = f"batch_norm=transductive with {len(images)} query images: {first_line(error)}; try batch_norm=inductive"
@@ -120,7 +120,7 @@ def label(algorithm: Algorithm, support: Support, images: Tensor, batch_norm: st
 
 
 def kept_support(checkpoint: Checkpoint) -> Support:
-    """The support set in a file that `save` wrote."""
+    """Read the support set from a file that `save` wrote; UserError if it has none or is damaged."""
     try:
         kept = checkpoint.content["support"]
         images, shots, classes = kept["images"], tuple(map(int, kept["shots"])), tuple(kept["classes"])
@@ -140,19 +140,19 @@ def kept_support(checkpoint: Checkpoint) -> Support:
 
 
 def check_labels(labels: tuple[Any, ...]) -> None:
-    """Raise a ValueError unless these are the classes that a file can hold: all text, or all numbers."""
+    """Raise ValueError unless labels are all text or all integers, and fit into a file."""
     if {*map(type, labels)} not in ({str}, {int}, {bool}):
         raise ValueError("must be all text or all whole numbers")
     for one in labels:
         if isinstance(one, str) and not (one.isprintable() and len(one) <= limits.NAME):
             raise ValueError(f"{short(printable(one))}: must be printable, with {limits.NAME} letters at most")
         if isinstance(one, int) and abs(one) >= 2**63:
-            raise ValueError(f"{one}: must have 64 bits")
+            raise ValueError(f"{one}: must fit into 64 bits")
 
 
 def check_place_to_save(path: Path) -> None:
-    """Refuse to overwrite anything but an earlier kept model."""
+    """Raise UserError if the file exists and is not an earlier kept model."""
     with suppress(UserError):
         if not path.exists() or "support" in load_checkpoint(path).content:
             return
-    raise UserError(f"save={path}: exists already, and is not a model that `save` wrote")
+    raise UserError(f"save={path}: already exists and is not a file of `save`; choose another name")

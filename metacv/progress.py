@@ -1,4 +1,4 @@
-"""How far an evaluation is: a bar on a terminal, and a line now and then in a pipe or a file."""
+"""Progress of an evaluation: a bar on a terminal, or a line every 30 seconds in a pipe or a file."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +12,7 @@ LINE_EVERY = 30  # seconds
 
 
 def header(texts: Sequence[Mapping[str, str]]) -> str:
-    """What is done, on what, for the terminal; where several things are done, with a line for each that differs."""
+    """Format the facts of one or more evaluations as aligned lines; a fact that differs between them has several."""
     lines = {name: list(dict.fromkeys(own[name] for own in texts)) for name in texts[0]}
     named = [("" if i else name, text) for name, own in lines.items() for i, text in enumerate(own)]
     return "\n".join(printable(f"{name:<9} {text}") for name, text in named)
@@ -20,15 +20,15 @@ def header(texts: Sequence[Mapping[str, str]]) -> str:
 
 @dataclass(frozen=True)
 class Progress:
-    """What is shown while something runs. `check` is called now and then, and may raise."""
+    """How to show progress. `check` is called after every batch and may raise to interrupt."""
 
     label: str = "evaluating"
     check: Callable[[], None] = lambda: None
-    lines: bool = False  # where there is no terminal
+    lines: bool = False  # print lines where there is no terminal
 
     @contextmanager
-    def of(self, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-        """A function to call with the number of units that are done since the last call."""
+    def track(self, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+        """Yield a function to call with the number of units completed since its last call."""
         label, start = printable(self.label), time.perf_counter()
         done, last = 0, start
 

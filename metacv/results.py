@@ -20,16 +20,16 @@ SCHEMA = 2
 
 @dataclass(frozen=True)
 class Result:
-    """An accuracy with its interval: what was evaluated, on what, and how. Accuracies are from 0 to 1."""
+    """An accuracy with its interval, and the model, data and protocol it was measured with. Accuracies are 0 to 1."""
 
     accuracy: float
     ci95: float  # half the 95 % interval over episodes
 
-    # On what.
+    # Data and protocol.
     dataset: str  # class name of the data set
     split: str
     rotation: str
-    left_out: int = field(default=0, kw_only=True)  # classes of the split, since training or validation used them
+    left_out: int = field(default=0, kw_only=True)  # classes of the split that training or validation used
     way: int
     shot: int
     query: int
@@ -39,9 +39,9 @@ class Result:
     episodes_sha256: str = ""  # of the images and of the list of episodes
     images_sha256: str = ""
 
-    # What.
+    # Model.
     method: str = ""  # class name of the algorithm
-    head: str = ""  # class name of what classified in its place
+    head: str = ""  # class name of the head that classified instead of the algorithm, if any
     changes: dict[str, Any] = field(default_factory=dict)  # algo settings that differ from those of training
     checkpoint: str = ""
     checkpoint_sha256: str = ""
@@ -51,7 +51,7 @@ class Result:
     train_flops: float = 0.0  # floating-point operations of training, forward and backward
     train_seconds: float = 0.0
 
-    # How.
+    # Environment.
     device: str = ""
     tasks_per_second: float = 0.0
     torch: str = ""
@@ -59,19 +59,19 @@ class Result:
 
     @property
     def task(self) -> str:
-        """The method and the task that it is tested on."""
+        """The method and the task it is tested on, for people to read."""
         return task_text(self.method, self.head, self.way, self.shot, self.query)
 
     @property
     def protocol(self) -> str:
-        """The images and episodes of the test."""
+        """The images and episodes of the test, for people to read."""
         query = plural(self.query, "query", "queries")
         text = f"{plural(self.episodes, 'episode')} of {self.dataset} {self.split}, {query}, {self.batch_norm}"
         text += f", rotation {self.rotation}" if self.rotation not in ("", "none") else ""
         return text + (f", without {plural(self.left_out, 'class', 'classes')}" if self.left_out else "")
 
     def describe(self) -> str:
-        """For the terminal: a line, and one for each earlier stage."""
+        """Return a line for the terminal, and one for each earlier stage."""
         without = f" without {plural(self.left_out, 'class', 'classes')} of training" if self.left_out else ""
         line = (
             f"accuracy {percent(self.accuracy, self.ci95)} %: {self.task}, {self.episodes} episodes of "
@@ -89,14 +89,14 @@ class ResultFile:
     differences: list[dict[str, Any]] | None = None  # of pairs of results, from compare
 
     def write(self, path: Path) -> None:
-        """Replaces `path` in one step. Raises UserError if the file cannot be written."""
+        """Replace `path` atomically. Raises UserError if the file cannot be written."""
         content = {"schema": SCHEMA} | {name: value for name, value in asdict(self).items() if value is not None}
         with written_or_refused(path):
             write_bytes_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def read_results(path: Path) -> ResultFile:
-    """The content of a result file; UserError if it is missing, damaged, or not of this version."""
+    """Read a result file; UserError if it is missing, damaged, or of another version."""
     try:
         content = json.loads(read_text(path))
         check_extent(content, limits.RESULT)
@@ -120,13 +120,13 @@ def _result(record: dict[str, Any]) -> Result:
 
 
 def task_text(method: str, head: str, way: int, shot: int, query: int) -> str:
-    """`Classifier + Ridge, 5-way 1-shot, 15 queries per class`."""
+    """Describe a method and a task: `Classifier + Ridge, 5-way 1-shot, 15 queries per class`."""
     name = f"{method} + {head}" if head else method
     return f"{name}, {way}-way {shot}-shot, {plural(query, 'query', 'queries')} per class"
 
 
 def warn_at_chance(result: Result, name: str = "") -> None:
-    """Print a warning if an accuracy, of the run called `name`, may be that of guessing."""
+    """Print a warning if an accuracy, of the run called `name`, is not above chance."""
     if result.accuracy - result.ci95 <= 1 / result.way + 1e-6:  # accuracies are rounded
         run = f"{name}: " if name else ""
         text = f"the accuracy is not above chance ({100 / result.way:.3g} %)"
@@ -134,13 +134,13 @@ def warn_at_chance(result: Result, name: str = "") -> None:
 
 
 def summary(accuracies: Tensor) -> dict[str, float]:
-    """Mean of the accuracies [E] of E episodes, and half its 95 % interval, 1.96 * std(ddof=1) / sqrt(E)."""
+    """Return the mean of accuracies [E] of E episodes, and half its 95 % interval, 1.96 * std(ddof=1) / sqrt(E)."""
     ci95 = 1.96 * accuracies.std(correction=1) / len(accuracies) ** 0.5
     return {"accuracy": float(accuracies.mean()), "ci95": float(ci95)}
 
 
 def check_accuracies(accuracy: Tensor, settings: str) -> None:
-    """UserError if an episode [E] has no accuracy; `settings` say what may be the reason."""
+    """Raise UserError if the accuracy of an episode [E] is NaN; `settings` name the likely cause."""
     if len(diverged := accuracy.isnan().nonzero()):
         which = f"{len(diverged)} of {len(accuracy)} episodes, first in episode {int(diverged[0])}"
         raise UserError(f"predictions are not finite in {which} (counted from 0){settings}")

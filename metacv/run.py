@@ -1,4 +1,4 @@
-"""A training run: its state, its folder, how it stops and how it resumes."""
+"""A training run: its state, its folder, and how it stops and resumes."""
 
 import contextlib
 import copy
@@ -64,33 +64,33 @@ STATE = ("overrides", "optimizer", "schedule", "sampler", "random", "validated",
 
 @dataclass
 class Run:
-    """Everything that changes in training, and so everything that a checkpoint must hold."""
+    """The state of a training run, all of which a checkpoint must hold."""
 
     config: TrainConfig
-    overrides: list[str]  # name=value words of the command line
+    overrides: list[str]  # name=value, from the command line
     algorithm: Algorithm
     optimizer: Optimizer | None  # None if nothing is trained
     schedule: LRScheduler | None
     sampler: EpisodeSampler | ImageSampler
     hardware: str
-    splits: dict[str, list[str]] | None  # classes of each split, of a data set that changes from user to user
-    trained_on: list[str] = field(default_factory=list)  # names of classes
+    splits: dict[str, list[str]] | None  # classes of each split; None if the settings alone determine them
+    trained_on: list[str] = field(default_factory=list)  # identities of classes, see Dataset.identities
     validated_on: list[str] = field(default_factory=list)
-    look: Look = field(default_factory=dict)  # of the training images
-    flops: float = 0.0  # of a step
-    average: AveragedModel | None = None  # of the algorithm, if `ema` is set
+    look: Look = field(default_factory=dict)  # statistics of the training images, see look.py
+    flops: float = 0.0  # per step
+    average: AveragedModel | None = None  # moving average of the algorithm, if `ema` is set
     centre: Tensor | None = None  # mean feature of training images, for heads that subtract it
-    earlier: Training = field(default_factory=Training)  # the runs whose weights or predictions this one uses
+    earlier: Training = field(default_factory=Training)  # runs whose weights or predictions this one uses
     step: int = 0
     validated: int = -1  # the step of the last validation
     best: dict[str, float] = field(default_factory=lambda: {"accuracy": -1.0})
-    since_best: int = 0  # validations
-    window: list[dict[str, Tensor]] = field(default_factory=list)  # scalars of the steps that are not logged yet
+    since_best: int = 0  # validations since the best one
+    window: list[dict[str, Tensor]] = field(default_factory=list)  # scalars of the steps since the last log line
     began: float = field(default_factory=time.perf_counter)
 
     @property
     def tested(self) -> Algorithm:
-        """What is validated, and kept in best.pt."""
+        """The algorithm that is validated and kept in best.pt: the moving average, if any."""
         if self.average is None:
             return self.algorithm
         assert isinstance(self.average.module, Algorithm)
@@ -102,7 +102,7 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """Time spent training, without the time between a stop and a resume."""
+        """Seconds of training, without the time between a stop and a resume."""
         return time.perf_counter() - self.began
 
     @property
@@ -117,7 +117,7 @@ class Run:
 
     @property
     def training(self) -> Training:
-        """What training took so far, with the runs that it started from."""
+        """Cost and data of training so far, including earlier runs."""
         return Training(
             classes=self.sampler.classes,
             images=self.step * self.config.meta_batch * self.sampler.images_each,
@@ -128,18 +128,18 @@ class Run:
             look=self.look,
         ).after(self.earlier)
 
-    def begin_after(self, first: Checkpoint, role: str = "") -> None:
-        """Record that the backbone's weights, or what it learns from, come from another run, which counts once."""
+    def record_earlier_run(self, first: Checkpoint, role: str = "") -> None:
+        """Record that weights or a teacher come from another run; each earlier run is counted once."""
         what = f"{role}{class_name(first.config.algo)} on {class_name(first.config.dataset)}, step {first.step}"
         known = any(first.sha256[:16] in stage for stage in self.earlier.stages)
         own = Training(stages=[f"{what}, sha256 {first.sha256[:16]}"]).after(Training() if known else first.training)
         self.earlier = own.after(self.earlier)
         if both := {*first.training.trained_on} & {*self.validated_on}:
             text = f"{first.path} was trained on {len(both)} classes of this run's validation ({min(both)}, ...)"
-            print(f"metacv: {text}: accuracies of these are not those of new classes", file=sys.stderr)
+            print(f"metacv: {text}; accuracies on them are not those of new classes", file=sys.stderr)
 
     def weights(self) -> dict[str, Any]:
-        """What evaluation needs."""
+        """Return the part of a checkpoint that evaluation needs."""
         return {
             "config": to_dict(self.config),
             "image_shape": list(self.sampler.bank.image_shape),
@@ -150,7 +150,7 @@ class Run:
         } | ({"centre": self.centre.cpu()} if self.centre is not None else {})
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs."""
+        """Return the content of last.pt, which a run resumes from."""
         plain = ("overrides", "validated", "best", "since_best", "seconds", "hardware")
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         names = self.window[0] if self.window else ()
@@ -169,7 +169,7 @@ class Run:
         return weights | {name: getattr(self, name) for name in plain} | own
 
     def load(self, source: Checkpoint) -> None:
-        """Continue from a last.pt; UserError if it does not fit the settings, or the data set is split otherwise."""
+        """Load a last.pt; UserError if it does not fit the settings, or the data set is split differently."""
         source.load_weights(self.algorithm)
         state, path = source.content, source.path
         if state.get("splits") != self.splits:
@@ -196,25 +196,26 @@ class Run:
             if any(values.dim() != 1 or values.is_complex() for values in columns.values()):
                 raise ValueError("window: not a number for each step")
             self.window = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-            if self.finished:  # and so this hardware trains no further step
+            if self.finished:  # no further step is trained on this hardware
                 self.hardware = str(state.get("hardware", self.hardware))
             if self.step < self.steps:
                 self.try_step()
         except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError, AssertionError) as e:
             raise UserError(f"{path}: its state does not fit its config ({first_line(e)})") from e
-        if not {*used.stages} <= {*self.earlier.stages}:  # a path may lead to another run now
-            raise UserError(f"algo.teacher={self.config.algo['teacher']} is not the run that {path} learned from")
+        if not {*used.stages} <= {*self.earlier.stages}:  # the path may now be another run
+            text = f"is not the run that {path} learned from; set it to that run"
+            raise UserError(f"algo.teacher={self.config.algo['teacher']} {text}")
         if self.step > self.config.steps:
-            raise UserError(f"steps={self.config.steps}, but {path} is at step {self.step}")
+            raise UserError(f"steps={self.config.steps}: must be at least {self.step}, the step of {path}")
 
     def try_step(self) -> None:
-        """Step a copy of the optimizer and its schedule, which otherwise look at a loaded state only in training."""
+        """Step a copy of optimizer and schedule: they check a loaded state only when they step."""
         optimizer, schedule = copy.deepcopy((self.optimizer, self.schedule))
         for group in optimizer.param_groups if optimizer else ():
             for parameter in group["params"]:
                 parameter.grad = torch.zeros_like(parameter)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of a copy's order of steps
+            warnings.simplefilter("ignore")  # torch warns of the order of steps of a copy
             if optimizer and schedule:
                 optimizer.step()
                 schedule.step()
@@ -222,17 +223,17 @@ class Run:
     def save(self, folder: Path, logger: Logger, is_best: bool = False) -> None:
         if is_best:
             save_checkpoint(folder / "best.pt", self.weights() | {"validation": self.best})
-        logger.sync()  # first: a resumed run relies on the metrics up to its checkpoint
+        logger.sync()  # before last.pt, because a resumed run needs the metrics up to its checkpoint
         save_checkpoint(folder / "last.pt", self.state())
         show_config(folder, to_dict(self.config, with_local=True), self.overrides)
 
 
 class Stopped(Exception):
-    """A signal arrived during work that can be repeated."""
+    """Raised when a signal arrives during work that can be repeated."""
 
 
 class StopSignals:
-    """Records SIGINT, SIGTERM and SIGHUP, to be obeyed between two steps. A second one ends the program at once."""
+    """Record SIGINT, SIGTERM and SIGHUP, to stop between two steps. A second signal ends the program at once."""
 
     received = 0
 
@@ -257,13 +258,13 @@ class StopSignals:
 
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Lock a run's folder, and remove temporary files of a killed run; UserError if another process holds the lock."""
+    """Lock a run's folder and remove temporary files of a killed run; UserError if another process has the lock."""
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(blocking=False)
     except Timeout:
-        raise UserError(f"hydra.run.dir={folder}: another run is writing there") from None
-    except (NotImplementedError, OSError) as error:  # a file system without locks
+        raise UserError(f"hydra.run.dir={folder}: another process is writing there; choose another folder") from None
+    except (NotImplementedError, OSError) as error:  # the file system has no locks
         if isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EROFS:
             raise
     try:
@@ -275,20 +276,20 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
 
 def remove_unused(folder: Path) -> None:
-    """Remove the folder of a command that failed before it trained, unless another process is writing there."""
+    """Remove the folder of a command that failed before training, unless another process is writing there."""
     with contextlib.suppress(UserError, OSError), lock_folder(folder):
         if {path.name for path in folder.iterdir()} <= {".hydra", ".lock", "split.json"}:
             shutil.rmtree(folder)
 
 
 def start(cfg: DictConfig, folder: Path, overrides: list[str]) -> tuple[TrainConfig, list[str], Checkpoint | None]:
-    """Settings and overrides of a run, and the last.pt it continues from; UserError if these do not fit `folder`."""
+    """Return a run's settings, its overrides, and the last.pt to continue from, if any; UserError if they conflict."""
     last = folder / "last.pt"
     own = load_state(last) if last.exists() else None
     if own:
         show_config(folder, own.content["config"], own.content["overrides"])
     resume = own is not None if cfg.resume == "auto" else cfg.resume
-    if resume is not True and not isinstance(resume, str):  # false, or a value that is refused
+    if resume is not True and not isinstance(resume, str):  # false, or an invalid value
         if own:
             raise UserError(f"hydra.run.dir={folder} holds a run; resume=auto continues it")
         return typed(cfg, TrainConfig), [word for word in overrides if word != "resume=auto"], None
@@ -296,8 +297,8 @@ def start(cfg: DictConfig, folder: Path, overrides: list[str]) -> tuple[TrainCon
         raise UserError(f"resume=true, but {folder} has no last.pt: use resume=RUN, or add hydra.run.dir=RUN")
     path = last if resume is True else checkpoint_path(str(resume), "last.pt")
     if own and not (path.exists() and path.samefile(last)):
-        load_state(path)  # refuses a file that is missing, or that holds weights only
-        raise UserError(f"resume={resume}, but hydra.run.dir={folder} holds another run")
+        load_state(path)  # raises if the file is missing or holds weights only
+        raise UserError(f"resume={resume}, but hydra.run.dir={folder} holds another run; choose another folder")
     source = own or load_state(path)
     config, merged = resumed(source, overrides)
     if path.parent.resolve() != folder.resolve():
@@ -308,22 +309,22 @@ def start(cfg: DictConfig, folder: Path, overrides: list[str]) -> tuple[TrainCon
 
 
 def resumed(source: Checkpoint, overrides: list[str]) -> tuple[TrainConfig, list[str]]:
-    """Settings and overrides of a run with those given now; UserError if one changed that training depends on."""
+    """Merge a run's settings and overrides with new ones; UserError if a change affects training."""
     own = [without_interpolation(word, source) for word in source.content["overrides"]]
-    once = {"resume", *(word for word in own if word[0] in "+~")}  # a key is added or deleted only once
+    once = {"resume", *(word for word in own if word[0] in "+~")}  # Hydra adds or deletes a key only once
     given = {word.split("=")[0]: word for word in overrides if {word, word.split("=")[0]}.isdisjoint(once)}
     merged = [word for word in own if word.split("=")[0] not in given] + list(given.values())
     config = typed(compose("train", merged), TrainConfig)
     asked = {name.lstrip("+") for name in given}
     if "data_dir" not in {word.split("=")[0].lstrip("+") for word in own}:
-        asked.add("data_dir")  # by the environment of this command
+        asked.add("data_dir")  # from the environment of this command
     kept = {**dict(flat(vars(source.config))), "data_dir": source.config.data_dir}
 
     def as_it_began(name: str, path: str) -> str:
         return path if name in asked else absolute(str(kept.get(name) or path))
 
     config = TrainConfig(**with_paths(vars(config), as_it_began))
-    for name, value in config.dataset.items():  # in earlier versions some of these had values
+    for name, value in config.dataset.items():  # null now, but earlier versions had other defaults
         if value is None and f"dataset.{name}" not in asked:
             config.dataset[name] = source.config.dataset.get(name)
     execution = execution_settings(config.algo)
@@ -336,7 +337,7 @@ def resumed(source: Checkpoint, overrides: list[str]) -> tuple[TrainConfig, list
 
 
 def without_interpolation(word: str, source: Checkpoint) -> str:
-    """A word of the command line that began a run, with the value it had then: `${...}` of others is not followed."""
+    """Replace an interpolation in a run's override by its value at that time; `${...}` in files is never resolved."""
     if "${" not in word:
         return word
     name = word.partition("=")[0]
@@ -358,20 +359,20 @@ def load_state(path: Path) -> Checkpoint:
     try:
         check_extent(overrides, limits.WORDS)
     except ValueError as error:
-        raise UserError(f"{path}: the settings of its command line cannot be used ({error})") from None
+        raise UserError(f"{path}: the overrides of its command line are invalid ({error})") from None
     if not words_are_text or not is_measured(best):
         raise UserError(f"{path} is damaged")
     return source
 
 
 def is_measured(best: Any) -> bool:
-    """Whether this is the best validation so far, or the accuracy below any that a run begins with."""
+    """Whether this is a valid `Run.best`: of a validation, or the initial value."""
     numbers = isinstance(best, dict) and all(type(value) in (int, float) for value in best.values())
     return numbers and best.keys() in ({"accuracy"}, {"accuracy", "ci95", "step"})
 
 
 def show_config(folder: Path, config: dict[str, Any], overrides: list[str]) -> None:
-    """Correct what Hydra writes into .hydra of a run's folder before the program can refuse a command."""
+    """Rewrite config.yaml and overrides.yaml in .hydra: Hydra overwrites them before a command is checked."""
     hydra = folder / ".hydra"
     if hydra.is_dir():
         write_bytes_atomically(hydra / "config.yaml", OmegaConf.to_yaml(config).encode())
@@ -379,7 +380,7 @@ def show_config(folder: Path, config: dict[str, Any], overrides: list[str]) -> N
 
 
 def warn_of_few_test_classes(config: TrainConfig, splits: dict[str, list[str]] | None) -> None:
-    """Print a line if evaluation will refuse the test split."""
+    """Print a warning if the test split has too few classes for evaluation."""
     rotations = 4 if config.dataset.get("test_rotation") == "as_classes" else 1
     if splits and (classes := rotations * len(splits["test"])) < config.way:
         text = f"way={config.way}, but the test split has only {classes} classes; dataset.fractions can give it more"

@@ -1,4 +1,4 @@
-"""Which classes a model has seen, by names that hold across data sets, so that no test counts them as new."""
+"""Find the classes that a model has seen in training, so that no test counts them as new."""
 
 import sys
 from collections.abc import Iterable
@@ -10,15 +10,15 @@ from metacv.text import plural, setting
 
 
 def names(dataset: Dataset, bank: ImageBank) -> list[str]:
-    """The names of all classes of a bank."""
+    """Return the identities of all classes of a bank, see Dataset.identities."""
     return sorted(set().union(*dataset.identities(bank)))
 
 
 def unseen(dataset: Dataset, bank: ImageBank, split: str, models: Iterable[Checkpoint], only: bool) -> ImageBank:
-    """The bank, without the classes that a model has seen if `only`, and otherwise a UserError if there are any.
+    """Return the bank without classes that a model has seen; unless `only`, raise UserError if there are any.
 
-    Training has seen the classes of its train and val, which chose the weights; the val split may hold those of val.
-    Any class of the train split may be evaluated.
+    A model has seen its training and validation classes: validation selected the weights. The val split may contain
+    validation classes, and the train split any class.
     """
     if split == "train":
         return bank
@@ -26,38 +26,38 @@ def unseen(dataset: Dataset, bank: ImageBank, split: str, models: Iterable[Check
     for checkpoint in models:
         trained, validated = seen(checkpoint, dataset)
         known = trained if split == "val" else trained | validated
-        hit = [c for c, own in enumerate(classes) if own & known]
-        if hit and not only:
+        overlap = [c for c, identities in enumerate(classes) if identities & known]
+        if overlap and not only:
             raise UserError(
-                f"{bank.name}: {len(hit)} of its {plural(len(classes), 'class', 'classes')} "
-                f"({bank.class_names[hit[0]]}, ...) were used in training or validation of {checkpoint.path}; "
+                f"{bank.name}: {len(overlap)} of its {plural(len(classes), 'class', 'classes')} "
+                f"({bank.class_names[overlap[0]]}, ...) were used in training or validation of {checkpoint.path}; "
                 f"unseen_only=true leaves them out{_advice(dataset, checkpoint)}"
             )
-        left_out.update(hit)
+        left_out.update(overlap)
     return bank.select(bank.name, [c for c in range(len(classes)) if c not in left_out]) if left_out else bank
 
 
 def seen(checkpoint: Checkpoint, dataset: Dataset) -> tuple[set[str], set[str]]:
-    """Names of the classes that training and validation of a checkpoint used, as far as `dataset` may have them."""
+    """Return the identities of a checkpoint's training and validation classes; empty if `dataset` cannot share any."""
     training = checkpoint.training
     if training.trained_on:
         return {*training.trained_on}, {*training.validated_on}
     own = build_dataset(checkpoint.config.dataset, str(dataset.data_dir))
     if own.namespace != dataset.namespace:
         return set(), set()
-    try:  # of a checkpoint without the names: read its splits again
+    try:  # an older checkpoint does not list them: read its splits again
         if splits := checkpoint.content.get("splits"):
             trained, validated = ([f"{own.namespace}:{name}" for name in splits[split]] for split in ("train", "val"))
         else:
             trained, validated = (names(own, own.load(split)) for split in ("train", "val"))
     except UserError as error:
-        print(f"metacv: which classes {checkpoint.path} was trained on is not known ({error})", file=sys.stderr)
+        print(f"metacv: the training classes of {checkpoint.path} are unknown ({error})", file=sys.stderr)
         return set(), set()
     return {*trained}, {*validated}
 
 
 def _advice(dataset: Dataset, checkpoint: Checkpoint) -> str:
-    """For a data set whose split a run keeps."""
+    """Return advice for a data set whose split is kept with the run; empty for others."""
     if dataset.splits() is None or not checkpoint.content.get("splits"):
         return ""
     return f"; {setting('dataset.split_file', checkpoint.path.with_name('split.json'))} keeps the split of the training"

@@ -1,4 +1,4 @@
-"""What a sweep prints at its end: its runs, ranked by their accuracy in validation."""
+"""Rank the runs of a sweep by validation accuracy, printed at its end."""
 
 import shlex
 from contextlib import suppress
@@ -15,11 +15,11 @@ from metacv.text import aligned, percent, plural, printable, setting
 if TYPE_CHECKING:
     from metacv.results import Result
 
-LINES = 20  # of a ranking at most
+LINES = 20  # maximum of lines of a ranking
 
 
 class Folder(Callback):
-    """Keeps the folder of the sweep, which Hydra passes to its callbacks only. configs/train.yaml names this class."""
+    """Remember the folder of the sweep, which Hydra passes only to callbacks. configs/train.yaml names this class."""
 
     started: Path | None = None
 
@@ -28,13 +28,13 @@ class Folder(Callback):
 
 
 def ranking(folder: Path) -> str:
-    """A table of the runs of a sweep for each task, the best in validation first, and the next commands.
+    """Format a table of a sweep's runs for each task, the best in validation first, and the next commands.
 
-    Runs are compared only where they were validated on the same episodes in the same way. Empty without a run.
+    Only runs that were validated in the same way on the same episodes share a table. Empty if there are no runs.
     """
     from metacv.results import read_results  # imports torch, which takes seconds
 
-    runs: list[tuple[str, Result, list[str]]] = []  # with the settings of the command line
+    runs: list[tuple[str, Result, list[str]]] = []  # name, result, overrides
     for path in sorted(folder.glob("*/result.json")):
         with suppress(UserError):
             file = read_results(path)
@@ -60,5 +60,5 @@ def ranking(folder: Path) -> str:
 
 
 def task(result: "Result") -> str:
-    """What was measured, and how: accuracies with the same text can be compared."""
+    """Describe task and protocol; accuracies with equal descriptions can be compared."""
     return f"{result.way}-way {result.shot}-shot, {result.protocol}"

@@ -1,4 +1,4 @@
-"""What reaches the terminal: errors in one line, and nothing from ranks other than 0."""
+"""Terminal output: errors and warnings in one line, progress bars, and silence on ranks other than 0."""
 
 import contextlib
 import errno
@@ -18,7 +18,7 @@ from metacv.words import nearest, settings
 
 
 def world_size() -> int:
-    """The number of processes that torchrun started for this run."""
+    """Return the number of processes that torchrun started for this run."""
     size = os.environ.get("WORLD_SIZE", "1")
     return int(size) if size.isdigit() else 1
 
@@ -29,7 +29,7 @@ def rank() -> int:
 
 @contextlib.contextmanager
 def silent_unless_rank_zero() -> Iterator[str | None]:
-    """On every rank but 0: no output, and a temporary folder for the run."""
+    """Suppress output on every rank but 0, and yield a temporary folder for the run there; None on rank 0."""
     if rank() == 0:
         yield None
         return
@@ -43,9 +43,9 @@ def silent_unless_rank_zero() -> Iterator[str | None]:
 
 
 def progress_bar(total: int, unit: str, label: str = "", start: int = 0) -> tqdm:
-    """A progress bar on a terminal, with the time left at the mean speed so far; nothing elsewhere.
+    """Return a progress bar, with the remaining time at the mean speed so far; disabled without a terminal.
 
-    Runs of a sweep at the same time have none, since their bars would overwrite each other.
+    Parallel runs of a sweep have none, because their bars would overwrite each other.
     """
     columns, rows = shutil.get_terminal_size()  # 80x24 where a terminal says 0x0
     return tqdm(
@@ -62,23 +62,23 @@ def progress_bar(total: int, unit: str, label: str = "", start: int = 0) -> tqdm
 
 
 def alone() -> bool:
-    """Whether no other run of a sweep uses the same output: several at a time have a process each."""
+    """Whether no other run of a sweep writes to the same output: parallel runs are child processes."""
     return multiprocessing.parent_process() is None
 
 
 def say(text: str) -> None:
-    """Print a line at once, above a progress bar if there is one, and into a pipe or a file too."""
+    """Print a line above the progress bar, if any, and flush it, also into a pipe or a file."""
     tqdm.write(text)
     sys.stdout.flush()
 
 
 def warn(text: str) -> None:
-    """Print a warning in one line, above a progress bar if there is one."""
+    """Print a warning in one line to stderr, above the progress bar, if any."""
     tqdm.write(f"metacv: warning: {printable(text)}", file=sys.stderr)
 
 
 def error_line(error: Exception, words: Sequence[str] = ()) -> str:
-    """What the command line prints of an error in `words`: one line, without what only the program's authors need."""
+    """Return an error as one line for the user, without internals of Hydra; `words` are those of the command line."""
     from hydra.errors import HydraException
     from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 
@@ -107,14 +107,14 @@ def error_line(error: Exception, words: Sequence[str] = ()) -> str:
             return f"{word}: {text}" if word else text
         return text
     if isinstance(error, OSError) and error.strerror:
-        if not error.filename and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # all files have a name
+        if not error.filename and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # not of a named file
             return f"the output cannot be written: {error.strerror}"
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return f"{type(error).__name__}: {text[:200]} (HYDRA_FULL_ERROR=1 shows the traceback)"
 
 
 def report_error(error: Exception, words: Sequence[str] = ()) -> None:
-    """Print an error in one line. Ranks other than 0 print only what rank 0 does not know."""
+    """Print an error in one line. Ranks other than 0 print only errors that rank 0 does not have."""
     line = f"metacv: {short(printable(error_line(error, words)))}"
     if rank() == 0:
         print(line, file=sys.stderr)

@@ -11,30 +11,30 @@ from pathlib import Path
 
 
 def printable(text: str) -> str:
-    """Text from outside the program, such as a file name, in one line and with characters that can be encoded."""
+    """Replace unprintable characters of untrusted text, such as a file name, by ?; the result is one line."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def short(line: str, word: int = 200, length: int = 1000) -> str:
-    """The line without the middle of a word, or of the line, that is longer than this many characters."""
+    """Drop the middle of words longer than `word` characters, and of the line if it is longer than `length`."""
     line = re.sub(rf"\S{{{word + 1},}}", lambda match: f"{match[0][: word // 2]}...{match[0][-word // 4 :]}", line)
     return line if len(line) <= length else f"{line[: length // 2]} ... {line[-length // 4 :]}"
 
 
 def shortened_in_the_middle(text: str, length: int) -> str:
-    """The beginning and the end of a text that is longer than this many characters."""
+    """Keep the beginning and the end of a text that is longer than `length` characters."""
     end = (length - 3) // 2
     return text if len(text) <= length else f"{text[: length - 3 - end]}...{text[len(text) - end :]}"
 
 
 def csv_safe(text: str) -> str:
-    """Text that a spreadsheet would compute gets a ' in front; numbers stay numbers."""
+    """Prefix text that a spreadsheet would take for a formula with '; numbers stay numbers."""
     computed = re.match(r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]|[\t\r\n]", text)
     return f"'{text}" if computed and not re.fullmatch(r"[+-]?[\d.]+(e[+-]?\d+)?", text, re.IGNORECASE) else text
 
 
 def csv_bytes(lines: Iterable[Sequence[object]]) -> bytes:
-    """A table as CSV, in which texts are safe and printable. Excel takes it as UTF-8 because of its first bytes."""
+    """Encode a table as CSV with safe, printable texts, in UTF-8 with a byte-order mark for Excel."""
     text = io.StringIO(newline="")
     csv.writer(text).writerows(
         [csv_safe(printable(cell)) if isinstance(cell, str) else cell for cell in line] for line in lines
@@ -43,14 +43,14 @@ def csv_bytes(lines: Iterable[Sequence[object]]) -> bytes:
 
 
 def aligned(lines: list[list[str]]) -> str:
-    """A table for the terminal."""
+    """Format a table for the terminal with aligned columns."""
     widths = [max(map(columns, column)) for column in zip(*lines, strict=True)]
     cells = ([cell + " " * (width - columns(cell)) for cell, width in zip(line, widths, strict=True)] for line in lines)
     return "\n".join("  ".join(line).rstrip() for line in cells)
 
 
 def columns(text: str) -> int:
-    """The width of a text in a terminal: Chinese letters take two columns, accents that follow a letter none."""
+    """Return the width of a text in a terminal: Chinese letters take two columns, combining accents none."""
     wide = sum(unicodedata.east_asian_width(letter) in "WF" for letter in text)
     return len(text) + wide - sum(unicodedata.combining(letter) > 0 for letter in text)
 
@@ -66,12 +66,12 @@ def in_bytes(count: int) -> str:
 
 
 def percent(accuracy: float, ci95: float) -> str:
-    """An accuracy with its interval, both from 0 to 1, as `98.37 ± 0.48`."""
+    """Format an accuracy and its interval, both from 0 to 1, in %: `98.37 ± 0.48`."""
     return f"{100 * accuracy:.2f} ± {100 * ci95:.2f}"
 
 
 def significant(value: float) -> str:
-    """Three significant digits without an exponent: `0.25`, `12.3` or `1,230`."""
+    """Format three significant digits without an exponent: `0.25`, `12.3` or `1,230`."""
     return f"{float(f'{value:.3g}'):,.10g}"
 
 
@@ -83,17 +83,17 @@ def duration(seconds: float) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's text, of 300 letters at most, or the name of its class if it has none."""
+    """Return the first line of an error's text, at most 300 letters, or the name of its class if the text is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def shortened(places: Sequence[str | Path]) -> list[str]:
-    """Paths without the folders that all of them share."""
+    """Return the paths relative to the deepest folder that contains all of them."""
     whole = [os.path.abspath(place) for place in places]
     common = os.path.commonpath([os.path.dirname(place) for place in whole])
     return [os.path.relpath(place, common) for place in whole]
 
 
 def setting(name: str, value: Path) -> str:
-    """`name=value` as it can be typed into a shell, for a setting that is a path."""
+    """Format a path setting as `name=value`, quoted for a shell."""
     return shlex.quote(f"{name}={value}")

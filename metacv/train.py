@@ -1,4 +1,4 @@
-"""The outer loop: one plain loop for every algorithm."""
+"""`metacv train`: one training loop for every algorithm."""
 
 import contextlib
 import json
@@ -48,40 +48,40 @@ from metacv.terminal import progress_bar, warn
 from metacv.text import duration, in_bytes, percent, plural, setting, significant
 from metacv.unusual import unusual
 
-DIAGNOSED_TASKS = 20
-TOLD_EVERY = 30  # seconds between lines of train.log, and of an output without a progress bar
+DIAGNOSED_TASKS = 20  # validation tasks for `Algorithm.diagnostics`
+LINE_EVERY = 30  # seconds between lines of train.log, and of an output without a progress bar
 PROJECTED_IMAGES = 1000
 
 
 def train(cfg: DictConfig, folder: Path, overrides: list[str]) -> float:
-    """Train, with checkpoints and logs in `folder`, and return the best accuracy in validation, from 0 to 1."""
+    """Train with checkpoints and logs in `folder`; return the best validation accuracy, from 0 to 1."""
     with contextlib.ExitStack() as stack:
         ranks = connect()
         if cfg.dry_run:
             stack.callback(remove_unused, folder)  # after the lock is released
-        ranks.on_every_rank(lambda: stack.enter_context(lock_folder(folder)))  # other ranks than 0 have a temporary one
+        ranks.on_every_rank(lambda: stack.enter_context(lock_folder(folder)))  # ranks other than 0 use a temporary one
         config, words, source = ranks.run_on_rank_zero(lambda: start(cfg, folder, overrides))
         run, validation = ranks.on_every_rank(lambda: prepare(config, words, ranks))
         ranks.on_every_rank(lambda: run.load(source) if source else initialize(run))
         if run.splits:
             write_bytes_atomically(folder / "split.json", json.dumps(run.splits, indent=1).encode())
-        if ranks.rank:  # random draws in training, such as DropBlock's masks, differ between ranks
+        if ranks.rank:  # random draws in training, such as DropBlock's masks, must differ between ranks
             torch.manual_seed(int(torch.randint(2**62, (ranks.rank,))[-1]))
         if config.dry_run:
             print("\n".join(header(run, validation, folder)))
-            print("\n".join(dry_run(run, ready_to_test(run), validation, lambda: training_step(run, ranks))))
+            print("\n".join(dry_run(run, model_to_test(run), validation, lambda: training_step(run, ranks))))
             return math.nan
         stack.enter_context(errors_of_threads_once())
         logger = stack.enter_context(Logger(folder, run.step, run.validated))
         announce(run, validation, folder, logger)
         signals = stack.enter_context(StopSignals())
         bar = stack.enter_context(progress_bar(run.steps, "step", start=run.step))
-        since, told = (time.perf_counter(), run.step), -math.inf
+        since, last_line = (time.perf_counter(), run.step), -math.inf
         while not run.finished:
             if run.validation_due:
                 check_finite(run, folder, ranks)
                 validate(run, validation, folder, logger, signals, ranks)
-                since, told = (time.perf_counter(), run.step), time.perf_counter()
+                since, last_line = (time.perf_counter(), run.step), time.perf_counter()
             else:
                 scalars = training_step(run, ranks)
                 if run.window and not run.window[0].keys() <= scalars.keys():  # in a damaged last.pt
@@ -93,9 +93,10 @@ def train(cfg: DictConfig, folder: Path, overrides: list[str]) -> float:
                     speed = (run.step - since[1]) * run.config.meta_batch / (time.perf_counter() - since[0])
                     bar.set_postfix_str(text := log_window(run, logger, speed))
                     since = time.perf_counter(), run.step
-                    if since[0] - told > TOLD_EVERY:  # and after the first steps
-                        logger.line(f"step {run.step} of {run.steps}: {text}{remaining(run)}", bar.disable or told < 0)
-                        told = since[0]
+                    if since[0] - last_line > LINE_EVERY:  # also after the first log_every steps
+                        progress = f"step {run.step} of {run.steps}: {text}{remaining(run)}"
+                        logger.line(progress, bar.disable or last_line < 0)
+                        last_line = since[0]
             if (received := ranks.maximum(signals.received)) and not run.finished:
                 check_finite(run, folder, ranks)
                 if ranks.rank == 0:
@@ -114,7 +115,7 @@ def train(cfg: DictConfig, folder: Path, overrides: list[str]) -> float:
 
 
 def announce(run: Run, validation: EpisodeList, folder: Path, logger: Logger) -> None:
-    """Print what begins, and a warning for each setting that may be a slip."""
+    """Print the header, and a warning for each unusual setting."""
     for line in header(run, validation, folder):
         logger.line(line)
     for text in unusual(run.config):
@@ -122,7 +123,7 @@ def announce(run: Run, validation: EpisodeList, folder: Path, logger: Logger) ->
 
 
 def header(run: Run, validation: EpisodeList, folder: Path) -> list[str]:
-    """What is trained, on what, and where it is kept, in aligned lines."""
+    """Return aligned lines with method, data, network, device, steps and folder."""
     config, shape = run.config, "x".join(map(str, run.sampler.bank.image_shape))
     trained = f"on batches of {plural(config.meta_batch, 'image')}"
     if isinstance(run.sampler, EpisodeSampler):
@@ -144,7 +145,7 @@ def header(run: Run, validation: EpisodeList, folder: Path) -> list[str]:
 
 
 def method(config: TrainConfig) -> str:
-    """The algorithm, and the head that classifies in its place if there is one."""
+    """Return the names of the algorithm and of the head that replaces its classifier, if any."""
     return " + ".join(filter(None, map(class_name, (config.algo, config.head))))
 
 
@@ -153,7 +154,7 @@ def title(config: TrainConfig) -> str:
 
 
 def training_step(run: Run, ranks: Ranks) -> dict[str, Tensor]:
-    """One outer update; returns the scalars of the algorithm, averaged over the tasks of all ranks."""
+    """Make one outer update; return the algorithm's scalars, averaged over the tasks of all ranks."""
     assert run.optimizer is not None
     assert run.schedule is not None
     config, algorithm = run.config, run.algorithm
@@ -176,7 +177,7 @@ def training_step(run: Run, ranks: Ranks) -> dict[str, Tensor]:
 
 
 def log_window(run: Run, logger: Logger, speed: float) -> str:
-    """Log the means over the steps since the last line, and return them as text for the progress bar."""
+    """Log the means over the steps since the last log entry; return them as text for the progress bar."""
     columns = {name: torch.stack([scalars[name] for scalars in run.window]) for name in run.window[0]}
     means = {name: float(values.float().mean()) for name, values in columns.items()}
     means["lr"] = float(run.window[-1]["lr"])
@@ -191,26 +192,26 @@ def log_window(run: Run, logger: Logger, speed: float) -> str:
 
 
 def remaining(run: Run) -> str:
-    """The time that the other steps will take, with their validations, if they take as long as those so far."""
+    """Estimate the time for the remaining steps and validations from the speed so far."""
     left = run.seconds * (run.steps - run.step) / max(1, run.step)
     besides = " and validation" if run.validated < 0 else ""
     return f", {duration(left)}{besides} left" if run.step < run.steps else ""
 
 
 def validate(run: Run, episodes: EpisodeList, folder: Path, logger: Logger, signals: StopSignals, ranks: Ranks) -> None:
-    """Evaluate on the validation episodes, keep the best weights, and save. A signal interrupts it without effect."""
+    """Evaluate on the validation episodes and save; a new best becomes best.pt. A signal aborts without effect."""
     mode = run.config.batch_norm
     accuracy = torch.zeros(len(episodes), dtype=torch.float64)
     own = ranks.share(len(episodes))
     try:
-        tested = ready_to_test(run)
+        tested = model_to_test(run)
         accuracy[own] = evaluate_episodes(tested, episodes.part(own), mode, "validating", signals.check)
     except Stopped:
-        accuracy += torch.inf  # which the sum passes on to the other ranks
+        accuracy += torch.inf  # tells the other ranks, through the sum
     if ranks.sum(accuracy).isposinf().any():
         return
     measured = summary(accuracy)
-    better = measured["accuracy"] > run.best["accuracy"]  # False for NaN, of adaptation that diverged
+    better = measured["accuracy"] > run.best["accuracy"]  # False for NaN, if adaptation diverged
     diverged = int(accuracy.isnan().sum())
     run.validated = run.step
     run.best, run.since_best = (measured | {"step": run.step}, 0) if better else (run.best, run.since_best + 1)
@@ -235,8 +236,8 @@ def validate(run: Run, episodes: EpisodeList, folder: Path, logger: Logger, sign
     run.save(folder, logger, better)
 
 
-def ready_to_test(run: Run) -> Algorithm:
-    """What is validated: the method, or the head of the settings, with the mean training feature if it needs that."""
+def model_to_test(run: Run) -> Algorithm:
+    """Return the model to validate: the method, or its backbone with the head in the settings."""
     tested = with_head(run.tested, run.config)
     if isinstance(tested, WithHead) and tested.needs_centre:
         run.centre = centre(tested, run.sampler.bank, run.sampler.device)
@@ -244,25 +245,25 @@ def ready_to_test(run: Run) -> Algorithm:
 
 
 def finish(run: Run, validation: EpisodeList, logger: Logger) -> None:
-    """Write TensorBoard's table of runs, and features for its projector if the settings ask for them."""
+    """Write TensorBoard's table of runs and, if projector=true, features for its projector."""
     logger.hparams(to_dict(run.config))
     logger.curves(title(run.config), often=True)
     if run.config.projector:
         bank = validation.sampler.bank
-        # Shuffled, so that batch statistics are those of many classes.
+        # Shuffled, so that batch statistics come from many classes.
         rows = torch.randperm(len(bank.images), generator=torch.Generator().manual_seed(0))[:PROJECTED_IMAGES]
         names = [bank.class_names[c] for c in torch.bucketize(rows, bank.offsets[1:], right=True)]
         images = bank.images[rows].float().div(255)
         backbone = run.algorithm.embedding.eval()
         with torch.no_grad():
             features = torch.cat([backbone.features(some.to(run.sampler.device)).cpu() for some in images.split(100)])
-        side = min(32, *images.shape[2:])  # TensorBoard draws all of them into one picture
+        side = min(32, *images.shape[2:])  # TensorBoard stores all of them in one image
         small = F.interpolate(images, (side, side), mode="area")
         logger.features(run.step, "val/features", features, names, small)
 
 
 def check_finite(run: Run, folder: Path, ranks: Ranks) -> None:
-    """Average the running statistics of the ranks; UserError if weights or scalars not logged yet are not finite."""
+    """Average running statistics over ranks; UserError if weights, or scalars since the last log, are not finite."""
     ranks.average(running_statistics(run.algorithm), 1 / ranks.size)
     if run.average:
         ranks.average(running_statistics(run.average), 1 / ranks.size)
@@ -279,7 +280,7 @@ def check_finite(run: Run, folder: Path, ranks: Ranks) -> None:
 
 
 def prepare(config: TrainConfig, overrides: list[str], ranks: Ranks) -> tuple[Run, EpisodeList]:
-    """A run at step 0, and the episodes that it is validated on."""
+    """Build a run at step 0, and its validation episodes."""
     check_counts(config, ranks)
     device = pick_device(ranks.device(config.device))
     check_precision(config.precision, device)
@@ -296,19 +297,20 @@ def prepare(config: TrainConfig, overrides: list[str], ranks: Ranks) -> tuple[Ru
     validation = EpisodeList(unseen, config.eval_episodes, "eval_episodes")
     known = seen.names(dataset, training.bank), seen.names(dataset, unseen.bank), look_of(training.bank.images)
     if device.type == "cpu":
-        keep_freed_memory()  # only now: decoding a data set frees much memory
+        keep_freed_memory()  # only now, because decoding a data set frees much memory
     torch.manual_seed(config.seed)
     random.seed(config.seed)
     algorithm = build(config, training.bank.image_shape, training.classes).to(device)
     if ranks.size > 1 and algorithm.sequential_because:
-        raise UserError(f"algo.{algorithm.sequential_because}, which {ranks.size} processes cannot share")
+        raise UserError(f"algo.{algorithm.sequential_because}, which {ranks.size} processes cannot share; use one")
     optimizer, schedule = build_optimizer(config, algorithm) or (None, None)
     learned = load_checkpoint(teacher) if (teacher := config.algo.get("teacher")) else None
     if learned:
         if learned.image_shape != training.bank.image_shape:
-            raise UserError(f"algo.teacher={teacher}: was trained on images of another shape, {learned.image_shape}")
+            expected = training.bank.image_shape
+            raise UserError(f"algo.teacher={teacher}: trained on images {learned.image_shape}, must be {expected}")
         algorithm.learn_from(learned.build().to(device))
-    with_head(algorithm, config)  # reports its errors before the training
+    with_head(algorithm, config)  # raises errors in its settings before training
     flops = flops_of_a_step(algorithm, training, config.meta_batch, ranks) if optimizer else 0.0
     if config.compile:
         algorithm.compile_training()
@@ -318,54 +320,55 @@ def prepare(config: TrainConfig, overrides: list[str], ranks: Ranks) -> tuple[Ru
     hardware = describe_device(device)
     run = Run(config, overrides, algorithm, optimizer, schedule, training, hardware, splits, *known, flops, average)
     if learned:
-        run.begin_after(learned, "learned from ")
+        run.record_earlier_run(learned, "learned from ")
     return run, validation
 
 
 def flops_of_a_step(algorithm: Algorithm, sampler: EpisodeSampler | ImageSampler, count: int, ranks: Ranks) -> float:
-    """Floating-point operations of a training step of all ranks, forward and backward, as torch counts them."""
+    """Count the floating-point operations of a training step of all ranks, forward and backward."""
     own, state = ranks.share(count), sampler.state_dict()
     if (size := 4 * count * sampler.images_each * math.prod(sampler.bank.image_shape)) > MOST:
-        raise UserError(f"meta_batch={count}: the images of a step take {in_bytes(size)}, above {in_bytes(MOST)}")
+        text = f"the images of a step take {in_bytes(size)}, above {in_bytes(MOST)}; reduce it"
+        raise UserError(f"meta_batch={count}: {text}")
     batch = sampler.sample(count, own)
     sampler.load_state_dict(state)
     with random_state_kept(sampler.device), FlopCounterMode(display=False) as counter:
-        algorithm.counted().train().training_step(batch)
+        algorithm.copy_for_counting().train().training_step(batch)
     return counter.get_total_flops() * count / (own.stop - own.start)
 
 
 def averaged(algorithm: Algorithm, decay: float | None) -> AveragedModel | None:
-    """The exponential moving average of all weights and buffers."""
+    """Build the exponential moving average of all weights and buffers; None without decay."""
     return AveragedModel(algorithm, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True) if decay else None
 
 
 def check_counts(config: TrainConfig, ranks: Ranks) -> None:
     for name in ("meta_batch", "eval_episodes"):
         if getattr(config, name) < ranks.size:
-            raise UserError(f"{name}={getattr(config, name)} is too few for {ranks.size} processes")
+            raise UserError(f"{name}={getattr(config, name)}: must be at least {ranks.size}, the number of processes")
 
 
 def initialize(run: Run) -> None:
-    """Load the weights that a new run starts from: pre-trained ones, or those of another run's backbone."""
+    """Load initial weights of a new run, if any: pre-trained ones, or the backbone of another run."""
     backbone = run.algorithm.embedding
     if source := backbone.load_pretrained():
         run.earlier = Training(stages=[source]).after(run.earlier)
     if run.config.init:
         first = load_checkpoint(run.config.init)
         if first.config.normalize != run.config.normalize:
-            raise UserError(f"init={run.config.init}: was trained with {first.config.normalize}: set normalize to it")
+            raise UserError(f"init={run.config.init}: set normalize as in its training, {first.config.normalize}")
         try:
             backbone.load_state_dict(first.build().embedding.state_dict())
         except RuntimeError as error:
             reason = str(error).splitlines()[-1].strip()
-            raise UserError(f"init={run.config.init}: its backbone does not fit ({reason})") from None
-        run.begin_after(first)
+            raise UserError(f"init={run.config.init}: its backbone does not fit this run's ({reason})") from None
+        run.record_earlier_run(first)
     if run.average:
         run.average = averaged(run.algorithm, run.config.ema)
 
 
 def clip(algorithm: Algorithm, norm: float | None, value: float | None) -> None:
-    """Clip the gradients of each network of the algorithm (backbone, relation module, ...) by itself."""
+    """Clip gradients, separately for each network of the algorithm (backbone, relation module, ...)."""
     groups = [*(network.parameters() for network in algorithm.children()), algorithm.parameters(recurse=False)]
     for parameters in filter(None, map(list, groups)):
         if norm is not None:
@@ -375,11 +378,11 @@ def clip(algorithm: Algorithm, norm: float | None, value: float | None) -> None:
 
 
 def report(run: Run, validation: EpisodeList, folder: Path, logger: Logger) -> None:
-    """Write result.json, and print the best validation, what was written and the next commands."""
+    """Write result.json; print the best validation, the files written and the next commands."""
     config, best = run.config, run.best
     images = validation.sampler.bank.fingerprint
     known = {"split": "val", "seed": 0, "batch_norm": config.batch_norm, "device": run.hardware}
-    result = record(config, validation, **known, **best, **run.training.of_result(), images_sha256=images)
+    result = record(config, validation, **known, **best, **run.training.result_fields(), images_sha256=images)
     training = {"steps": run.step, "seconds": round(run.seconds, 1), "seed": config.seed, "overrides": run.overrides}
     ResultFile([result], training).write(folder / "result.json")
     warn_at_chance(result)

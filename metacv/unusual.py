@@ -1,4 +1,4 @@
-"""Settings far from those of the method's own experiments, which are often a slip."""
+"""Find settings far from those of the method's own experiments, which are often mistakes."""
 
 from collections.abc import Iterator
 
@@ -7,11 +7,11 @@ from omegaconf import OmegaConf
 from metacv import CONFIG_DIR
 from metacv.config import TrainConfig
 
-FAR = 10  # times as large, or as small
+FAR = 10  # factor above or below the usual values
 
 
 def unusual(config: TrainConfig) -> Iterator[str]:
-    """A sentence for each rate or batch that is FAR from every value of it in the method's files in configs/."""
+    """Yield a sentence for inner_lr or meta_batch if it is FAR from every value in the method's files in configs/."""
     target = f"_target_: {config.algo['_target_']}\n"
     methods = {path for path in (CONFIG_DIR / "algo").glob("*.yaml") if target in path.read_text()}
     chosen = [f"override /algo: {path.stem}\n" for path in methods]
@@ -23,4 +23,4 @@ def unusual(config: TrainConfig) -> Iterator[str]:
         usual = sorted({number for number in found if isinstance(number, int | float)})
         if usual and isinstance(value, int | float) and not usual[0] / FAR < value < usual[-1] * FAR:
             several = f"{usual[0]:g} to {usual[-1]:g}" if len(usual) > 1 else f"{usual[0]:g}"
-            yield f"{name}={value:g} is far from {several}, which this method's files in configs/ have"
+            yield f"{name}={value:g} is far from {several}, the values for this method in configs/"

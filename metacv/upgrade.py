@@ -1,19 +1,19 @@
-"""Configs and checkpoints of version 1, changed into today's form. Old names appear here and nowhere else."""
+"""Convert configs and checkpoints of version 1 to the current format. Old names appear only in this file."""
 
 from typing import Any
 
-MOVED = {  # where classes were in version 1, and are now
+MOVED = {  # classes: path in version 1 -> current path
     "metacv.algorithms.maml.MAML": "metacv.algorithms.gradient.maml.MAML",
     "metacv.algorithms.reptile.Reptile": "metacv.algorithms.gradient.reptile.Reptile",
     "metacv.algorithms.protonet.ProtoNet": "metacv.algorithms.metric.protonet.ProtoNet",
     "metacv.algorithms.relationnet.RelationNet": "metacv.algorithms.metric.relationnet.RelationNet",
     "metacv.backbones.pretrained.Torchvision": "metacv.backbones.torchvision.Torchvision",
 }
-RENAMED = {"norm": "batch_norm"}  # settings: today's name of one that had another
+RENAMED = {"norm": "batch_norm"}  # settings: old name -> current name
 
 
 def upgrade_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a checkpoint. Those that came later get the value that the program behaved by before."""
+    """Convert the settings of a checkpoint. Newer settings get the value that matches the old behaviour."""
     later: dict[str, Any] = {"episodes": 600, "precision": "fp32", "compile": False}
     config = later | {RENAMED.get(name, name): value for name, value in config.items()}
     for group in ("algo", "backbone"):
@@ -25,13 +25,13 @@ def upgrade_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def upgrade_override(word: str) -> str:
-    """`name=value` of the command line that began a run."""
+    """Convert a `name=value` word of the command line that started a run."""
     name, equals, value = word.partition("=")
     return RENAMED.get(name, name) + equals + value
 
 
 def upgrade_checkpoint(content: dict[str, Any]) -> dict[str, Any]:
-    """The content of a best.pt, a last.pt, or a model that `predict save=` kept."""
+    """Convert the content of a best.pt, a last.pt, or a file of `predict save=`."""
     content = content | {"config": upgrade_config(content["config"]), "format": 2}
     if "overrides" in content:
         content["overrides"] = [upgrade_override(word) for word in content["overrides"]]

@@ -1,4 +1,4 @@
-"""The words of a command line as Hydra takes them. Paths are typed as they are, with any characters."""
+"""Translate the words of a command line for Hydra. Paths may have any characters, without Hydra's quotes."""
 
 import difflib
 import os
@@ -12,35 +12,35 @@ from metacv import CONFIG_DIR
 from metacv.errors import UserError
 from metacv.upgrade import RENAMED
 
-IN_ITS_FOLDER = ("true", "false", "auto")  # values of `resume` that are no path
-# Paths that a run reads again when it is resumed or evaluated, perhaps from another folder. Not among them:
-# init, which is read only once, and dataset.split_dir, which is in data_dir unless absolute.
+IN_ITS_FOLDER = ("true", "false", "auto")  # values of `resume` that are not paths
+# Paths that a run reads again when it is resumed or evaluated, perhaps from another folder. Does not match init, which
+# is read only once, nor dataset.split_dir, which is in data_dir unless absolute.
 KEPT_PATHS = re.compile(r"data_dir|\w+\.(teacher|root|\w+_file)")
 PATHS = re.compile(
     r"\+*(checkpoint|features|init|support|adapted|save|resume|hydra\.(run|sweep)\.dir|dataset\.\w+_dir"
     rf"|{KEPT_PATHS.pattern})"
 )
-NO_NAME = re.compile(r"true|false|[+-]?([\d.]+(e[+-]?\d+)?|inf|nan)", re.IGNORECASE)  # hardly a file's
-POSITIONAL = {"compare": "runs", "report": "runs", "info": "runs", "list": "what"}  # settings that plain words fill
+NO_NAME = re.compile(r"true|false|[+-]?([\d.]+(e[+-]?\d+)?|inf|nan)", re.IGNORECASE)  # unlikely as a file's name
+POSITIONAL = {"compare": "runs", "report": "runs", "info": "runs", "list": "what"}  # the setting for words without =
 OPTIONS_WITH_VALUE = {"-c", "--cfg", "-p", "--package", "-cd", "--config-dir"}
-OPTIONS = re.compile(  # of train, which are Hydra's
+OPTIONS = re.compile(  # Hydra's, which train accepts
     r"-(c|p|m|r|i|cp|cn|cd)|--(cfg|package|multirun|run|info|resolve|hydra-help|version|config-(path|name|dir)|"
     r"experimental-rerun)(=.*)?"
 )
 
 
 def hydra_overrides(command: str, words: list[str]) -> list[str]:
-    """The words after the command, for Hydra; UserError for an old name of a setting or an option of train only."""
+    """Return Hydra overrides for the words after the command; UserError for a word that the command does not accept."""
     for word in words:
         name, equals, _ = word.partition("=")
         if equals and (new := RENAMED.get(name.lstrip("+~"))):
-            raise UserError(f"{word}: this setting is called {new} now")
+            raise UserError(f"{word}: this setting is now called {new}")
     own_files = any(word.partition("=")[0] in ("-cd", "--config-dir") for word in words)
     words = [_choice(command, word, own_files) for word in words]
     given = dict.fromkeys(word for word in words if (CONFIG_DIR / word.partition("=")[0]).is_dir())
     for group in (word.partition("=")[0] for word in given):
         if len(own := [word for word in given if word.startswith(f"{group}=")]) > 1:
-            raise UserError(f"{' and '.join(own)}: give {group} once")
+            raise UserError(f"{' and '.join(own)}: give {group} only once")
     sweeps = not {"-m", "--multirun"}.isdisjoint(words)
     if command in POSITIONAL:  # `compare A B` becomes `compare runs=[A,B]`
         runs = [i for i in _plain(words) if "=" not in words[i] or os.path.exists(words[i])]
@@ -49,21 +49,21 @@ def hydra_overrides(command: str, words: list[str]) -> list[str]:
     if command == "train":
         for word in words:
             if word.startswith("-") and not OPTIONS.fullmatch(word):
-                raise UserError(f"{word}: there is no such option; -m, --cfg job and --help are")
+                raise UserError(f"{word}: there is no such option; train has -m, --cfg job and --help")
     else:
         if sweeps:
-            raise UserError("-m: sweeps work with train only")
+            raise UserError("-m: only train supports sweeps")
         words = _without_options(command, words)
     for i in _plain(words):
         if "=" not in words[i] and not words[i].startswith("~"):
-            raise UserError(f"{words[i]}: settings are given as name=value")
+            raise UserError(f"{words[i]}: give settings as name=value")
     if command == "train":
         words = _named(words, sweeps)
     overrides = [_quoted_path(command, word, sweeps) for word in words]
     if command != "train" or any(
         word.startswith("resume=") and word not in ("resume=false", "resume=auto") for word in words
     ):
-        # algo, dataset and head of a trained model: Hydra does not know their keys
+        # ++ since Hydra does not know the keys in algo, dataset and head of a trained model
         overrides = [f"++{word}" if word.startswith(("algo.", "dataset.", "head.")) else word for word in overrides]
     if command == "train" and not any(word.startswith("hydra.run.dir=") for word in words):
         overrides += [f"hydra.run.dir={quoted(folder)}" for word in words if (folder := _resumed_folder(word))]
@@ -73,21 +73,21 @@ def hydra_overrides(command: str, words: list[str]) -> list[str]:
 
 
 def _named(words: list[str], sweep: bool) -> list[str]:
-    """The words with the folder that `name=NAME` stands for in its place."""
+    """Replace `name=NAME` by the folder that it stands for."""
     names = [word for word in words if word.startswith("name=") and word != "name=null"]
     if not names:
         return words
     setting, folder = ("hydra.sweep.dir", "outputs/sweep") if sweep else ("hydra.run.dir", "outputs/train")
     others = [word for word in words if word not in names]
     if clash := [*names[1:], *(word for word in others if word.startswith(f"{setting}="))]:
-        raise UserError(f"{names[0]} and {clash[0]}: give one of them")
+        raise UserError(f"{names[0]} and {clash[0]}: give only one of them")
     if not (name := _unquoted(names[0].partition("=")[2])):
-        raise UserError("name is empty")
+        raise UserError("name is empty; give a name for the run, or leave out name")
     return [*others, f"{setting}={folder}/{name}"]
 
 
 def _parsed(word: str) -> Any:
-    """The value in Hydra's grammar; UserError if the word does not follow it."""
+    """Parse a word by Hydra's grammar and return its value; UserError if it is invalid."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -97,14 +97,14 @@ def _parsed(word: str) -> Any:
         raise UserError(f"{word}: cannot be read; special characters need quotes, as in \"name='a=b'\"") from None
     name, value = override.key_or_group, override.value()
     if not name:
-        raise UserError(f"{word}: settings are given as name=value")
+        raise UserError(f"{word}: give settings as name=value")
     if name.split("/")[0] == "hydra" and isinstance(value, bool | int | float):
-        raise UserError(f"{word}: not the name of a file")
+        raise UserError(f"{word}: must be the name of a file")
     return value
 
 
 def _choice(command: str, word: str, own_files: bool) -> str:
-    """The word, or `~GROUP` for GROUP=null where no choice is the default; UserError for what names no file."""
+    """Return the word, or `~GROUP` for GROUP=null where the default is no choice; UserError if no such file exists."""
     group, equals, _ = word.partition("=")
     if not group or not equals or not (CONFIG_DIR / group).is_dir():
         return word
@@ -115,7 +115,7 @@ def _choice(command: str, word: str, own_files: bool) -> str:
     if value is None and groups(command).get(group, "") is None:
         return f"~{group}"
     if not names or any(isinstance(name, bool | int | float | dict | list | None) for name in names):
-        raise UserError(f"{word}: not the name of a file in configs/{group}")
+        raise UserError(f"{word}: must be the name of a file in configs/{group}")
     known = choices(group)
     missing = [str(name) for name in names if str(name) not in known and "${" not in str(name)]
     if missing and known and not own_files:
@@ -124,20 +124,20 @@ def _choice(command: str, word: str, own_files: bool) -> str:
 
 
 def groups(command: str) -> dict[str, str | None]:
-    """The groups of configs/ that a command has, and the default choice in each."""
+    """Return the groups of configs/ that a command has, with the default choice of each."""
     defaults = yaml.safe_load((CONFIG_DIR / f"{command}.yaml").read_text())["defaults"]
     pairs = [pair for default in defaults if isinstance(default, dict) for pair in default.items()]
-    return {group: choice for group, choice in pairs if " " not in group}  # but for `override`
+    return {group: choice for group, choice in pairs if " " not in group}  # not `override ...`
 
 
 def choices(group: str) -> list[str]:
-    """The names of the files in configs/GROUP."""
+    """Return the names of the files in configs/GROUP."""
     folder = CONFIG_DIR / group
     return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
 
 
 def nearest(name: str, known: list[str], most: int = 3, cutoff: float = 0.7) -> str:
-    """Which of the known names may be meant, as the end of an error; all of them if they are few and none is near."""
+    """Return the end of an error: names similar to an unknown one, or all if none is similar and they are few."""
     near = [own for own in known if own.endswith(f"/{name}")]
     near = near or difflib.get_close_matches(name, known, most, cutoff)
     if near:
@@ -146,7 +146,7 @@ def nearest(name: str, known: list[str], most: int = 3, cutoff: float = 0.7) -> 
 
 
 def settings() -> list[str]:
-    """The names of all settings in configs/."""
+    """Return the names of all settings in configs/."""
     names: dict[str, None] = {}
     for path in sorted(CONFIG_DIR.rglob("*.yaml")):
         text, place = path.read_text(), path.relative_to(CONFIG_DIR).parent.as_posix()
@@ -161,18 +161,18 @@ def settings() -> list[str]:
 
 
 def _without_options(command: str, words: list[str]) -> list[str]:
-    """The words without `--cfg job`; UserError for every other option."""
+    """Remove `--cfg job`; UserError for every other option."""
     options = [word for word in words if word.startswith("-")]
     if not options:
         return words
     i = words.index(options[0])
     if len(options) > 1 or options[0] not in ("-c", "--cfg") or words[i + 1 : i + 2] != ["job"]:
-        raise UserError(f"{options[-1]}: not an option of {command}; --help and --cfg job are")
+        raise UserError(f"{options[-1]}: there is no such option; {command} has --help and --cfg job")
     return words[:i] + words[i + 2 :]
 
 
 def _quoted_path(command: str, word: str, sweeps: bool) -> str:
-    """The word, in Hydra's quotes if it sets a path."""
+    """Quote the value for Hydra if the word sets a path."""
     name, _, value = word.partition("=")
     place = os.path.expanduser(value)
     if not PATHS.fullmatch(name) and (command, name.lstrip("+")) != ("predict", "query"):
@@ -187,24 +187,24 @@ def _quoted_path(command: str, word: str, sweeps: bool) -> str:
     if any(mark in value for mark in special) and not os.path.exists(place):
         return word
     if NO_NAME.fullmatch(value) and not os.path.exists(place):
-        raise UserError(f"{word}: not a path; ./{value} is one")
+        raise UserError(f"{word}: must be a path; for a file of that name use ./{value}")
     return f"{name}={quoted(place)}"
 
 
 def _plain(words: list[str]) -> list[int]:
-    """Places of the words that are neither options nor values of options."""
+    """Return the indices of words that are neither options nor values of options."""
     values = {i + 1 for i, word in enumerate(words) if word in OPTIONS_WITH_VALUE}
     return [i for i, word in enumerate(words) if not word.startswith("-") and i not in values]
 
 
 def quoted(value: str) -> str:
-    """Text of any characters, in Hydra's quotes."""
+    """Quote text of any characters for Hydra."""
     escaped = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + match[2].replace("'", "\\'"), value)
     return "'" + escaped.replace("${", "\\${") + "'"
 
 
 def in_words(value: Any) -> str:
-    """A plain value in Hydra's grammar."""
+    """Write a plain value in Hydra's grammar."""
     if isinstance(value, dict):
         return "{" + ",".join(f"{name}:{in_words(own)}" for name, own in value.items()) + "}"
     if isinstance(value, list):
@@ -218,7 +218,7 @@ def _unquoted(value: str) -> str:
 
 
 def _resumed_folder(word: str) -> str | None:
-    """The folder of RUN in resume=RUN, where the run continues; None for any other word."""
+    """Return the folder of RUN for resume=RUN, where the run continues; None for any other word."""
     name, _, value = word.partition("=")
     if name != "resume" or value.lower() in (*IN_ITS_FOLDER, ""):
         return None

@@ -1,4 +1,4 @@
-"""What tests share: small networks and tasks with known answers, the command line in this process, short runs."""
+"""Shared by tests: small networks and tasks with known answers, the command line in this process, short runs."""
 
 import contextlib
 import logging

@@ -165,7 +165,7 @@ GREY = np.zeros((28, 28), dtype=np.uint8)
         (GREY, ["a"], "images: must be a list of images"),
         (np.zeros((28, 28, 3), dtype=np.uint8), ["a"], "images: must be a list of images"),
         (torch.zeros(1, 28, 28), ["a"], "images: must be a list of images"),
-        ([], [], "images: there is none"),
+        ([], [], "images: must not be empty"),
         ([GREY, "nowhere.png"], ["a", "b"], r"images\[1\]: nowhere.png cannot be read"),
         ([None, GREY], ["a", "b"], r"images\[0\]: NoneType: must be a path"),
         ([GREY.astype(int), GREY], ["a", "b"], r"images\[0\]: numbers of type int64: must be uint8, or floats from 0"),
@@ -174,8 +174,8 @@ GREY = np.zeros((28, 28), dtype=np.uint8)
         ([GREY[:0], GREY], ["a", "b"], r"images\[0\]: shape \(0, 28\)"),
         ([np.zeros((3, 28, 28)), GREY], ["a", "b"], r"shape \(3, 28, 28\): must be HxW or HxWxC with 1, 3 or 4"),
         ([torch.zeros(28, 28), GREY], ["a", "b"], r"shape \(28, 28\): must be \[C, H, W\]"),
-        ([GREY, GREY], ["a"], r"labels: of shape \(1,\), for 2 images: must be one for each image"),
-        ([GREY, GREY], [("a", 1), ("b", 2)], "labels: of shape"),
+        ([GREY, GREY], ["a"], r"labels: shape \(1,\) for 2 images: must be one label for each image"),
+        ([GREY, GREY], [("a", 1), ("b", 2)], "labels: shape"),
         ([GREY, GREY], ["a", "a"], "labels: 1 class: must be from 2 to 10000"),
         ([GREY, GREY], [0.5, 1.5], "labels: must be all text or all whole numbers"),
         ([GREY, GREY], ["a", None], "labels: must be all text or all whole numbers"),
@@ -201,11 +201,11 @@ def test_wrong_images_and_labels_have_one_plain_line_and_leave_the_examples_as_t
     [
         ({"head": "ncmm"}, "head=ncmm: there is no such head; did you mean ncm"),
         ({"head": "../algo/maml"}, "there is no such head"),
-        ({"head": "ncm", "head_settings": {"D": 1}}, "head.D: is not a setting"),
+        ({"head": "ncm", "head_settings": {"D": 1}}, "head.D: NearestMean has no such setting"),
         ({"head_settings": {"C": 1}}, "head.C: .* has no such setting"),
-        ({"head": "ncm", "head_settings": {"_target_": "os.system"}}, "only classes of metacv and torch.optim"),
-        ({"batch_norm": "both"}, "batch_norm=both: not one of inductive, transductive"),
-        ({"device": "tpu"}, "device=tpu: not a device"),
+        ({"head": "ncm", "head_settings": {"_target_": "os.system"}}, "must be a class of metacv or torch.optim"),
+        ({"batch_norm": "both"}, "batch_norm=both: must be one of inductive, transductive"),
+        ({"device": "tpu"}, "device=tpu: must be auto, cpu, cuda or cuda:N"),
     ],
 )
 def test_wrong_settings_are_reported_by_load_and_fit(trained, settings, message):
@@ -219,7 +219,7 @@ def test_save_replaces_only_its_own_files(own):
     classifier, paths, labels = own
     Path("notes.txt").write_text("mine")
     classifier.fit(paths, labels)
-    with pytest.raises(UserError, match=r"save=notes\.txt: exists already"):
+    with pytest.raises(UserError, match=r"save=notes\.txt: already exists"):
         classifier.save("notes.txt")
     classifier.save("a.pt")
     classifier.save("a.pt")

@@ -44,7 +44,7 @@ def results() -> list[Result]:
     return read_results(Path("evaluation/result.json")).results
 
 
-def test_evaluate_writes_what_the_number_depends_on(run):
+def test_evaluate_records_everything_that_the_accuracy_depends_on(run):
     code, out, err = run(*EVALUATE, "shot=2", "query=4", "way=4")
     assert (code, err) == (0, "")
     (result,) = results()
@@ -66,7 +66,7 @@ def test_both_batch_norm_modes_give_two_results_with_the_accuracy_of_every_episo
         assert 1.96 * row.std(ddof=1) / 8**0.5 == pytest.approx(result.ci95)
 
 
-def test_a_file_and_the_folder_of_its_run_give_the_same_number(run):
+def test_a_checkpoint_and_its_run_folder_give_the_same_accuracy(run):
     records = []
     for checkpoint in ("run", "run/best.pt"):
         assert run(*EVALUATE, f"checkpoint={checkpoint}")[0] == 0
@@ -90,7 +90,7 @@ def test_settings_of_the_data_set_and_the_algorithm_can_be_changed(run):
     assert (results()[0].rotation, results()[0].changes) == ("per_class", {"metric": "cosine"})
 
 
-def test_another_data_set_replaces_the_trained_one(run):
+def test_evaluation_can_use_another_data_set(run):
     code, _, err = run(*EVALUATE, "dataset=glyphs", "dataset.seed=1", "dataset.classes={train:2,val:2,test:9}", "way=9")
     assert (code, err) == (0, "")
     assert results()[0].way == 9
@@ -112,55 +112,61 @@ def assert_one_line(answer: tuple[int, str, str], message: str) -> None:
         (("algo=protonets",), "algo=protonets: there is no such file in configs/algo; did you mean protonet?"),
         (("experiment=maml_20w1s",), "configs/experiment; did you mean omniglot/maml_20w1s?"),
         (("experiment=maml_5w1s",), "did you mean miniimagenet/maml_5w1s or omniglot/maml_5w1s?"),
-        (("algo=maml", "algo=protonet"), "algo=maml and algo=protonet: give algo once"),
-        (("backbone=conv4", "backbone=resnet12", "way=3"), "backbone=conv4 and backbone=resnet12: give backbone once"),
+        (("algo=maml", "algo=protonet"), "algo=maml and algo=protonet: give algo only once"),
+        (
+            ("backbone=conv4", "backbone=resnet12", "way=3"),
+            "backbone=conv4 and backbone=resnet12: give backbone only once",
+        ),
         (("shots=5",), "shots: there is no such setting; did you mean shot?"),
         (("algo.inner_lrr=1",), "algo.inner_lrr: there is no such setting; did you mean algo.inner_lr?"),
         (("optimizer.weightdecay=1",), "there is no such setting; did you mean optimizer.weight_decay?"),
         (("save=a.pt",), "save: there is no such setting of this command, or of what it chooses"),
         (("dataset.size=28",), "dataset.size: there is no such setting of this command, or of what it chooses"),
         (("optimizer.betas=[1,2]",), "optimizer.betas: there is no such setting\n"),
-        (("=5",), "=5: settings are given as name=value"),
-        (("+=5",), "+=5: settings are given as name=value"),
-        (("~",), "~: settings are given as name=value"),
+        (("=5",), "=5: give settings as name=value"),
+        (("+=5",), "+=5: give settings as name=value"),
+        (("~",), "~: give settings as name=value"),
         (("/=5",), "/=5: cannot be read; special characters need quotes"),
         (("algo/=maml",), "algo/=maml: cannot be read; special characters need quotes"),
         (("way==3",), "way==3: cannot be read; special characters need quotes, as in \"name='a=b'\""),
         (("way=[1",), "way=[1: cannot be read; special characters need quotes"),
         (("way=\uff15",), "way=\uff15: cannot be read; special characters need quotes"),
-        (("hydra=5",), "hydra=5: not the name of a file"),
-        (("hydra/launcher=5",), "hydra/launcher=5: not the name of a file"),
-        (("algo=null",), "algo=null: not the name of a file in configs/algo"),
-        (("way=many",), "way=many: not a whole number from 2 to 10000"),
-        (("train_way=1000",), "train_way=1000 but glyphs train has only 30 classes"),
-        (("shot=15", "query=10"), "train_shot=15 + train_query=10 needs 25 images a class but"),
-        (("algo.inner_lr=fast",), "algo.inner_lr=fast: not a number above 0 to 1000000000"),
-        (("algo.inner_lr=-1",), "algo.inner_lr=-1: not a number above 0"),
-        (("algo.inner_lr=nan",), "algo.inner_lr=nan: not a number above 0"),
-        (("algo.inner_loss=max",), "algo.inner_loss=max: not one of mean, sum_per_shot"),
+        (("hydra=5",), "hydra=5: must be the name of a file"),
+        (("hydra/launcher=5",), "hydra/launcher=5: must be the name of a file"),
+        (("algo=null",), "algo=null: must be the name of a file in configs/algo"),
+        (("way=many",), "way=many: must be a whole number from 2 to 10000"),
+        (("train_way=1000",), "train_way=1000, but glyphs train has only 30 classes"),
+        (("shot=15", "query=10"), "train_shot=15 + train_query=10 needs 25 images per class, but"),
+        (("algo.inner_lr=fast",), "algo.inner_lr=fast: must be a number above 0 and at most 1000000000"),
+        (("algo.inner_lr=-1",), "algo.inner_lr=-1: must be a number above 0"),
+        (("algo.inner_lr=nan",), "algo.inner_lr=nan: must be a number above 0"),
+        (("algo.inner_loss=max",), "algo.inner_loss=max: must be one of mean, sum_per_shot"),
         (("algo.nothing=1",), "algo.nothing: there is no such setting"),
-        (("backbone.channels=0",), "backbone.channels=0: not a whole number from 1 to 2048"),
-        (("optimizer.lr=-1",), "optimizer.lr=-1: not a number from 0 to 1000000000"),
+        (("backbone.channels=0",), "backbone.channels=0: must be a whole number from 1 to 2048"),
+        (("optimizer.lr=-1",), "optimizer.lr=-1: must be a number from 0 to 1000000000"),
         (("+foo=1",), "foo: there is no such setting"),
-        (("algo.way=1",), "algo.way=1: not a whole number from 2 to 10000"),
-        (("algo.way=4",), "algo.way=4, but the training tasks have 5 classes"),
-        (("backbone.padding=1000",), "backbone.padding=1000: not a whole number from 0 to 2 or a list"),
+        (("algo.way=1",), "algo.way=1: must be a whole number from 2 to 10000"),
+        (("algo.way=4",), "algo.way=4: must be 5, the number of classes of the training tasks"),
+        (("backbone.padding=1000",), "backbone.padding=1000: must be a whole number from 0 to 2 or a list"),
         (("data_dir=''",), "data_dir is empty"),
-        (("steps=0",), "steps=0: not a whole number from 1 to 1000000000"),
-        (("meta_batch=1208925819614629174706176",), "meta_batch=1208925819614629174706176: not a whole number from 1"),
+        (("steps=0",), "steps=0: must be a whole number from 1 to 1000000000"),
+        (
+            ("meta_batch=1208925819614629174706176",),
+            "meta_batch=1208925819614629174706176: must be a whole number from 1",
+        ),
         (("~steps",), "~steps: this setting cannot be deleted"),
-        (("+backbone.image_shape=[1,2,3]",), "backbone.image_shape: is not a setting"),
-        (("algo=protonet", "schedule.step_size=many"), "schedule.step_size=many: not a whole number"),
-        (("optimizer.lr=fast",), "optimizer.lr=fast: not a number from 0 to 1000000000"),
-        (("meta_batch=-3",), "meta_batch=-3: not a whole number from 1 to 1000000"),
-        (("batch_norm=batch",), "batch_norm=batch: not one of inductive, transductive"),
-        (("batch_norm=both",), "batch_norm=both: not one of inductive, transductive"),
+        (("+backbone.image_shape=[1,2,3]",), "backbone.image_shape: Conv4 has no such setting"),
+        (("algo=protonet", "schedule.step_size=many"), "schedule.step_size=many: must be a whole number"),
+        (("optimizer.lr=fast",), "optimizer.lr=fast: must be a number from 0 to 1000000000"),
+        (("meta_batch=-3",), "meta_batch=-3: must be a whole number from 1 to 1000000"),
+        (("batch_norm=batch",), "batch_norm=batch: must be one of inductive, transductive"),
+        (("batch_norm=both",), "batch_norm=both: must be one of inductive, transductive"),
         (("device=cuda:99",), "device=cuda:99: this machine has"),
-        (("device=fast",), "device=fast: not a device"),
-        (("seed=-1",), "seed=-1: not a whole number from 0 to 9223372036854775807"),
-        (("eval_episodes=1",), "eval_episodes=1: not a whole number from 2 to 1000000"),
+        (("device=fast",), "device=fast: must be auto, cpu, cuda or cuda:N"),
+        (("seed=-1",), "seed=-1: must be a whole number from 0 to 9223372036854775807"),
+        (("eval_episodes=1",), "eval_episodes=1: must be a whole number from 2 to 1000000"),
         (("optimizer._target_=torch.optim.LBFGS", "~optimizer.weight_decay"), "optimizer: LBFGS"),
-        (("optimizer._target_=os.system",), "only classes of metacv and torch.optim may be named"),
+        (("optimizer._target_=os.system",), "must be a class of metacv or torch.optim, or of a package listed in"),
         (("resume=true",), "has no last.pt"),
         (("resume=nowhere",), "nowhere: there is no such file"),
         (("hydra.run.dir=/proc/nowhere",), "/proc/nowhere"),
@@ -183,19 +189,19 @@ def test_invalid_settings_of_training_exit_with_one_line(metacv, monkeypatch, ar
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("split=all",), "split=all: not one of train, val, test"),
-        (("batch_norm=none",), "batch_norm=none: not one of inductive, transductive, both or null"),
-        (("way=9",), "way=9 but glyphs test has only 8 classes"),
+        (("split=all",), "split=all: must be one of train, val, test"),
+        (("batch_norm=none",), "batch_norm=none: must be one of inductive, transductive, both or null"),
+        (("way=9",), "way=9, but glyphs test has only 8 classes"),
         (("dataset.nothing=1",), "dataset.nothing: run/best.pt has no such setting"),
-        (("dataset.images=few",), "dataset.images=few: not a whole number"),
+        (("dataset.images=few",), "dataset.images=few: must be a whole number"),
         (("dataset=omniglot", "data_dir=empty"), "omniglot/images_background is missing, and https://"),
-        (("episodes=0",), "episodes=0: not a whole number from 2 to 1000000"),
-        (("algo.metric=near",), "algo.metric=near: not one of"),
+        (("episodes=0",), "episodes=0: must be a whole number from 2 to 1000000"),
+        (("algo.metric=near",), "algo.metric=near: must be one of"),
         (("checkpoint=nowhere",), "nowhere: there is no such file"),
         (("checkpoint=run/.hydra",), "run/.hydra has no best.pt"),
         (("wya=5",), "wya: there is no such setting"),
-        (("--multirun",), "-m: sweeps work with train only"),
-        (("--resolve",), "--resolve: not an option of evaluate; --help and --cfg job are"),
+        (("--multirun",), "-m: only train supports sweeps"),
+        (("--resolve",), "--resolve: there is no such option; evaluate has --help and --cfg job"),
     ],
 )
 def test_invalid_settings_of_an_evaluation_exit_with_one_line_and_leave_no_folder(run, monkeypatch, arguments, message):
@@ -219,8 +225,8 @@ def test_a_command_without_its_settings_exits_with_one_line_and_leaves_no_folder
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_the_old_name_of_a_setting_is_answered_with_the_new_one(metacv, command):
-    assert_one_line(metacv(command, "norm=both"), "norm=both: this setting is called batch_norm now")
+def test_an_old_name_of_a_setting_is_refused_with_its_new_name(metacv, command):
+    assert_one_line(metacv(command, "norm=both"), "norm=both: this setting is now called batch_norm")
     assert list(Path().iterdir()) == []
 
 
@@ -290,11 +296,11 @@ def test_weights_and_images_that_do_not_fit_the_config_are_refused(run):
     content["config"]["backbone"]["channels"] = 9
     torch.save(content, "wide.pt")
     assert_one_line(run(*EVALUATE, "checkpoint=wide.pt"), "its weights do not fit its config")
-    message = "glyphs test has images of 1x28x28 but large.pt was trained on 3x84x84"
+    message = "glyphs test has images of 1x28x28, but large.pt was trained on 3x84x84"
     assert_one_line(run(*EVALUATE, "checkpoint=large.pt"), message)
 
 
-def test_a_full_traceback_on_request(metacv, monkeypatch):
+def test_hydra_full_error_shows_the_traceback(metacv, monkeypatch):
     def with_traceback(*arguments: str) -> None:
         monkeypatch.setattr(sys, "argv", ["metacv", *arguments])
         monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
@@ -313,28 +319,28 @@ def test_wrong_usage_gets_exit_code_2(metacv, arguments):
     assert err.startswith("metacv: ")
 
 
-def test_an_evaluation_is_not_written_over_a_training_run(run):
+def test_an_evaluation_does_not_overwrite_a_training_run(run):
     before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
-    message = "hydra.run.dir=run holds a training run: evaluate needs another folder"
+    message = "hydra.run.dir=run holds a training run; set hydra.run.dir to another folder for evaluate"
     assert_one_line(run("evaluate", "checkpoint=run", "hydra.run.dir=run"), message)
     assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()} == before
 
 
-def test_a_terminal_without_the_sign_for_plus_or_minus_gets_the_result_too(run):
+def test_a_terminal_that_cannot_encode_the_plus_minus_sign_shows_the_result(run):
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run([sys.executable, "-m", "metacv", *EVALUATE], env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert "accuracy" in done.stdout
 
 
-def test_a_reader_that_exits_gets_no_traceback():
+def test_a_closed_pipe_causes_no_traceback():
     command = f"{sys.executable} -m metacv train --help | head -1 >/dev/null; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert done.stderr == ""
     assert done.stdout.strip() in ("0", "141")
 
 
-def test_a_full_disk_gets_one_line_whatever_cannot_be_written(metacv):
+def test_a_full_disk_is_reported_in_one_line_for_any_file(metacv):
     with largest_file(50):
         code, _, err = metacv("train", "hydra.run.dir=run")
     assert code == 1
@@ -400,7 +406,7 @@ def test_help_shows_the_settings_of_the_chosen_files(metacv):
         (["way=5", "dataset.fractions={train:1,val:1,test:1}"], ["way=5", "dataset.fractions={train:1,val:1,test:1}"]),
     ],
 )
-def test_paths_are_quoted_for_hydra_and_nothing_else_is(monkeypatch, tmp_path, words, overrides):
+def test_only_paths_are_quoted_for_hydra(monkeypatch, tmp_path, words, overrides):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/me")
     Path("exists,too").mkdir()
@@ -410,7 +416,7 @@ def test_paths_are_quoted_for_hydra_and_nothing_else_is(monkeypatch, tmp_path, w
 @pytest.mark.parametrize(
     "name", ["my run", "it's", "a,b=c(d)", "${x}", "back\\slash", "ends in \\", "[1]", '"quoted"', "~odd", "a#b"]
 )
-def test_evaluate_and_predict_take_paths_as_typed(metacv, name):
+def test_evaluate_and_predict_accept_paths_with_special_characters(metacv, name):
     """A missing file is named in the error as it was typed."""
     Path(name).mkdir()
     assert_one_line(metacv("evaluate", f"checkpoint={name}"), f"{name} has no best.pt")
@@ -426,7 +432,7 @@ def test_a_leading_tilde_is_the_home_folder(metacv, monkeypatch, tmp_path):
     assert_one_line(metacv("predict", "adapted=~/run", "query=a"), f"{tmp_path}/home/run has no best.pt")
 
 
-def test_a_run_with_an_equals_sign_in_its_name_is_a_run_and_not_a_setting(monkeypatch, tmp_path):
+def test_a_run_folder_may_contain_an_equals_sign(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     Path("lr=1").mkdir()
     assert hydra_overrides("compare", ["lr=1", "lr=2", "b"]) == ["lr=2", "runs=['lr=1','b']"]
@@ -470,7 +476,7 @@ def completed(line: str) -> list[str]:
         ("metacv nothing ", []),
     ],
 )
-def test_completion(line, expected):
+def test_tab_completion_offers_the_expected_words(line, expected):
     assert completed(line) == expected
 
 
@@ -490,7 +496,7 @@ def test_completion(line, expected):
         ("metacv train hydra.run.dir=nowhere", []),
     ],
 )
-def test_completion_offers_paths_where_a_word_may_be_one(line, expected, monkeypatch, tmp_path):
+def test_completion_offers_paths_for_path_settings(line, expected, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     for folder in ("a run", "b/one", "b/two"):
         Path(folder).mkdir(parents=True)
@@ -520,13 +526,13 @@ echo "${COMPREPLY[@]}"
 
 
 @pytest.mark.parametrize("words", [("train", "algo=nope"), ("train", "algo=["), ("evaluate", "dataset=nope")])
-def test_help_is_shown_whatever_else_is_on_the_line(metacv, words):
+def test_help_is_shown_whatever_other_words_are_given(metacv, words):
     code, out, err = metacv(*words, "--help")
     assert (code, err) == (0, "")
     assert out.startswith(f"metacv {words[0]}: ")
 
 
-def test_a_line_that_cannot_be_composed_has_no_candidates(metacv, monkeypatch):
+def test_an_invalid_command_line_has_no_completions(metacv, monkeypatch):
     monkeypatch.setenv("COMP_LINE", "metacv train algo=[ st")
     assert metacv("-sc", "query=bash") == (0, "", "")
 
@@ -534,18 +540,18 @@ def test_a_line_that_cannot_be_composed_has_no_candidates(metacv, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("evaluate", "RUN"), "RUN: settings are given as name=value"),
-        (("train", "protonet"), "protonet: settings are given as name=value"),
+        (("evaluate", "RUN"), "RUN: give settings as name=value"),
+        (("train", "protonet"), "protonet: give settings as name=value"),
         (("train", "+augment.foo=1"), "foo: there is no such setting"),
-        (("train", "clip_norm=inf"), "clip_norm=inf: not a number above 0 to 1000000000 or null"),
+        (("train", "clip_norm=inf"), "clip_norm=inf: must be a number above 0 and at most 1000000000 or null"),
         (
             ("train", "seed=99999999999999999999999"),
-            "seed=99999999999999999999999: not a whole number from 0",
+            "seed=99999999999999999999999: must be a whole number from 0",
         ),
-        (("evaluate", "checkpoint=a", "--cfg", "job", "--resolve"), "--resolve: not an option of evaluate"),
+        (("evaluate", "checkpoint=a", "--cfg", "job", "--resolve"), "--resolve: there is no such option; evaluate has"),
     ],
 )
-def test_words_that_are_no_settings_exit_with_one_line(metacv, words, message):
+def test_words_without_an_equals_sign_exit_with_one_line(metacv, words, message):
     code, out, err = metacv(*words)
     assert (code, after_first_line(out)) == (1, "")
     assert message in err

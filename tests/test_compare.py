@@ -30,7 +30,7 @@ def compare(metacv, trained):
 
 
 def with_other_weights(folder: str, change) -> None:
-    """A copy of `proto` whose weights are changed."""
+    """A copy of `proto` with changed weights."""
     content = load_checkpoint("proto").content
     weights = {name: change(own) if own.dim() == 4 else own for name, own in content["algorithm"].items()}
     Path(folder).mkdir()
@@ -108,18 +108,18 @@ def test_runs_are_named_without_the_folders_that_they_share():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["proto"], "compare proto: name two runs or more, each once"),
-        (["proto", "proto"], "name two runs or more, each once"),
+        (["proto"], "compare proto: give two or more different runs, each once"),
+        (["proto", "proto"], "give two or more different runs, each once"),
         (["proto", "nowhere"], "nowhere: there is no such file"),
         (
             ["proto", "maml"],
-            "maml is tested with batch_norm=transductive, proto with batch_norm=inductive: set batch_norm=...",
+            "maml has batch_norm=transductive, proto has batch_norm=inductive; set batch_norm=VALUE for all runs",
         ),
-        (["proto", "other", "batch_norm=both"], "batch_norm=both: not one of inductive, transductive"),
-        (["proto", "other", "way=100"], "way=100 but glyphs test has only 8 classes"),
+        (["proto", "other", "batch_norm=both"], "batch_norm=both: must be one of inductive, transductive"),
+        (["proto", "other", "way=100"], "way=100, but glyphs test has only 8 classes"),
         (["proto", "other", "episodes=1"], "episodes=1: "),
         (["proto", "damaged"], "damaged/best.pt is not a checkpoint of metacv, or is damaged"),
-        (["proto", "other", "-m"], "-m: sweeps work with train only"),
+        (["proto", "other", "-m"], "-m: only train supports sweeps"),
     ],
 )
 def test_invalid_comparisons_exit_with_one_line_and_leave_no_folder(compare, words, message):
@@ -140,7 +140,7 @@ def test_runs_on_other_data_need_the_setting_of_the_data_set(compare):
     save_checkpoint(Path("elsewhere/best.pt"), content)
     code, _, err = compare("proto", "elsewhere", *ASKED)
     assert code == 1
-    assert "elsewhere is tested on other images than proto" in err
+    assert "elsewhere and proto are tested on different images" in err
     code, _, err = compare("proto", "elsewhere", *ASKED, "dataset.classes={train:30,val:8,test:8}")
     assert (code, err) == (0, "")
 
@@ -190,7 +190,8 @@ def test_runs_that_are_tested_on_other_images_are_not_compared(metacv, trained):
     other = ("algo=protonet", *TRAIN, "dataset.seed=1", "hydra.run.dir=other")
     assert metacv("train", *other)[0] == 0
     code, _, err = metacv("compare", str(trained("protonet")), "other", "episodes=4")
-    assert (code, err) == (1, f"metacv: other is tested on other images than {trained('protonet')}: set dataset=...\n")
+    problem = f"other and {trained('protonet')} are tested on different images"
+    assert (code, err) == (1, f"metacv: {problem}; set dataset=NAME for all runs\n")
 
 
 def test_runs_are_named_in_their_lines_and_equal_ones_are_said_to_be_equal(metacv, trained, tmp_path):

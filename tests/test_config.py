@@ -43,12 +43,12 @@ def test_settings_survive_the_way_through_a_checkpoint(train_config):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"way": "5"}, "way='5': not a whole number from 2 to 10000"),
-        ({"way": True}, "way=true: not a whole number from 2 to 10000"),
-        ({"clip_norm": float("inf")}, "clip_norm=inf: not a number above 0 to 1000000000 or null"),
-        ({"algo": 3}, "algo=3: not a group of settings"),
+        ({"way": "5"}, "way='5': must be a whole number from 2 to 10000"),
+        ({"way": True}, "way=true: must be a whole number from 2 to 10000"),
+        ({"clip_norm": float("inf")}, "clip_norm=inf: must be a number above 0 and at most 1000000000 or null"),
+        ({"algo": 3}, "algo=3: must be a group of settings"),
         ({"shots": 5}, "shots: there is no such setting"),
-        ({"augment": {"crop": 1.5}}, "augment.crop=1.5: not a whole number from 0 to 4096"),
+        ({"augment": {"crop": 1.5}}, "augment.crop=1.5: must be a whole number from 0 to 4096"),
         ({"augment": {"turn": 1}}, "augment.turn: there is no such setting"),
     ],
 )
@@ -85,5 +85,5 @@ def test_local_settings_are_resumable_and_never_compared(train_config):
 
 
 def test_an_unknown_choice_is_refused_with_the_choices(train_config):
-    with pytest.raises(UserError, match="precision=fp64: not one of fp32, tf32, bf16"):
+    with pytest.raises(UserError, match="precision=fp64: must be one of fp32, tf32, bf16"):
         train_config("precision=fp64")

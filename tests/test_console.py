@@ -1,4 +1,4 @@
-"""What a training run shows: its first lines, progress bars, pictures, warnings, a dry run, the end of a sweep."""
+"""Output of a training run: header, progress bars, pictures, warnings, dry run, and the end of a sweep."""
 
 import json
 import os
@@ -63,7 +63,7 @@ def test_a_terminal_of_any_size_has_a_bar_that_fits_into_one_line(columns, rows,
         assert len(drawn[0]) >= 9
 
 
-def test_the_first_line_is_there_before_torch_is_imported(tmp_path, data_dir):
+def test_the_first_line_is_printed_before_torch_is_imported(tmp_path, data_dir):
     code = """
 import sys
 from metacv import cli
@@ -81,7 +81,7 @@ cli.main()
     assert "torch is not imported yet" in done.stderr
 
 
-def test_a_run_is_named(metacv):
+def test_name_sets_the_folder_of_a_run(metacv):
     assert metacv(*PROTONET, "name=first")[0] == 0
     assert Path("outputs/train/first/best.pt").exists()
     code, _, err = metacv(*PROTONET, "name=first")
@@ -91,18 +91,18 @@ def test_a_run_is_named(metacv):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["name=a", "hydra.run.dir=b"], "name=a and hydra.run.dir=b: give one of them"),
-        (["name=a", "name=b"], "name=a and name=b: give one of them"),
-        (["name="], "name is empty"),
-        (["-m", "name=a", "hydra.sweep.dir=b"], "name=a and hydra.sweep.dir=b: give one of them"),
+        (["name=a", "hydra.run.dir=b"], "name=a and hydra.run.dir=b: give only one of them"),
+        (["name=a", "name=b"], "name=a and name=b: give only one of them"),
+        (["name="], "name is empty; give a name for the run, or leave out name"),
+        (["-m", "name=a", "hydra.sweep.dir=b"], "name=a and hydra.sweep.dir=b: give only one of them"),
     ],
 )
-def test_a_name_that_cannot_be_used_has_one_line(metacv, words, message):
+def test_an_invalid_name_is_refused_in_one_line(metacv, words, message):
     code, out, err = metacv("train", *words)
     assert (code, after_first_line(out), err) == (1, "", f"metacv: {message}\n")
 
 
-def test_a_dry_run_tells_time_and_memory_and_leaves_nothing(metacv):
+def test_a_dry_run_prints_time_and_memory_and_leaves_no_files(metacv):
     code, out, err = metacv(*PROTONET, "steps=1000", "eval_every=300", "dry_run=true", "name=dry")
     assert (code, err) == (0, "")
     steps, validation, whole = out.splitlines()[-3:]
@@ -113,7 +113,7 @@ def test_a_dry_run_tells_time_and_memory_and_leaves_nothing(metacv):
     assert not Path("outputs/train/dry").exists()
 
 
-def test_a_dry_run_of_a_run_leaves_it_as_it_is(metacv, trained):
+def test_a_dry_run_does_not_change_an_existing_run(metacv, trained):
     import shutil
 
     shutil.copytree(trained("protonet"), "run")
@@ -139,7 +139,7 @@ def test_a_sweep_ends_with_its_runs_best_first_and_the_next_commands(metacv):
     ]
 
 
-def test_runs_that_were_validated_differently_are_ranked_apart(trained, tmp_path):
+def test_runs_with_different_validation_have_separate_rankings(trained, tmp_path):
     for algo, batch_norm in (("protonet", "inductive"), ("maml", "transductive")):
         content = json.loads((trained(algo) / "result.json").read_text())
         content["results"][0]["batch_norm"] = batch_norm
@@ -153,13 +153,13 @@ def test_runs_that_were_validated_differently_are_ranked_apart(trained, tmp_path
     assert ranking(tmp_path / "damaged") == ""
 
 
-def test_a_run_draws_its_curves(metacv):
+def test_a_run_writes_a_picture_of_its_curves(metacv):
     assert metacv(*PROTONET, "hydra.run.dir=run")[0] == 0
     with Image.open("run/results.png") as picture:
         assert picture.size == (1200, 360)
 
 
-def test_the_curves_show_each_value():
+def test_the_picture_of_curves_shows_every_value():
     lines = [{"step": float(s), "train/loss": 2.0, "train/accuracy": 0.5, "train/lr": 0.1} for s in range(1, 1001)]
     lines += [{"step": 500.0, "val/accuracy": 0.6, "val/ci95": 0.01}]
     steps, losses = curve(lines, "train/loss")
@@ -184,13 +184,13 @@ def test_the_curves_show_each_value():
         ("metric.dn4.DN4", None, 10000, []),  # no file says what is usual
     ],
 )
-def test_a_setting_far_from_all_in_the_files_of_its_method_is_named(algo, inner_lr, meta_batch, warned):
+def test_a_setting_far_from_all_values_in_the_configs_gives_a_warning(algo, inner_lr, meta_batch, warned):
     node = {"_target_": f"metacv.algorithms.{algo}", **({"inner_lr": inner_lr} if inner_lr else {})}
     config = TrainConfig(algo=node, meta_batch=meta_batch)
     assert [text.partition(", which")[0] for text in unusual(config)] == warned
 
 
-def test_an_unusual_setting_is_named_once_and_the_run_goes_on(metacv):
+def test_an_unusual_setting_gives_one_warning_and_does_not_stop_the_run(metacv):
     code, _, err = metacv(*PROTONET, "meta_batch=50", "hydra.run.dir=run")
     assert code == 0
     assert re.fullmatch(r"metacv: warning: meta_batch=50 is far from 1, .*\n", err)

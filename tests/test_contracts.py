@@ -1,4 +1,4 @@
-"""What every method, backbone and data set must do. The tests find the YAML files by themselves, also new ones."""
+"""Requirements for every method, backbone and data set. The tests find all YAML files, including new ones."""
 
 import hashlib
 import inspect
@@ -229,7 +229,7 @@ def test_a_backbone_gives_features_of_its_shape_and_finite_gradients(name, shape
 
 @every_backbone
 def test_with_running_statistics_features_of_an_image_do_not_depend_on_the_batch(name):
-    """Evaluation computes them once, and relies on it."""
+    """Evaluation relies on this when it caches features."""
     torch.manual_seed(0)
     backbone = build_node("backbone", node_of("backbone", name), Backbone, image_shape=(3, 84, 84)).eval()
     if any(norm.running_mean is None for norm in batch_norms(backbone)):

@@ -1,4 +1,4 @@
-"""On a GPU: every method computes what it computes on the CPU, also compiled and with other precisions."""
+"""On a GPU, every method computes the same as on the CPU, also compiled and in other precisions."""
 
 import copy
 from dataclasses import replace

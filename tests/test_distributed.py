@@ -78,7 +78,7 @@ def assert_two_processes_learn_what_one_learns(metacv, algorithms: list[str], wo
     _, err = run.communicate(timeout=300)
     assert run.returncode != 0
     printed = [line for line in err.splitlines() if line.startswith("metacv: ")]
-    assert printed == ["metacv: meta_batch=1 is too few for 2 processes"] * len(algorithms)
+    assert printed == ["metacv: meta_batch=1: must be at least 2, the number of processes"] * len(algorithms)
     for algo in algorithms:
         assert_same_training(f"one/{algo}", f"two/{algo}_5", learned(f"start/{algo}"))
         for ours, theirs in zip(lines(f"one/{algo}"), lines(f"two/{algo}_5"), strict=True):
@@ -87,13 +87,13 @@ def assert_two_processes_learn_what_one_learns(metacv, algorithms: list[str], wo
             assert ours.get("train/accuracy", 0) == pytest.approx(theirs.get("train/accuracy", 0), abs=1e-6)
 
 
-def test_two_processes_learn_what_one_learns(metacv):
+def test_two_processes_reach_the_weights_of_one(metacv):
     assert_two_processes_learn_what_one_learns(metacv, ["maml", "protonet"], STEADY)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("algo", "words"), [("relationnet", STEADY), ("reptile", (*STEADY, *REPTILE))])
-def test_two_processes_learn_what_one_learns_with_the_other_algorithms(metacv, algo, words):
+def test_two_processes_reach_the_weights_of_one_for_the_other_algorithms(metacv, algo, words):
     assert_two_processes_learn_what_one_learns(metacv, [algo], words)
 
 
@@ -134,7 +134,7 @@ def workers(run: subprocess.Popen) -> dict[int, int]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the processes under /proc")
-def test_a_killed_process_stops_the_others_with_a_line_and_the_run_resumes(metacv):
+def test_if_one_process_is_killed_the_others_stop_and_the_run_resumes(metacv):
     run = torchrun(*ENDLESS, start_new_session=True)
     wait_for(lambda: Path("run/last.pt").exists(), run, "a checkpoint")
     os.kill(workers(run)[1], signal.SIGKILL)
@@ -162,10 +162,10 @@ def test_an_error_is_printed_once(metacv):
     _, err = run.communicate(timeout=120)
     assert run.returncode != 0
     printed = [line for line in err.splitlines() if line.startswith("metacv: ")]
-    assert printed == ["metacv: meta_batch=1 is too few for 2 processes"]
+    assert printed == ["metacv: meta_batch=1: must be at least 2, the number of processes"]
 
 
-def test_a_rank_prints_only_errors_that_rank_zero_does_not_know(capsys, monkeypatch):
+def test_other_ranks_print_only_errors_that_rank_zero_does_not_have(capsys, monkeypatch):
     monkeypatch.setattr(sys, "__stderr__", sys.stderr)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
@@ -182,7 +182,7 @@ def test_evaluation_runs_in_one_process(metacv, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     code, _, err = metacv("evaluate", "checkpoint=run")
-    assert (code, err) == (1, "metacv: evaluate runs in one process: call it without torchrun\n")
+    assert (code, err) == (1, "metacv: evaluate runs in one process; start it without torchrun\n")
 
 
 def settings(data_dir: Path, *overrides: str) -> TrainConfig:
@@ -190,7 +190,7 @@ def settings(data_dir: Path, *overrides: str) -> TrainConfig:
         return typed(compose("train", [*TRAIN, f"data_dir={data_dir}", *overrides]), TrainConfig)
 
 
-def test_reptile_with_moments_that_pass_from_task_to_task_is_refused(data_dir):
+def test_reptile_with_persistent_moments_refuses_several_processes(data_dir):
     with pytest.raises(UserError, match=r"algo.reset_moments=false .* 2 processes"):
         prepare(settings(data_dir, "algo=reptile"), [], Ranks(0, 2))
     run, _ = prepare(settings(data_dir, "algo=reptile", "algo.reset_moments=true"), [], Ranks())
@@ -204,7 +204,7 @@ def test_shares_are_complete_disjoint_and_even():
         assert {len(range(count)[share]) for share in shares} <= {count // size, -(-count // size)}
 
 
-def test_the_shares_of_a_meta_batch_are_the_tasks_of_one_process():
+def test_the_processes_together_draw_the_tasks_of_a_single_process():
     def sampler() -> EpisodeSampler:
         bank = bank_of([20] * 12, shape=(1, 8, 8))
         return EpisodeSampler(bank, 3, 2, 2, "per_class", 4, augment=Augment(2, True, 0.5, seed=1))
@@ -222,5 +222,5 @@ def test_each_process_uses_a_gpu_of_its_own(monkeypatch):
     assert Ranks(3, 4, 1).device("auto") == "cuda:1"
     assert Ranks(3, 4, 1).device("cpu") == "cpu"
     assert Ranks().device("cuda:1") == "cuda:1"
-    with pytest.raises(UserError, match="device=cuda:1: with 4 processes use auto, cuda or cpu"):
+    with pytest.raises(UserError, match="device=cuda:1: must be auto, cuda or cpu with 4 processes"):
         Ranks(3, 4, 1).device("cuda:1")

@@ -29,7 +29,7 @@ def test_queries_have_a_green_frame_if_the_prediction_is_correct_and_a_red_one_o
     assert right[lower].sum() > 1.9 * right[upper].sum()
 
 
-def test_labels_tell_the_class_of_an_image_not_its_position():
+def test_the_class_of_an_image_follows_from_its_label_not_its_position():
     tasks = random_tasks(tasks=1, way=3, shot=2, query=4, shape=(1, 28, 28))
     logits = torch.rand(1, 12, 3, generator=torch.Generator().manual_seed(0))
     support, query = torch.tensor([0, 2, 4, 1, 3, 5]), torch.tensor([0, 4, 8, 1, 5, 9, 2, 6, 10, 3, 7, 11])

@@ -60,7 +60,7 @@ MAKERS = {
 
 
 def trained(name: str, running_stats: bool):
-    """A model after two outer steps, so that statistics and moments are not what they begin as."""
+    """A model after two outer steps, so that statistics and moments differ from their initial values."""
     torch.manual_seed(0)
     algorithm = MAKERS[name](backbone(running_stats))
     for norm in batch_norms(algorithm):

@@ -1,4 +1,4 @@
-"""What `metacv evaluate` tells while it works and at its end, for one run and for all runs of a folder."""
+"""Output of `metacv evaluate`: progress and results, for one run and for all runs of a folder."""
 
 import json
 import shutil
@@ -61,7 +61,7 @@ def test_all_runs_below_a_folder_are_evaluated_and_ranked_by_validation(metacv, 
     assert accuracies[0].tolist() == numpy.load("alone/accuracies.npy")[0].tolist()
 
 
-def test_a_run_that_cannot_be_built_is_named_and_the_others_go_on(metacv, sweep):
+def test_a_run_that_cannot_be_built_is_reported_and_the_others_are_evaluated(metacv, sweep):
     Path("sweep/b/deep/best.pt").write_bytes(b"no checkpoint")
     code, out, err = evaluate(metacv, "episodes=4")
     assert code == 1
@@ -72,7 +72,7 @@ def test_a_run_that_cannot_be_built_is_named_and_the_others_go_on(metacv, sweep)
     assert rows_of_table(out)[1:] == ["c", "a"]
 
 
-def test_a_run_whose_predictions_are_not_finite_is_named_and_the_others_go_on(metacv, sweep):
+def test_a_run_with_non_finite_predictions_is_reported_and_the_others_are_evaluated(metacv, sweep):
     content = load_checkpoint("sweep/c").content
     weights = {name: torch.full_like(own, 3e38) if own.dim() > 1 else own for name, own in content["algorithm"].items()}
     save_checkpoint(Path("sweep/c/best.pt"), content | {"algorithm": weights})
@@ -82,7 +82,7 @@ def test_a_run_whose_predictions_are_not_finite_is_named_and_the_others_go_on(me
     assert rows_of_table(out)[1:] == ["b/deep", "a"]
 
 
-def test_without_any_run_that_can_be_built_there_is_no_result(metacv):
+def test_if_no_run_can_be_built_no_result_is_written(metacv):
     Path("sweep/a").mkdir(parents=True)
     Path("sweep/a/best.pt").write_bytes(b"no checkpoint")
     code, out, err = evaluate(metacv)
@@ -105,7 +105,7 @@ def test_runs_without_comparable_validations_are_not_ranked(metacv, sweep, chang
     assert names == ["a", "b/deep", "c"]
 
 
-def test_each_run_keeps_its_own_settings_and_both_modes_can_be_asked_for(metacv, sweep):
+def test_each_run_keeps_its_settings_and_can_be_evaluated_in_both_modes(metacv, sweep):
     code, out, err = evaluate(metacv, "batch_norm=both")
     assert (code, err) == (0, "")
     results = read_results(Path("out/result.json")).results
@@ -115,7 +115,7 @@ def test_each_run_keeps_its_own_settings_and_both_modes_can_be_asked_for(metacv,
     assert numpy.isnan(accuracies).sum(1).tolist() == [0, 0, 4, 4, 4, 4]
 
 
-def test_a_header_says_what_is_evaluated_before_it_begins(metacv, trained, monkeypatch):
+def test_a_header_is_printed_before_an_evaluation(metacv, trained, monkeypatch):
     run = trained("protonet")
     _, out, _ = metacv("evaluate", f"checkpoint={run}", "head=ridge", *ASKED)
     assert out.splitlines()[:3] == [
@@ -132,12 +132,12 @@ def test_a_header_says_what_is_evaluated_before_it_begins(metacv, trained, monke
     assert out.count("\n") == 4
 
 
-def test_a_header_has_a_line_for_each_difference():
+def test_the_header_of_several_runs_lists_what_differs():
     one, other = {"method": "A", "data": "D"}, {"method": "B", "data": "D"}
     assert header([one, other, one]) == "method    A\n          B\ndata      D"
 
 
-def test_without_a_terminal_a_line_tells_how_far_an_evaluation_is(metacv, trained, monkeypatch):
+def test_without_a_terminal_progress_is_printed_in_lines(metacv, trained, monkeypatch):
     monkeypatch.setattr(progress, "LINE_EVERY", 0)
     _, out, _ = metacv("evaluate", f"checkpoint={trained('maml')}", "query=15", "episodes=30", "device=cpu")
     assert "\nevaluating: 12 of 30 tasks, about " in out
@@ -153,18 +153,18 @@ def test_validation_prints_no_progress(capsys, monkeypatch):
     assert capsys.readouterr().out == ""
 
 
-def test_lines_of_progress_have_a_distance(capsys, monkeypatch):
+def test_progress_lines_are_at_least_30_seconds_apart(capsys, monkeypatch):
     now = iter(range(0, 1000, 20))
     monkeypatch.setattr(time, "perf_counter", lambda: float(next(now)))
     for lines in (True, False):
-        with Progress("evaluating", lines=lines).of(40, "task") as done:
+        with Progress("evaluating", lines=lines).track(40, "task") as done:
             for _ in range(4):
                 done(10)
     assert capsys.readouterr().out == "evaluating: 20 of 40 tasks, about 40 s left\n"
 
 
 @pytest.mark.parametrize(("accuracy", "above"), [(0.2, False), (0.211, False), (0.212, True)])
-def test_an_accuracy_that_may_be_a_guess_gives_a_warning(accuracy, above, capsys):
+def test_an_accuracy_not_above_chance_gives_a_warning(accuracy, above, capsys):
     known = {"dataset": "D", "split": "test", "rotation": "none", "shot": 1, "query": 1, "episodes": 9, "seed": 0}
     result = Result(accuracy, 0.0115, way=5, batch_norm="inductive", **known)
     warn_at_chance(result)

@@ -1,4 +1,4 @@
-"""Features that were computed elsewhere: the same heads and episodes as for a checkpoint."""
+"""Precomputed features: evaluated with the same heads and episodes as a checkpoint."""
 
 from pathlib import Path
 
@@ -36,7 +36,7 @@ def exported(metacv, data_dir) -> str:
 
 
 @pytest.mark.parametrize("head", ["ncm", "logistic", "ridge", "svm", "finetune"])
-def test_a_head_on_features_scores_as_on_the_images_that_they_come_from(metacv, exported, head):
+def test_a_head_scores_the_same_on_features_as_on_their_images(metacv, exported, head):
     task = ("way=3", "shot=2", "query=3", "episodes=20", f"head={head}")
     assert metacv("evaluate", f"features={exported}", *task, "hydra.run.dir=own")[0] == 0
     assert metacv("evaluate", "checkpoint=run", *task, "hydra.run.dir=images")[0] == 0
@@ -45,14 +45,14 @@ def test_a_head_on_features_scores_as_on_the_images_that_they_come_from(metacv, 
     assert (own.head, own.dataset, own.way, own.episodes) == (images.head, exported, 3, 20)
 
 
-def test_tasks_are_the_usual_ones_unless_the_command_line_changes_them(metacv, exported):
+def test_features_use_default_tasks_unless_the_command_line_changes_them(metacv, exported):
     code, out, _ = metacv("evaluate", f"features={exported}", "hydra.run.dir=own")
     assert code == 0
     assert "NearestMean, 5-way 1-shot, 15 queries per class, 600 episodes of features.npz" in out
     assert (Path("own/accuracies.npy")).exists()
 
 
-def test_what_cannot_be_used_has_one_clear_line(metacv, exported):
+def test_invalid_features_and_settings_exit_with_one_clear_line(metacv, exported):
     numpy.savez("flat.npz", features=numpy.zeros(5), labels=numpy.zeros(5, dtype=int))
     numpy.savez("nan.npz", features=numpy.full((5, 2), numpy.nan), labels=numpy.zeros(5, dtype=int))
     numpy.savez("objects.npz", features=numpy.array([{}, []], dtype=object), labels=numpy.zeros(2, dtype=int))
@@ -66,12 +66,12 @@ def test_what_cannot_be_used_has_one_clear_line(metacv, exported):
         ("features=objects.npz",): "features=objects.npz cannot be used (Object arrays cannot be loaded",
         ("features=nan.npz",): "features=nan.npz cannot be used (labels must be integers, and features finite)",
         ("features=huge.npz",): "features=huge.npz cannot be used (labels must be integers, and features finite)",
-        (f"features={exported}", "batch_norm=inductive"): "batch_norm: not together with features",
+        (f"features={exported}", "batch_norm=inductive"): "batch_norm: cannot be set together with features",
         ("features=flat.npz",): "features=flat.npz cannot be used (features (5,) and labels (5,), not [M, D] and [M])",
-        (f"features={exported}", "head=cl2n"): "head: augment, flip and cl2n need images; features have none",
+        (f"features={exported}", "head=cl2n"): "head: augment, flip and cl2n need images, which features do not have",
         (f"features={exported}", "head=ncm", "head.flip=true"): "head: augment, flip and cl2n need images",
-        (f"features={exported}", "checkpoint=run"): "checkpoint: not together with features",
-        (f"features={exported}", "way=9"): "way=9 but features.npz has only 6 classes",
+        (f"features={exported}", "checkpoint=run"): "checkpoint: cannot be set together with features",
+        (f"features={exported}", "way=9"): "way=9, but features.npz has only 6 classes",
         (): "checkpoint is missing",
     }.items():
         code, _, err = metacv("evaluate", *words, "hydra.run.dir=failed")

@@ -1,4 +1,4 @@
-"""Files are written whole or not at all, and an error says which file and why."""
+"""Files are written completely or not at all, and errors name the file and the reason."""
 
 import errno
 import os
@@ -12,7 +12,7 @@ from metacv.files import _atomically, write_atomically, write_bytes_atomically
 
 
 def test_two_programs_with_the_same_process_id_do_not_disturb_each_other(tmp_path):
-    """As in two containers; the second writes while the first does."""
+    """This happens in two containers; the second process writes while the first does."""
     path = tmp_path / "file"
 
     def write(file):
@@ -27,7 +27,7 @@ def test_two_programs_with_the_same_process_id_do_not_disturb_each_other(tmp_pat
 
 @pytest.mark.parametrize("limit", [0, 50, 2_000, 200_000, 1_199_000, 1_200_300])
 def test_a_full_disk_is_an_error_that_names_the_file_and_the_reason(tmp_path, limit):
-    """Wherever in the file the disk is full. There torch.save raises errors of several kinds."""
+    """At any position in the file where the disk is full: torch.save raises errors of several types there."""
     path = tmp_path / "file.pt"
     path.write_bytes(b"before")
     with largest_file(limit), pytest.raises(OSError, match="File too large") as caught:
@@ -37,8 +37,8 @@ def test_a_full_disk_is_an_error_that_names_the_file_and_the_reason(tmp_path, li
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_what_a_killed_program_left_is_removed_a_day_later_when_the_file_is_written(tmp_path):
-    """As in the folder of caches, which no run locks. Younger ones may belong to a program that is still writing."""
+def test_temporary_files_of_killed_processes_are_removed_after_a_day(tmp_path):
+    """For the cache folder, which no run locks. Recent files may belong to a process that is still writing."""
     old, young, of_another = (tmp_path / f".{name}.tmp" for name in ("a[1].pt.12", "a[1].pt.34", "b.pt.12"))
     for path in (old, young, of_another):
         path.write_bytes(b"half")
@@ -49,7 +49,7 @@ def test_what_a_killed_program_left_is_removed_a_day_later_when_the_file_is_writ
     assert {*tmp_path.iterdir()} == {tmp_path / "a[1].pt", young, of_another}
 
 
-def test_an_error_that_is_not_of_the_disk_stays_as_it_is(tmp_path):
+def test_other_errors_than_of_the_disk_are_not_changed(tmp_path):
     with pytest.raises(AttributeError):
         write_atomically(tmp_path / "file.pt", lambda: None)
     assert not list(tmp_path.iterdir())

@@ -193,7 +193,7 @@ def try_to(read: Callable[[Path], object], name: str, content: bytes | Callable[
         assert watched["broken"] == []
 
 
-def test_the_page_on_security_says_what_is_tested():
+def test_the_security_page_states_the_limits_used_in_tests():
     page = " ".join((Path(__file__).parent.parent / "docs/security.md").read_text().split())
     assert f"{ROOM // 2**30} GiB of memory and {SECONDS} seconds each" in page
     assert f"the same {FAST} files of each kind" in page
@@ -212,7 +212,7 @@ def must_return(read: Callable[[Path], object]) -> Callable[[Path], object]:
     return strictly
 
 
-def test_a_reader_that_runs_code_or_writes_elsewhere_is_noticed(tmp_path):
+def test_the_test_detects_readers_that_run_code_or_write_elsewhere(tmp_path):
     for wrong in (
         lambda path: (tmp_path / "a").write_text(""),
         lambda path: os.open(tmp_path / "a", os.O_WRONLY),
@@ -394,7 +394,7 @@ def test_a_run_resumes_from_changed_files_or_refuses_them(files, data_dir, chang
 @fuzz
 @given(edits=EDITS, changes=CHANGES, in_pickle=st.booleans())
 @example(edits=[], changes=WITH_CODE, in_pickle=False)
-def test_a_damaged_cache_is_made_again(edits, changes, in_pickle):
+def test_a_damaged_cache_is_replaced(edits, changes, in_pickle):
     with tempfile.TemporaryDirectory() as folder:
         cached_bank(Path(folder), "toy", {}, lambda: BANK)
         (cache,) = Path(folder).glob("cache/*")

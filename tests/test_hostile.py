@@ -136,7 +136,7 @@ def names_that_differ_in_case(path: Path) -> None:
 
 
 def another_list_of_entries(path: Path) -> None:
-    """Python looks for the list of entries before the end, torch where the end says."""
+    """Python looks for the zip directory just before the end record, torch where the end record points."""
     content = bytearray(path.read_bytes())
     struct.pack_into("<Q", content, len(content) - 98 + 48, 0)
     path.write_bytes(content)
@@ -207,7 +207,7 @@ def checkpoint(trained, tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("name", HOSTILE_ZIPS)
-def test_a_hostile_zip_is_no_checkpoint(checkpoint, monkeypatch, name):
+def test_a_hostile_zip_is_refused_as_checkpoint(checkpoint, monkeypatch, name):
     monkeypatch.setattr(limits, "VALUES", 10**5)
     write, words = HOSTILE_ZIPS[name]
     write(checkpoint)
@@ -215,7 +215,7 @@ def test_a_hostile_zip_is_no_checkpoint(checkpoint, monkeypatch, name):
 
 
 @pytest.mark.parametrize("name", HOSTILE_ZIPS)
-def test_a_hostile_cache_is_made_again(checkpoint, tmp_path, monkeypatch, capsys, name):
+def test_a_hostile_cache_is_replaced(checkpoint, tmp_path, monkeypatch, capsys, name):
     monkeypatch.setattr(limits, "VALUES", 10**5)
     bank = ImageBank("toy", torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.tensor([0, 1, 2]), ("a", "b"))
     cached_bank(tmp_path, "toy", {}, lambda: bank)
@@ -287,7 +287,7 @@ def test_interpolations_in_a_checkpoint_are_text(checkpoint, metacv):
     change(checkpoint, "config", "dataset", **names)
     assert load_checkpoint(checkpoint).config.dataset["a1"].startswith("${dataset.a0}")
     code, _, err = metacv("evaluate", f"checkpoint={checkpoint}")
-    assert (code, err) == (1, "metacv: dataset.a1: is not a setting\n")
+    assert (code, err) == (1, "metacv: dataset.a1: Glyphs has no such setting\n")
 
 
 @pytest.mark.parametrize("words", [bomb("dataset.a"), bomb("x"), ["+dataset.root=${oc.env:HOME}"]])
@@ -303,7 +303,7 @@ def test_a_run_does_not_resume_from_endless_settings(trained, tmp_path, words):
     assert "its values are more than 4000" in refusal(lambda: load_state(tmp_path / "last.pt"), tmp_path / "last.pt")
 
 
-def test_an_interpolation_of_the_first_command_has_its_value_from_then(trained, tmp_path, metacv):
+def test_interpolations_of_the_original_command_keep_their_value(trained, tmp_path, metacv):
     shutil.copytree(trained("protonet"), tmp_path / "run")
     change(
         tmp_path / "run/last.pt",
@@ -478,7 +478,7 @@ def test_a_file_is_copied_without_all_of_it_in_memory(tmp_path):
     ],
 )
 @pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")  # of torch, about param_groups
-def test_a_state_that_cannot_be_continued_is_refused(trained, tmp_path, data_dir, places, values):
+def test_an_invalid_training_state_is_refused(trained, tmp_path, data_dir, places, values):
     last = Path(shutil.copy(trained("protonet") / "last.pt", tmp_path / "last.pt"))
     assert resumed_run(last, data_dir).step == 4
     change(last, *places, **values)
@@ -577,7 +577,7 @@ def tar_header(size: int, kind: bytes) -> bytes:
 
 
 def sparse_tar(path: Path) -> None:
-    """A member of 1 TB of which the archive has one byte."""
+    """A sparse member of 1 TB with one byte in the archive."""
     header = bytearray(tar_header(512, tarfile.GNUTYPE_SPARSE))
     header[386:398], header[398:410] = b"%011o\0" % 0, b"%011o\0" % 1
     header[483:495] = b"\x80" + bytes(3) + struct.pack(">Q", 2**40)
@@ -657,7 +657,7 @@ def test_numbers_in_the_billions_in_a_result_do_not_slow_a_report(run):
 @pytest.mark.parametrize(
     ("place", "count"), [("result.json", 100_000), ("result.json", 5000), (".hydra/overrides.yaml", 100_000)]
 )
-def test_a_report_of_thousands_of_overrides_has_none_of_them(run, monkeypatch, capsys, place, count):
+def test_a_report_ignores_thousands_of_overrides(run, monkeypatch, capsys, place, count):
     monkeypatch.setattr(yaml, "load", lambda text, _: [] if len(text) < 1000 else pytest.fail("it is parsed"))
     words = [f"dataset.a{i}={i}" for i in range(count)]
     content = json.loads((run / "result.json").read_text())
@@ -746,7 +746,7 @@ def test_large_files_of_tensorboard_are_not_read(tmp_path, capsys):
     assert f"{tmp_path}: the files of TensorBoard have more than" in capsys.readouterr().err
 
 
-def test_texts_of_a_checkpoint_do_not_reach_the_terminal_as_commands(checkpoint, metacv):
+def test_control_characters_in_a_checkpoint_do_not_reach_the_terminal(checkpoint, metacv):
     change(checkpoint, "training", stages=["\x1b[2J\x1b]0;title\x07first\nmetacv: accuracy 100 %"])
     code, out, _ = metacv("evaluate", f"checkpoint={checkpoint}", "episodes=2", "query=2", "device=cpu")
     assert code == 0
@@ -754,7 +754,7 @@ def test_texts_of_a_checkpoint_do_not_reach_the_terminal_as_commands(checkpoint,
     assert "\x1b" not in out
 
 
-def test_texts_of_a_result_stay_texts_in_markdown(run):
+def test_texts_of_a_result_are_escaped_in_markdown(run):
     odd = "<script>alert(1)</script> | [a](http://b) https://evil.example www.evil.example @everyone `x` ![](//c)"
     content = json.loads((run / "result.json").read_text())
     digest = load_checkpoint(run).sha256

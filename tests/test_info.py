@@ -1,4 +1,4 @@
-"""`metacv info`: what a run, a checkpoint, an adapted model or a kept model is."""
+"""`metacv info`: descriptions of runs, checkpoints, adapted models and kept models."""
 
 import dataclasses
 import shutil
@@ -26,7 +26,7 @@ def run(metacv, trained) -> Path:
     return Path(shutil.copytree(trained("protonet"), "run"))
 
 
-def test_info_of_a_run_tells_what_it_is(metacv, run):
+def test_info_describes_a_run(metacv, run):
     (best,) = read_results(run / "result.json").results
     assert metacv("evaluate", "checkpoint=run")[0] == 0  # into outputs/evaluate
     (file,) = Path("outputs").rglob("result.json")
@@ -53,7 +53,7 @@ def test_info_of_a_run_tells_what_it_is(metacv, run):
     assert lines["folder"].startswith("best.pt, ")
 
 
-def test_info_of_a_run_without_a_best_checkpoint_is_that_of_its_last_one(metacv, run):
+def test_info_uses_last_pt_if_a_run_has_no_best_pt(metacv, run):
     (run / "best.pt").unlink()
     lines = shown(metacv, "run")
     assert lines["file"].startswith("run/last.pt, ")
@@ -74,7 +74,7 @@ def test_info_of_an_adapted_model_names_its_classes(metacv, run):
     assert not {"folder", "changed", "evaluated"} & lines.keys()  # of whatever lies beside it
 
 
-def test_info_names_earlier_runs_and_leaves_out_what_an_older_checkpoint_lacks(metacv, run):
+def test_info_lists_earlier_runs_and_omits_fields_missing_in_older_checkpoints(metacv, run):
     content = torch.load(run / "best.pt", weights_only=True)
     stages = ["Classifier on Glyphs, step 7, sha256 0123\x1b[2J", "teacher ProtoNet on Glyphs, step 8, sha256 4567"]
     training = content["training"] | {"stages": stages}
@@ -87,14 +87,14 @@ def test_info_names_earlier_runs_and_leaves_out_what_an_older_checkpoint_lacks(m
     assert not {"after", "cost", "classes"} & shown(metacv, "run").keys()
 
 
-def test_info_of_a_kept_model_takes_its_name_and_several_runs_take_one_call(metacv, run):
+def test_info_accepts_names_of_kept_models_and_several_runs(metacv, run):
     lines = shown(metacv, "omniglot/protonet_5w1s")
     assert lines["evaluated"].startswith("99.06 ± 0.14 %: 5-way 1-shot, 1000 episodes of Omniglot test")
     code, out, _ = metacv("info", "run", "omniglot/protonet_5w1s")
     assert (code, out.count("network  ")) == (0, 2)
 
 
-def test_what_is_no_run_gets_one_line(metacv, run):
+def test_info_refuses_what_is_not_a_run_with_one_line(metacv, run):
     Path("text.pt").write_text("no checkpoint")
     Path("empty").mkdir()
     damaged = dataclasses.replace(load_checkpoint(run)).content | {"support": 3}
@@ -103,7 +103,7 @@ def test_what_is_no_run_gets_one_line(metacv, run):
         ("nowhere",): "nowhere: there is no such file",
         ("text.pt",): "text.pt is not a checkpoint of metacv, or is damaged",
         ("empty",): "empty has no best.pt: it is not the folder of a run",
-        ("damaged.pt",): "the file's support set is damaged",
+        ("damaged.pt",): "the support set in the file is damaged",
         (): "runs is missing",
         ("runs=[]",): "runs=[]: name a run, or a file with a model",
         ("protonet_5w1s",): "did you mean miniimagenet/protonet_5w1s or omniglot/protonet_5w1s?",

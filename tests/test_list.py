@@ -1,4 +1,4 @@
-"""`metacv list`: what there is to choose from, with the papers' accuracies and ours."""
+"""`metacv list`: the available choices, with the papers' accuracies and ours."""
 
 import json
 import os
@@ -48,7 +48,7 @@ def test_experiments_have_the_papers_number_and_that_of_the_kept_model_in_the_sa
             assert len([part for part in ours.values() if part in line]) == (number["batch_norm"] in ours)
 
 
-def test_without_a_word_everything_is_listed_and_an_unknown_word_gets_one_line(metacv):
+def test_list_without_arguments_prints_all_and_refuses_unknown_names(metacv):
     out = metacv("list")[1]
     assert [line.split(":")[0] for line in out.splitlines() if line.endswith("=NAME")] == [*GROUPS]
     assert metacv("list", "heads", "methods")[1] == metacv("list", "heads")[1] + metacv("list", "methods")[1]

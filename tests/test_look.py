@@ -1,4 +1,4 @@
-"""The warning where images are unlike those that a model was trained on."""
+"""The warning for images unlike those that a model was trained on."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +30,7 @@ def plain(red: int, green: int, blue: int, count: int = 3) -> torch.Tensor:
     return images
 
 
-def test_the_numbers_of_an_image_are_those_by_hand():
+def test_image_statistics_equal_a_calculation_by_hand():
     (brightness,), (contrast,), (saturation,) = (own[:1] for own in statistics(plain(255, 0, 0)).values())
     assert float(brightness) == pytest.approx(1 / 6)
     assert float(contrast) == pytest.approx((1 / 6 * 5 / 6) ** 0.5)
@@ -90,7 +90,7 @@ def photographs(folder: str, size: int = 40) -> None:
             blobs.resize((size, size)).save(f"{folder}/{name}/{i}.png")
 
 
-def test_photographs_for_a_model_of_glyphs_are_named_once(metacv, trained):
+def test_photographs_for_a_model_of_glyphs_give_one_warning(metacv, trained):
     photographs("photos")
     words = (f"checkpoint={trained('protonet')}", "support=photos", "hydra.run.dir=out")
     for query, kind in (("photos", "query"), ("photos/a/0.png", "support")):
@@ -103,7 +103,7 @@ def test_photographs_for_a_model_of_glyphs_are_named_once(metacv, trained):
 
 
 @pytest.mark.usefixtures("may_be_at_chance")
-def test_inverted_images_are_named_with_the_setting_that_helps(metacv, trained):
+def test_inverted_images_give_a_warning_with_the_setting_to_change(metacv, trained):
     """ImageFolder has the setting, and Glyphs, which always inverts, has not."""
     content = load_checkpoint(trained("protonet")).content
     dataset = yaml.safe_load((CONFIG_DIR / "dataset/image_folder.yaml").read_text())

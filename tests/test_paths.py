@@ -1,4 +1,4 @@
-"""A relative path is meant from the folder of the command that gave it, also where the run is used from another."""
+"""Relative paths are resolved in the folder of the command that gave them, also if the run is used from another."""
 
 import json
 import shutil
@@ -38,7 +38,7 @@ OTHER_TEXTS = {  # names, what is read only once, and what is in data_dir
 each_path = pytest.mark.parametrize("path", PATHS, ids=lambda own: own.name)
 
 
-def test_every_text_in_the_settings_is_known_to_be_a_path_or_not():
+def test_every_text_setting_is_classified_as_a_path_or_not():
     assert {own.name for own in TEXTS} - {own.name for own in PATHS} == OTHER_TEXTS
     assert {own.name for own in PATHS} >= {"data_dir", "algo.teacher", "dataset.root", "dataset.split_file"}
 
@@ -54,7 +54,7 @@ def folders(tmp_path, monkeypatch):
 
 
 def begun(*words: str) -> Checkpoint:
-    """The last.pt of a run that was begun with these words in the current folder."""
+    """Return the last.pt of a run that was started with these words in the current folder."""
     config = typed(compose("train", [*words]), TrainConfig)
     return Checkpoint(Path("last.pt"), config, (1, 28, 28), 0, Training(), None, {"overrides": [*words]})
 
@@ -66,7 +66,7 @@ def value(config: TrainConfig, path: Setting) -> str:
 
 
 @each_path
-def test_a_run_that_is_resumed_from_another_folder_keeps_its_path(folders, monkeypatch, path):
+def test_a_run_resumed_from_another_folder_keeps_its_paths(folders, monkeypatch, path):
     source = begun(*path.words, f"{path.name}=place")
     assert value(source.config, path) == str(folders[0] / "place")
     monkeypatch.chdir(folders[1])
@@ -74,7 +74,7 @@ def test_a_run_that_is_resumed_from_another_folder_keeps_its_path(folders, monke
 
 
 @each_path
-def test_a_path_that_is_given_anew_is_meant_from_the_folder_of_that_command(folders, monkeypatch, path):
+def test_a_new_relative_path_is_resolved_in_the_folder_of_that_command(folders, monkeypatch, path):
     source = begun(*path.words, f"{path.name}=place")
     monkeypatch.chdir(folders[1])
     config, words = resumed(source, [f"{path.name}=place"])
@@ -83,26 +83,26 @@ def test_a_path_that_is_given_anew_is_meant_from_the_folder_of_that_command(fold
 
 
 @each_path
-def test_a_run_of_an_earlier_version_that_kept_a_relative_path_goes_on_where_it_was_begun(folders, path):
+def test_a_relative_path_of_an_earlier_version_works_from_the_original_folder(folders, path):
     source = begun(*path.words, f"{path.name}=place")
     old = TrainConfig(**with_paths(vars(source.config), lambda name, now: "place" if name == path.name else now))
     assert resumed(replace(source, config=old), [])[0] == source.config
 
 
-def test_data_that_the_environment_names_are_those_of_the_command_at_hand(folders, monkeypatch):
+def test_the_data_dir_in_the_environment_applies_to_the_current_command(folders, monkeypatch):
     source = begun()
     monkeypatch.setenv("METACV_DATA_DIR", "place")
     assert resumed(source, [])[0].data_dir == str(folders[0] / "place")
 
 
-def test_lists_of_characters_stay_in_the_data_that_the_run_began_with(folders, monkeypatch):
+def test_a_resumed_run_finds_character_lists_in_its_original_data_dir(folders, monkeypatch):
     source = begun("dataset=omniglot", "dataset.split=file", "dataset.split_dir=mine", "data_dir=place")
     monkeypatch.chdir(folders[1])
     config, _ = resumed(source, [])
     assert (config.data_dir, config.dataset["split_dir"]) == (str(folders[0] / "place"), "mine")
 
 
-def test_a_run_with_a_teacher_is_not_resumed_without_one(folders):
+def test_a_run_with_a_teacher_cannot_resume_without_it(folders):
     source = begun("algo=classifier", "algo.teacher=place")
     with pytest.raises(UserError, match=r"^resume: algo.teacher is None, but last.pt was trained with /.*/a/place$"):
         resumed(source, ["algo.teacher=null"])
@@ -115,7 +115,7 @@ RELATIVE = ("algo.teacher=first", "data_dir=data", "dataset.root=own", "dataset.
 
 @pytest.fixture
 def one_and_another(tmp_path, monkeypatch, metacv) -> list[Path]:
-    """Two folders with images `own`, their split `own.json` and a run `first`: of the same names, but others."""
+    """Two folders, each with images `own`, their split `own.json` and a run `first`: same names, different content."""
     names = [f"c{c:02}" for c in range(12)]
     images = bank_of([8] * 12, shape=(1, 16, 16)).images.view(12, 8, 16, 16).numpy()
     folders = [tmp_path / "one", tmp_path / "another"]
@@ -134,7 +134,7 @@ def one_and_another(tmp_path, monkeypatch, metacv) -> list[Path]:
 
 
 @pytest.mark.usefixtures("may_be_at_chance")
-def test_commands_in_another_folder_do_what_they_do_in_the_first(metacv, monkeypatch, one_and_another, tmp_path):
+def test_commands_give_the_same_results_from_another_folder(metacv, monkeypatch, one_and_another, tmp_path):
     a, b = one_and_another
     shutil.copytree(a, tmp_path / "equal")
     states: list[dict[str, Any]] = []

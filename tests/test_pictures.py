@@ -1,4 +1,4 @@
-"""What an evaluation says of classes: the counts, classes.csv, the hardest pairs and the pictures."""
+"""Results of an evaluation by class: counts, classes.csv, the hardest pairs and the pictures."""
 
 import csv
 import warnings
@@ -34,7 +34,7 @@ def known():
     return predictions([(0, 1), (1, 0), (0, 2)], [[0, 1, 1, 1], [0, 0, 0, 0], [0, 0, 0, 1]])
 
 
-def test_queries_are_counted_by_class_and_by_what_they_were_taken_for(known):
+def test_queries_are_counted_by_true_and_predicted_class(known):
     found = confusion(known)
     assert found.episodes.tolist() == [3, 2, 1, 0]
     assert found.accuracy[:3].tolist() == [0.5, 1, 0.5]
@@ -64,7 +64,7 @@ def test_the_table_of_classes_has_a_line_for_each_class(known):
     ]
 
 
-def test_names_of_classes_are_no_formulas_in_the_table(known):
+def test_class_names_cannot_become_formulas_in_the_table(known):
     known.episodes.sampler.bank = replace(known.episodes.sampler.bank, class_names=("=1+1", "@b", "c\n", "d"))
     text = confusion(known).csv(query=2).decode("utf-8-sig")
     assert "\n'=1+1,3" in text
@@ -72,7 +72,7 @@ def test_names_of_classes_are_no_formulas_in_the_table(known):
     assert "\nc?,1" in text
 
 
-def test_a_rotated_class_has_its_angle_in_its_name_and_all_counts_are_those_of_a_loop():
+def test_rotated_classes_are_named_by_angle_and_counts_equal_a_loop():
     sampler = EpisodeSampler(bank_of([6] * 3), way=4, shot=1, query=3, rotation="as_classes")
     episodes = EpisodeList(sampler, 40)
     found = Predictions(episodes, torch.randint(4, (40, 12), generator=torch.Generator().manual_seed(0)).short())
@@ -92,7 +92,7 @@ def test_a_rotated_class_has_its_angle_in_its_name_and_all_counts_are_those_of_a
     assert measured.together.nnz == len(together)
 
 
-def test_pairs_that_met_once_by_chance_do_not_come_before_those_that_met_often():
+def test_rare_pairs_do_not_rank_before_frequent_ones_by_chance():
     tasks = [(0, 1)] * 20 + [(2, 3)]
     wrong = confusion(predictions(tasks, [[0, 1, 1, 1]] * 10 + [[1, 1, 1, 1]] * 10 + [[1, 0, 1, 1]]))
     assert [(own.true, own.other) for own in wrong.pairs] == [(0, 1), (2, 3)]
@@ -103,7 +103,7 @@ def test_predictions_without_an_error_have_no_hardest_pair():
     assert (found.pairs, found.describe()) == ([], "")
 
 
-def test_of_many_classes_those_are_shown_that_are_mixed_up_most():
+def test_of_many_classes_the_most_confused_are_shown():
     names = tuple(f"c{i}" for i in range(30))
     found = confusion(predictions([(28, 29), (3, 7)], [[1, 1, 1, 1], [0, 1, 1, 1]], names))
     assert found.hardest_classes(20)[:4] == [28, 29, 3, 7]
@@ -113,7 +113,7 @@ def test_of_many_classes_those_are_shown_that_are_mixed_up_most():
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()][:2] == ["c28", "c29"]
 
 
-def test_every_letter_of_class_names_is_drawn_and_a_dollar_stays_one():
+def test_class_names_are_drawn_with_all_letters_and_without_formulas():
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # matplotlib warns of letters that a font lacks
         found = predictions([(0, 1), (2, 3), (4, 0)], [[0, 1, 1, 1]] * 3, NAMES)
@@ -139,7 +139,7 @@ def test_long_names_lose_their_middle_and_outer_folders():
     assert clipped("猫" * 40) == "猫" * 7 + "…" + "猫" * 7
 
 
-def test_features_that_are_few_or_all_the_same_have_no_picture(known):
+def test_too_few_or_equal_features_have_no_embedding_picture(known):
     rows = torch.arange(20)
     assert embedding(replace(known, rows=rows, features=torch.ones(20, 3)), "") is None
     assert embedding(replace(known, rows=rows[:9], features=torch.rand(9, 3)), "") is None
@@ -180,7 +180,7 @@ def test_two_batch_norm_modes_have_no_pictures(drawing, trained):
     assert {path.name for path in Path("out").iterdir()} == {"result.json", "accuracies.npy"}
 
 
-def test_features_of_a_file_have_pictures_too(drawing):
+def test_evaluating_features_writes_pictures(drawing):
     labels = numpy.arange(6).repeat(20)
     values = numpy.random.default_rng(0).normal(size=(120, 8)) + labels[:, None]
     numpy.savez("own.npz", features=values, labels=labels)

@@ -1,4 +1,4 @@
-"""Every method and backbone on a device that is not the CPU: on a fake one, whose tensors have no values.
+"""Every method and backbone on a device other than the CPU: a fake device, whose tensors have no values.
 
 There an operation on tensors of two devices fails, and so does one that needs a value on the host, for which a real GPU
 would have to finish its work. Tensors on the CPU are real. The fake device is one of the whole process, which must have
@@ -228,13 +228,13 @@ def test_a_method_trains_and_predicts_on_its_device_without_waiting(name, error_
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in VARIANTS])
-def test_so_do_its_variants(name, error_on_gpu, data_dir):
+def test_variants_of_a_method_run_on_their_device_without_waiting(name, error_on_gpu, data_dir):
     algo, changes = VARIANTS[name]
     assert error_on_gpu(run_method, algo, data_dir, changes, {}) == ""
 
 
 @pytest.mark.parametrize("name", ["classifier", "protonet", "reptile", pytest.param("maml", marks=pytest.mark.slow)])
-def test_so_do_compiled_steps_and_averaged_weights(name, error_on_gpu, data_dir):
+def test_compiled_steps_and_averaged_weights_run_on_their_device_without_waiting(name, error_on_gpu, data_dir):
     assert error_on_gpu(run_method, name, data_dir, {}, {"compile": True, "ema": 0.9}) == ""
 
 
@@ -249,7 +249,7 @@ def test_a_head_computes_on_its_device_without_waiting(name, error_on_gpu):
 
 
 @pytest.mark.parametrize("on_device", [2**32, 0])
-def test_what_samplers_draw_is_copied_to_the_device_without_waiting(on_device, error_on_gpu):
+def test_sampled_batches_are_copied_to_the_device_without_waiting(on_device, error_on_gpu):
     assert error_on_gpu(run_samplers, on_device) == ""
 
 

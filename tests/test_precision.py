@@ -1,4 +1,4 @@
-"""Precision, compiled steps and memory: a step computes the same up to the rounding that was asked for."""
+"""Precision, compiled steps and memory: results are equal up to the rounding of the chosen precision."""
 
 import platform
 import re
@@ -32,7 +32,7 @@ compiles = pytest.mark.skipif(
 
 
 def trained(algorithm, steps: int = 2) -> dict[str, torch.Tensor]:
-    """Everything that an algorithm holds after some steps of SGD on fixed tasks."""
+    """The state of an algorithm after some steps of SGD on fixed tasks."""
     optimizer = torch.optim.SGD(algorithm.parameters(), lr=0.1)
     size = 12 if isinstance(algorithm, RelationNet) else 6
     dtype = next(algorithm.parameters()).dtype
@@ -53,14 +53,14 @@ def gradients(algorithm, tasks) -> torch.Tensor:
 
 @pytest.fixture(params=["recorded", pytest.param("compiled", marks=[compiles, pytest.mark.slow])])
 def graph(request, monkeypatch) -> None:
-    """The recorded operations as they are, or compiled, which takes a minute."""
+    """Run the recorded operations as they are, or compiled, which takes a minute."""
     if request.param == "recorded":
         monkeypatch.setattr(torch, "compile", lambda graph, **_: graph)
 
 
 @pytest.mark.parametrize("name", BUILD)
 def test_compiled_steps_reach_the_weights_of_uncompiled_ones(name, graph):
-    """Also running statistics and moments, after two steps in float64: the graph keeps no value of the first step."""
+    """Includes running statistics and moments, after two float64 steps: the graph must keep no value of the first."""
     states = []
     for compiled in (False, True):
         torch.manual_seed(0)
@@ -143,7 +143,7 @@ def test_a_graph_of_one_precision_is_not_used_for_another(graph):
 
 def test_an_invalid_precision_is_refused_in_one_line(metacv):
     code, _, err = metacv("train", "algo=protonet", *TRAIN, "precision=fp16")
-    assert (code, err.strip()) == (1, "metacv: precision=fp16: not one of fp32, tf32, bf16")
+    assert (code, err.strip()) == (1, "metacv: precision=fp16: must be one of fp32, tf32, bf16")
     code, _, err = metacv("train", "algo=protonet", *TRAIN, "precision=tf32", "device=cpu")
     assert code == 1
     assert "precision=tf32" in err
@@ -151,7 +151,7 @@ def test_an_invalid_precision_is_refused_in_one_line(metacv):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="memory is kept by a setting of glibc's")
 def test_freed_memory_is_kept_for_the_next_step():
-    """Count those of twenty tensors of 64 MB, one after another, whose memory is new: all of them, or the first few."""
+    """Count how many of twenty 64 MB tensors, created one after another, get new memory: all, or only the first few."""
     program = """
 import resource, torch
 from metacv.precision import keep_freed_memory

@@ -1,4 +1,4 @@
-"""`metacv predict`: labels for images, after a few examples of each class."""
+"""`metacv predict`: labels for images, given a few examples of each class."""
 
 import csv
 import json
@@ -47,7 +47,7 @@ def table(folder: str) -> list[dict[str, str]]:
 @pytest.mark.parametrize(
     ("algo", "sizes"), [*((algo, [1, 3, 2]) for algo in ALGORITHMS), ("protonet", [2] * 5)], ids=str
 )
-def test_every_image_gets_a_label_which_a_kept_model_repeats(metacv, trained, algo, sizes):
+def test_a_saved_model_gives_every_image_the_same_label(metacv, trained, algo, sizes):
     lay_out(Path("own"), sizes, query=3)
     words = (f"checkpoint={trained(algo)}", "support=own/support", "query=own/query", "save=kept.pt")
     code, out, err = metacv("predict", *words, "hydra.run.dir=one")
@@ -117,8 +117,8 @@ TESTED_BY = [("maml", "transductive"), ("protonet", "inductive"), ("reptile", "i
     [*TESTED_BY, *(pytest.param(a, m, marks=pytest.mark.slow) for a in KINDS for m in ("inductive", "transductive")
                    if a != "relationnet" and (a, m) not in TESTED_BY)],
 )  # fmt: skip
-def test_files_get_the_labels_that_evaluation_gives_to_the_same_tasks(metacv, algo, mode):
-    """In the batch-norm mode that the model was trained with, and from a kept model too."""
+def test_image_files_get_the_same_labels_as_in_evaluation(metacv, algo, mode):
+    """In the batch-norm mode of training, also from a saved model."""
     for i, split in enumerate(("train", "val", "test")):
         as_files(f"own/{split}", draw_glyphs(4, 7, seed=i))
         for c in range(4):
@@ -159,7 +159,7 @@ def test_files_get_the_labels_that_evaluation_gives_to_the_same_tasks(metacv, al
     assert evaluated.batch_norm == mode
 
 
-def test_more_transductive_queries_than_memory_holds_get_one_line(metacv, trained, monkeypatch):
+def test_out_of_memory_in_transductive_prediction_is_one_clear_line(metacv, trained, monkeypatch):
     lay_out(Path("own"), [1, 1], query=1)
 
     def full(*_):
@@ -179,7 +179,7 @@ def conv4_with(algorithm: type[Algorithm], **settings) -> Algorithm:
 
 
 @pytest.mark.parametrize(("kind", "settings"), [(ProtoNet, {}), (RelationNet, {"relation": "mlp"})])
-def test_two_equal_examples_count_as_one(kind, settings):
+def test_duplicating_an_example_does_not_change_predictions(kind, settings):
     images = torch.randint(0, 256, (10, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     algorithm = conv4_with(kind, **settings)
     uneven = Support(images[[0, 1, 2]], (1, 2), ("a", "b")).task(images[3:], torch.device("cpu"))
@@ -189,7 +189,7 @@ def test_two_equal_examples_count_as_one(kind, settings):
     assert ours.std(dim=1).min() > 0
 
 
-def test_relation_networks_sum_a_class_as_if_all_had_the_mean_number_of_images():
+def test_relation_networks_scale_sums_to_the_mean_class_size():
     images = torch.randint(0, 256, (10, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     algorithm = conv4_with(RelationNet)
     task = Support(images[:4], (1, 3), ("a", "b")).task(images[4:], torch.device("cpu"))
@@ -200,7 +200,7 @@ def test_relation_networks_sum_a_class_as_if_all_had_the_mean_number_of_images()
     torch.testing.assert_close(algorithm.predict(task, "inductive"), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_weights_that_are_not_finite_label_nothing(metacv, trained):
+def test_weights_that_are_not_finite_are_refused_in_prediction(metacv, trained):
     lay_out(Path("own"), [1, 1], query=1)
     saved = load_checkpoint(trained("protonet")).content
     next(iter(saved["algorithm"].values())).fill_(float("nan"))
@@ -210,7 +210,7 @@ def test_weights_that_are_not_finite_label_nothing(metacv, trained):
     assert err == "metacv: nan.pt: the probabilities are not finite; the weights are not, or adaptation diverged\n"
 
 
-def test_a_kept_model_of_a_run_on_listed_splits_can_be_used(metacv, trained):
+def test_a_saved_model_of_a_run_with_listed_splits_can_be_used(metacv, trained):
     content = torch.load(trained("protonet") / "best.pt", weights_only=True)
     dataset = yaml.safe_load((CONFIG_DIR / "dataset/omniglot.yaml").read_text()) | {"split": "file"}
     torch.save(content | {"config": content["config"] | {"dataset": dataset}}, "omniglot.pt")
@@ -220,7 +220,7 @@ def test_a_kept_model_of_a_run_on_listed_splits_can_be_used(metacv, trained):
     assert metacv("predict", "adapted=kept.pt", "query=own/query")[::2] == (0, "")
 
 
-def test_a_kept_model_holds_no_paths_of_this_machine(metacv, trained):
+def test_a_saved_model_contains_no_local_paths(metacv, trained):
     lay_out(Path("own"), [1, 1], query=1)
     metacv("predict", f"checkpoint={trained('protonet')}/last.pt", "support=own/support", "query=own/query",
            "save=kept.pt")  # fmt: skip
@@ -234,8 +234,8 @@ def test_a_kept_model_holds_no_paths_of_this_machine(metacv, trained):
     [
         (["support=own/support"], "checkpoint=... is missing"),
         (["checkpoint=RUN"], "support=... is missing"),
-        ([], "give checkpoint=RUN and support=FOLDER, or adapted=FILE alone"),
-        (["adapted=RUN", "support=own/support"], "give checkpoint=RUN and support=FOLDER, or adapted=FILE alone"),
+        ([], "give either checkpoint=RUN and support=FOLDER, or adapted=FILE"),
+        (["adapted=RUN", "support=own/support"], "give either checkpoint=RUN and support=FOLDER, or adapted=FILE"),
         (["adapted=RUN"], "has no support set; save=FILE together with support=FOLDER makes one"),
         (["checkpoint=RUN", "support=nowhere"], "support=nowhere: there is no such folder"),
         (["checkpoint=RUN", "support=own/query/alpha"], "has 0 folders: it needs one for each class, and at least 2"),
@@ -245,23 +245,23 @@ def test_a_kept_model_holds_no_paths_of_this_machine(metacv, trained):
         (["checkpoint=RUN", "support=own/support", "query=text.png"], "query=text.png: no readable image"),
         (
             ["checkpoint=RUN", "support=own/support", "batch_norm=both"],
-            "batch_norm=both: not one of inductive, transductive",
+            "batch_norm=both: must be one of inductive, transductive",
         ),
         (["checkpoint=RUN", "support=own/support", "save=none/a.pt"], "none/a.pt cannot be written"),
-        (["checkpoint=RUN", "support=own/support", "save=own"], "save=own: exists already, and is not a model that"),
-        (["checkpoint=RUN", "support=own/support", "save=text.png"], "save=text.png: exists already"),
-        (["checkpoint=RUN", "support=own/support", "save=RUN/best.pt"], "save=.*/best.pt: exists already"),
+        (["checkpoint=RUN", "support=own/support", "save=own"], "save=own: already exists and is not a file of `save`"),
+        (["checkpoint=RUN", "support=own/support", "save=text.png"], "save=text.png: already exists"),
+        (["checkpoint=RUN", "support=own/support", "save=RUN/best.pt"], "save=.*/best.pt: already exists"),
         (["checkpoint=nowhere", "support=own/support"], "nowhere: there is no such file"),
         (["checkpoint=own", "support=own/support"], "own has no best.pt"),
         (["checkpoint=text.png", "support=own/support"], "text.png is not a checkpoint of metacv, or is damaged"),
-        (["checkpoint=RUN", "support=splits"], "support=splits holds test and train: give one of them"),
+        (["checkpoint=RUN", "support=splits"], "support=splits holds test and train; use one of them"),
         (
             ["checkpoint=RUN", "support=alike"],
             "two class names look the same without unprintable characters; rename one",
         ),
         (["checkpoint=odd.pt", "support=own/support"], r"support: .* \(1, 28, 28\), and odd.pt was .* \(1, 32, 32\)"),
         (["checkpoint=RUN", "support=own/support", "dataset.size=3"], "dataset.size: .* has no such setting"),
-        (["checkpoint=RUN", "support=own/support", "algo.metric=near"], "algo.metric=near: not one of sqeuclidean"),
+        (["checkpoint=RUN", "support=own/support", "algo.metric=near"], "algo.metric=near: must be one of sqeuclidean"),
     ],
 )
 def test_invalid_input_exits_with_one_line_and_leaves_no_folder(metacv, trained, words, message):
@@ -284,7 +284,7 @@ def test_invalid_input_exits_with_one_line_and_leaves_no_folder(metacv, trained,
     assert not Path("out").exists()
 
 
-def test_file_names_reach_neither_the_terminal_nor_a_spreadsheet_unescaped(metacv, trained):
+def test_file_names_are_escaped_for_the_terminal_and_for_spreadsheets(metacv, trained):
     lay_out(Path("own"), [1, 1], query=1)
     for kind in ("support", "query"):
         Path(f"own/{kind}/alpha").rename(f"own/{kind}/file")
@@ -311,7 +311,7 @@ def test_file_names_reach_neither_the_terminal_nor_a_spreadsheet_unescaped(metac
     assert err == "metacv: query=?[31m: there is no such file or folder\n"
 
 
-def test_a_kept_model_may_be_replaced(metacv, trained):
+def test_save_can_overwrite_an_earlier_saved_model(metacv, trained):
     lay_out(Path("own"), [1, 1], query=1)
     words = (f"checkpoint={trained('protonet')}", "support=own/support", "query=own/query", "save=kept.pt")
     assert [metacv("predict", *words)[0] for _ in range(2)] == [0, 0]
@@ -356,7 +356,7 @@ def test_a_damaged_support_set_is_refused(metacv, trained):
     assert "kept.pt is not a checkpoint of metacv, or is damaged (it names torch._utils._rebuild_sparse_tensor" in err
 
 
-def test_photographs_of_any_mode_and_name_get_labels(metacv, trained):
+def test_images_of_any_mode_and_file_name_get_labels(metacv, trained):
     lay_out(Path("own"), [1, 1], query=1)
     colours = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
     Path("any").mkdir()
@@ -368,7 +368,7 @@ def test_photographs_of_any_mode_and_name_get_labels(metacv, trained):
     assert [row["file"] for row in table("out")] == ["any/a b=c,(1).jpg"]
 
 
-def test_copies_within_the_examples_and_of_examples_among_the_queries_are_counted(metacv, trained):
+def test_copies_within_support_and_between_support_and_query_are_reported(metacv, trained):
     lay_out(Path("own"), [2, 2, 2], query=2)
     words = (f"checkpoint={trained('protonet')}", "support=own/support", "query=own/query")
     assert metacv("predict", *words, "hydra.run.dir=one")[2] == ""

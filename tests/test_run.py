@@ -17,16 +17,16 @@ from metacv.model import load_checkpoint
 from metacv.run import load_state, lock_folder
 
 
-def test_a_folder_has_one_lock(tmp_path):
+def test_two_processes_cannot_lock_the_same_folder(tmp_path):
     second = lock_folder(tmp_path)
-    with lock_folder(tmp_path), pytest.raises(UserError, match="another run is writing there"):
+    with lock_folder(tmp_path), pytest.raises(UserError, match="another process is writing there"):
         second.__enter__()
     with lock_folder(tmp_path):
         pass
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL])
-def test_a_file_system_without_locks_is_used_without(tmp_path, monkeypatch, number):
+def test_a_file_system_without_locks_is_supported(tmp_path, monkeypatch, number):
     def refused(*_, **__):
         raise OSError(number, "no locks")
 
@@ -36,7 +36,7 @@ def test_a_file_system_without_locks_is_used_without(tmp_path, monkeypatch, numb
     assert (tmp_path / "file").exists()
 
 
-def test_a_folder_that_is_read_only_is_refused(tmp_path, monkeypatch):
+def test_a_read_only_folder_is_refused(tmp_path, monkeypatch):
     def refused(*_, **__):
         raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / ".lock"))
 
@@ -45,7 +45,7 @@ def test_a_folder_that_is_read_only_is_refused(tmp_path, monkeypatch):
         pass
 
 
-def test_training_lines_up_to_the_step_are_kept_whatever_scalars_a_method_logs(tmp_path):
+def test_training_metrics_up_to_the_step_are_kept_for_any_scalars(tmp_path):
     lines = [{"step": 10, "val/accuracy": 0.5}, {"step": 15, "train/nll": 1.0}, {"step": 25, "train/nll": 0.5}]
     lines.append({"step": 20, "val/accuracy": 0.6})
     path = tmp_path / "metrics.jsonl"
@@ -55,8 +55,8 @@ def test_training_lines_up_to_the_step_are_kept_whatever_scalars_a_method_logs(t
     assert [json.loads(line) for line in path.read_text().splitlines()] == lines[:2]
 
 
-def test_curves_keep_training_up_to_the_step_and_validations_up_to_the_last_one_that_was_saved(tmp_path):
-    """Saved by a signal at step 3, whose validation was logged, but not saved, before a kill."""
+def test_a_resumed_log_keeps_training_up_to_the_step_and_saved_validations(tmp_path):
+    """A signal saved the run at step 3; its validation there was logged, but not saved, before a kill."""
     curve = {}
     for validated in (-1, 2):
         with Logger(tmp_path, step=max(0, 3 * validated // 2), validated=validated) as logger:
@@ -74,7 +74,7 @@ def test_curves_keep_training_up_to_the_step_and_validations_up_to_the_last_one_
     assert [(line["step"], line["val/accuracy"]) for line in lines if "val/accuracy" in line] == curve["val/accuracy"]
 
 
-def test_a_finished_run_that_is_resumed_adds_no_point_to_a_curve(metacv, trained):
+def test_resuming_a_finished_run_adds_no_points_to_its_curves(metacv, trained):
     shutil.copytree(trained("protonet"), "run")
     before = EventAccumulator("run").Reload()
     assert metacv("train", "resume=run")[0] == 0
@@ -85,7 +85,7 @@ def test_a_finished_run_that_is_resumed_adds_no_point_to_a_curve(metacv, trained
     assert [event.step for event in after.Scalars("val/best_accuracy")] == [2, 4]
 
 
-def test_what_a_kill_leaves_behind_is_removed_at_the_next_start(tmp_path):
+def test_temporary_files_of_a_killed_run_are_removed_at_the_next_start(tmp_path):
     (tmp_path / ".hydra").mkdir()
     left = [tmp_path / ".last.pt.12.tmp", tmp_path / ".hydra/.config.yaml.12.tmp"]
     kept = [tmp_path / ".hydra/config.yaml", tmp_path / "notes.tmp"]
@@ -96,8 +96,8 @@ def test_what_a_kill_leaves_behind_is_removed_at_the_next_start(tmp_path):
 
 
 @pytest.mark.parametrize("file", ["metrics.jsonl", "events.out.tfevents.*"])
-def test_a_log_that_cannot_be_written_is_one_error_that_names_the_file(tmp_path, capfd, file):
-    """Of the file that reaches the limit first. TensorBoard writes on a thread of its own."""
+def test_an_unwritable_log_is_one_error_that_names_the_file(tmp_path, capfd, file):
+    """The error names the file that reaches the limit first. TensorBoard writes on a separate thread."""
     earlier = json.dumps({"step": 0, "val/accuracy": 0.5}) + "\n"
     (tmp_path / "metrics.jsonl").write_text(earlier * (100 if file == "metrics.jsonl" else 1))
 
@@ -123,7 +123,7 @@ def test_a_damaged_state_is_refused_with_one_line(trained, tmp_path, change):
         load_state(tmp_path / "last.pt")
 
 
-def test_a_format_that_is_no_number_is_refused(trained, tmp_path):
+def test_a_checkpoint_format_that_is_not_an_integer_is_refused(trained, tmp_path):
     content = torch.load(trained("protonet") / "best.pt", weights_only=True)
     torch.save(content | {"format": torch.tensor([1, 2])}, tmp_path / "best.pt")
     with pytest.raises(UserError, match="has format"):
@@ -131,7 +131,7 @@ def test_a_format_that_is_no_number_is_refused(trained, tmp_path):
 
 
 @pytest.mark.parametrize("change", [{"algorithm": torch.zeros(2, 2)}, {"image_shape": torch.zeros(3)}, {"step": None}])
-def test_fields_of_another_type_are_refused(trained, tmp_path, change):
+def test_checkpoint_fields_of_a_wrong_type_are_refused(trained, tmp_path, change):
     content = torch.load(trained("protonet") / "best.pt", weights_only=True)
     torch.save(content | change, tmp_path / "best.pt")
     with pytest.raises(UserError, match="is not a checkpoint of metacv, or is damaged"):

@@ -61,12 +61,12 @@ def test_validation_classes_may_be_validated_again_but_training_classes_may_not(
     assert "glyphs val: 5 of its 10 classes (glyph00025, ...) were used" in err
 
 
-def test_other_glyphs_are_other_classes(metacv, trained):
+def test_glyphs_with_another_seed_are_other_classes(metacv, trained):
     assert metacv("evaluate", f"checkpoint={trained('protonet')}", *TEST, SHIFTED, "dataset.seed=1")[0] == 0
 
 
 @pytest.mark.usefixtures("may_be_at_chance")
-def test_compare_leaves_out_what_any_of_the_models_has_seen(metacv, trained):
+def test_compare_leaves_out_classes_that_any_of_the_models_has_seen(metacv, trained):
     other = ("algo=protonet", *TRAIN, "dataset.classes={train:40,val:2,test:4}", "way=2", "hydra.run.dir=other")
     assert metacv("train", *other)[0] == 0
     runs = ("compare", str(trained("protonet")), "other", "way=2", *TEST)
@@ -150,7 +150,7 @@ def dataset(name: str) -> Dataset:
     return build_dataset(OmegaConf.to_container(cfg.dataset), ".")
 
 
-def test_training_adds_up_with_the_runs_before_it():
+def test_training_cost_includes_earlier_runs():
     first = Training(
         classes=3, images=10, flops=2.0, seconds=1.5, stages=["a"], trained_on=["x:1"], validated_on=["x:2"]
     )
@@ -161,7 +161,7 @@ def test_training_adds_up_with_the_runs_before_it():
     assert both == Training(5, 11, 3.0, 2.5, ["a", "b"], ["x:0", "x:1"], ["x:2"])
 
 
-def test_a_run_does_not_go_on_with_another_teacher_at_the_same_path(metacv, trained, tmp_path):
+def test_a_run_does_not_resume_with_another_teacher_at_the_same_path(metacv, trained, tmp_path):
     shutil.copytree(trained("classifier"), "teacher")
     words = ("algo=classifier", *TRAIN, "schedule=constant", "algo.teacher=teacher", "hydra.run.dir=run")
     assert metacv("train", *words, "steps=2")[0] == 0
@@ -169,11 +169,11 @@ def test_a_run_does_not_go_on_with_another_teacher_at_the_same_path(metacv, trai
     content = torch.load("teacher/best.pt", weights_only=True)
     torch.save(content | {"step": 3}, "teacher/best.pt")
     code, _, err = metacv("train", "resume=run", "steps=6")
-    what = f"algo.teacher={tmp_path}/teacher is not the run that run/last.pt learned from"
+    what = f"algo.teacher={tmp_path}/teacher is not the run that run/last.pt learned from; set it to that run"
     assert (code, err) == (1, f"metacv: {what}\n")
 
 
-def test_results_say_that_a_network_was_trained_on_imagenet_before(metacv, monkeypatch):
+def test_results_record_pre_training_on_imagenet(metacv, monkeypatch):
     text = "ResNet18_Weights.IMAGENET1K_V1 of torchvision, trained on ImageNet"
     with monkeypatch.context() as patch:
         patch.setattr(Conv4, "load_pretrained", lambda self: text)

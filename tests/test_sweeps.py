@@ -41,7 +41,7 @@ def test_a_launcher_runs_every_combination(plugin, words, tmp_path, data_dir, mo
     assert len(list((tmp_path / "sweep").glob("*/best.pt"))) == 4
 
 
-def test_a_job_that_is_requeued_goes_on_from_its_last_validation(tmp_path, data_dir):
+def test_a_requeued_job_continues_from_its_last_validation(tmp_path, data_dir):
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     words = [*quick("protonet"), "steps=400", "eval_every=20", "resume=auto", "seed=3"]
     launch = ["-m", "hydra/launcher=submitit_local", "hydra.sweep.dir=sweep", "hydra.sweep.subdir=job"]

@@ -1,4 +1,4 @@
-"""What TensorBoard shows of runs, as the real TensorBoard answers over HTTP."""
+"""Runs in TensorBoard, read over HTTP from a real TensorBoard server."""
 
 import json
 import re

@@ -58,7 +58,7 @@ EXPERIMENTS = sorted(
 
 
 def settings(*overrides: str) -> TrainConfig:
-    """The settings that a command line gives, without the folder of a run."""
+    """Return the settings of a command line, without the run's folder."""
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         return typed(compose("train", [*overrides]), TrainConfig)
 
@@ -91,7 +91,7 @@ def interrupt_at(monkeypatch, owner, name: str, condition, number: int = signal.
 
 
 def assert_same_run(one: str | Path, other: str | Path) -> None:
-    """Bit for bit: weights, optimizer, sampler, random states, best and metrics."""
+    """Compare bit for bit: weights, optimizer, sampler, random states, best and metrics."""
     ours, theirs = last(one), last(other)
     for content in (ours, theirs):
         del content["config"], content["overrides"], content["seconds"]
@@ -100,8 +100,8 @@ def assert_same_run(one: str | Path, other: str | Path) -> None:
     assert metrics(one) == metrics(other)
 
 
-def test_train_log_has_the_lines_of_the_output_and_training_lines_that_a_terminal_has_not(metacv, monkeypatch):
-    monkeypatch.setattr("metacv.train.TOLD_EVERY", 0)
+def test_train_log_has_the_printed_lines_and_progress_lines(metacv, monkeypatch):
+    monkeypatch.setattr("metacv.train.LINE_EVERY", 0)
     code, out, _ = metacv(*PROTONET, "log_every=2", RUN)
     assert code == 0
     lines = [line.split("  ", 1) for line in Path("run/train.log").read_text().splitlines()]
@@ -153,7 +153,7 @@ def test_a_run_prints_the_commands_that_come_next(metacv):
 @pytest.mark.parametrize(
     "algo", [algo if algo == "protonet" else pytest.param(algo, marks=pytest.mark.slow) for algo in KINDS]
 )
-def test_learns_the_glyphs(metacv, algo):
+def test_training_learns_the_glyphs(metacv, algo):
     """From chance, 20 %, in a few steps."""
     steps = {"relationnet": 200}.get(algo, 40)
     inner = ["algo.eval_inner_steps=10"] if algo == "reptile" else []
@@ -181,7 +181,7 @@ def test_another_seed_gives_other_initial_weights_and_other_tasks(metacv, traine
     ("algo", "number", "code"), [("protonet", signal.SIGTERM, 143), ("reptile", signal.SIGINT, 130)]
 )
 def test_resuming_equals_never_having_stopped(metacv, monkeypatch, algo, number, code):
-    """Stopped by a signal in the middle of a window of metrics, between two validations."""
+    """The run is stopped by a signal between two validations and between two log entries."""
     train = ("train", *quick(algo), "steps=9", "log_every=4", "eval_every=3")
     assert metacv(*train, "hydra.run.dir=whole")[0] == 0
     drawn = []
@@ -195,8 +195,8 @@ def test_resuming_equals_never_having_stopped(metacv, monkeypatch, algo, number,
     assert OmegaConf.load("run/.hydra/config.yaml").algo == OmegaConf.load("whole/.hydra/config.yaml").algo
 
 
-def test_what_a_kill_leaves_behind_does_not_disturb_a_resumed_run(metacv, trained):
-    """A temporary file, and half a line of metrics after the checkpoint."""
+def test_leftover_files_of_a_killed_run_do_not_affect_resuming(metacv, trained):
+    """A kill leaves a temporary file, and half a line of metrics after the checkpoint."""
     shutil.copytree(trained("protonet"), "run")
     Path("run/.last.pt.123.tmp").write_bytes(b"half")
     with Path("run/metrics.jsonl").open("a") as file:
@@ -215,11 +215,11 @@ def test_a_run_can_be_lengthened_in_its_folder(metacv, trained):
     assert "checkpoint: run/best.pt" in out
     assert_same_run("whole", "run")
     code, _, err = metacv("train", "resume=run/last.pt", "steps=3")
-    assert (code, err) == (1, "metacv: steps=3, but run/last.pt is at step 8\n")
+    assert (code, err) == (1, "metacv: steps=3: must be at least 8, the step of run/last.pt\n")
 
 
 def test_resuming_into_another_folder_copies_the_best_checkpoint_and_the_curves(metacv, monkeypatch):
-    """With validations that get worse, so that the best is an earlier one."""
+    """Validations get worse, so that the best is an earlier one."""
     accuracies = iter([0.9, 0.5, 0.4, 0.3])
     monkeypatch.setattr("metacv.train.evaluate_episodes", lambda *_: torch.full((8,), next(accuracies)).double())
     assert metacv(*PROTONET, RUN)[0] == 0
@@ -234,7 +234,7 @@ def test_resuming_into_another_folder_copies_the_best_checkpoint_and_the_curves(
 
 
 def test_paths_mean_the_same_where_hydra_changes_the_folder(metacv, data_dir, monkeypatch):
-    """Those of the run, of another run to start from or to continue, of data, and those that are printed."""
+    """Paths of the run, of another run to start from or to continue, of data, and printed paths."""
     monkeypatch.setenv("METACV_DATA_DIR", os.path.relpath(data_dir))
     here = Path.cwd()
     code, out, err = metacv(*PROTONET, RUN, "hydra.job.chdir=true")
@@ -247,7 +247,7 @@ def test_paths_mean_the_same_where_hydra_changes_the_folder(metacv, data_dir, mo
     assert sorted(path.name for path in Path().iterdir()) == ["next", "run"]
 
 
-def test_the_same_command_with_resume_continues_also_where_it_adds_and_deletes_keys(metacv):
+def test_resume_works_with_overrides_that_add_or_delete_keys(metacv):
     command = (*PROTONET, "+optimizer.amsgrad=true", "~optimizer.weight_decay", RUN)
     assert metacv(*command)[0] == 0
     assert metacv(*command, "resume=true", "steps=6")[0] == 0
@@ -256,7 +256,7 @@ def test_the_same_command_with_resume_continues_also_where_it_adds_and_deletes_k
     assert last("run")["step"] == 8
 
 
-def test_resuming_refuses_changes_that_would_make_it_another_run(metacv, trained):
+def test_resuming_refuses_changed_settings_that_affect_training(metacv, trained):
     shutil.copytree(trained("reptile"), "run")
     files = (Path("run/last.pt"), Path("run/.hydra/config.yaml"))
     before = [path.read_bytes() for path in files]
@@ -277,7 +277,7 @@ def test_resuming_refuses_changes_that_would_make_it_another_run(metacv, trained
 
 
 @pytest.mark.parametrize("batch_norm", ["inductive", "transductive"])
-def test_a_signal_in_validation_is_obeyed_at_once_and_the_validation_repeated(metacv, monkeypatch, batch_norm):
+def test_a_signal_interrupts_validation_which_is_repeated_on_resume(metacv, monkeypatch, batch_norm):
     """Inductive validation embeds images once; transductive validation passes episode after episode."""
     train = (*PROTONET, "eval_episodes=40", f"batch_norm={batch_norm}")
     assert metacv(*train, "hydra.run.dir=whole")[0] == 0
@@ -299,7 +299,7 @@ def test_a_signal_in_validation_is_obeyed_at_once_and_the_validation_repeated(me
     assert_same_run("whole", "run")
 
 
-def test_a_signal_after_the_last_validation_is_obeyed_when_all_is_written(metacv, monkeypatch):
+def test_a_signal_after_the_last_validation_waits_until_all_files_are_written(metacv, monkeypatch):
     is_last = lambda path, content: content["step"] == 4 and path.name == "last.pt"  # noqa: E731
     interrupt_at(monkeypatch, run_module, "save_checkpoint", is_last)
     code, out, _ = metacv(*PROTONET, RUN)
@@ -336,7 +336,7 @@ def test_the_learning_rate_of_a_run_follows_its_schedule(trained, metacv):
           "~schedule.step_size"], [1e-3, 1e-3, 1e-4, 1e-4]),
     ],
 )  # fmt: skip
-def test_schedules(overrides, expected):
+def test_schedules_give_the_expected_learning_rates(overrides, expected):
     cfg = settings("algo=protonet", "steps=4", "backbone.channels=4", *overrides)
     optimizer, schedule = build_optimizer(cfg, build(cfg, (1, 28, 28)))
     rates = []
@@ -348,7 +348,7 @@ def test_schedules(overrides, expected):
 
 
 def test_clipping_bounds_the_step(metacv):
-    """With SGD at rate 1 a step is as long as the gradient: at most 1e-3 for each network, and here is one."""
+    """With SGD at rate 1, a step is as long as the gradient: at most 1e-3 for the only network."""
     sgd = (*PROTONET, "optimizer=sgd", "schedule=constant", "steps=1", "eval_every=1")
     assert metacv(*sgd, "optimizer.lr=1", "clip_norm=1e-3", RUN)[0] == 0
     assert metacv(*sgd, "optimizer.lr=1e-12", "hydra.run.dir=start")[0] == 0
@@ -371,7 +371,7 @@ def test_gradients_are_clipped_by_value_and_by_the_norm_of_each_network():
     assert all((p.grad == -2).all() for p in algorithm.parameters())
 
 
-def test_a_run_says_into_a_pipe_what_it_trains_and_each_validation_at_once(tmp_path, data_dir):
+def test_in_a_pipe_the_header_and_validations_are_flushed_at_once(tmp_path, data_dir):
     process = start(tmp_path, data_dir, *PROTONET[1:], "steps=400", "eval_every=2", RUN)
     assert process.stdout is not None
     lines = [process.stdout.readline() for _ in range(9)]
@@ -393,7 +393,7 @@ def test_a_run_says_into_a_pipe_what_it_trains_and_each_validation_at_once(tmp_p
     process.communicate(timeout=60)
 
 
-def test_durations_have_a_unit_that_suits_them():
+def test_durations_are_shown_in_a_suitable_unit():
     texts = {0: "0 s", 99.4: "99 s", 100: "2 min", 5400: "90 min", 6000: "1.7 h", 360000: "100.0 h"}
     assert {seconds: duration(seconds) for seconds in texts} == texts
 
@@ -410,7 +410,7 @@ def test_best_is_the_best_validation_and_patience_ends_the_run(metacv, monkeypat
     assert "optimizer" not in best
 
 
-def test_a_validation_that_diverged_is_logged_as_such_and_never_the_best(metacv, monkeypatch):
+def test_a_diverged_validation_is_logged_and_is_never_the_best(metacv, monkeypatch):
     values = iter([float("nan"), 0.3, float("nan"), 0.2])
 
     def accuracy(*_):
@@ -473,7 +473,7 @@ def test_weights_that_are_not_finite_are_never_saved(metacv, monkeypatch):
 def test_a_sweep_runs_every_combination_and_continues_after_one_that_fails(metacv):
     code, _, err = metacv("train", "-m", "algo=maml,protonet", "shot=1,100", *TRAIN, "hydra.sweep.dir=sweep")
     assert code == 1
-    assert err.count("metacv: train_shot=100 + train_query=5 needs 105 images a class") == 2
+    assert err.count("metacv: train_shot=100 + train_query=5 needs 105 images per class,") == 2
     assert sorted(path.parent.name for path in Path("sweep").glob("*/result.json")) == [
         "0_maml_glyphs_5w1s",
         "2_protonet_glyphs_5w1s",
@@ -519,7 +519,7 @@ def test_eight_jobs_of_a_sweep_leave_eight_results(metacv):
     assert len(list(Path("sweep").glob("*/best.pt"))) == 2 * len(KINDS)
 
 
-def test_the_time_of_a_run_is_the_time_of_training_without_the_time_between(metacv, trained):
+def test_the_time_of_a_run_excludes_the_time_between_stop_and_resume(metacv, trained):
     shutil.copytree(trained("protonet"), "run")
     path = Path("run/last.pt")
     first = read_results(Path("run/result.json")).training["seconds"]
@@ -568,7 +568,7 @@ def test_a_frozen_backbone_is_validated_without_a_training_step(metacv):
 
 
 class TwoProcesses(Ranks):
-    """The first of two processes, whose other one adds 1 to every sum."""
+    """The first of two processes; the other one adds 1 to every sum."""
 
     def __init__(self) -> None:
         super().__init__(rank=0, size=2)
@@ -642,7 +642,7 @@ def test_one_run_in_a_folder_at_a_time_which_a_signal_stops_with_the_usual_exit_
         wait_for(tmp_path / "run/last.pt", process)
         code, out, err = metacv("train", "resume=true", RUN)
         assert (code, after_first_line(out)) == (1, "")
-        assert err == "metacv: hydra.run.dir=run: another run is writing there\n"
+        assert err == "metacv: hydra.run.dir=run: another process is writing there; choose another folder\n"
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
     finally:

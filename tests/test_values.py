@@ -1,4 +1,4 @@
-"""Every setting of every command with values that make no sense: accepted on purpose, or refused in one short line.
+"""Every setting of every command with invalid values: accepted on purpose, or refused in one short line.
 
 The settings come from the dataclasses of the commands and from the classes that configs/ names. The slow test takes
 every tenth of them, and all with METACV_TEST_EVERY_VALUE=1, which takes half an hour of two cores.
@@ -164,7 +164,7 @@ def fits(hint: Any, value: Any) -> bool:
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: " ".join([*setting.words, setting.key]))
-def test_the_type_of_a_setting_takes_the_values_in_the_table_and_no_other(setting):
+def test_the_type_of_a_setting_accepts_exactly_the_values_in_the_table(setting):
     interpolations = {"no setting", "no variable"}  # text that stands for another value
     assert {
         kind for kind in VALUES.keys() - interpolations if fits(setting.hint, parsed(VALUES[kind]))
@@ -253,13 +253,13 @@ SAMPLE = [(EVERY[i], kind) for i, kind in zip(range(0, len(EVERY), 16), itertool
 
 
 @pytest.mark.parametrize(("setting", "kind"), SAMPLE, ids=lambda one: getattr(one, "key", one))
-def test_some_values_that_make_no_sense_are_refused_in_one_short_line(refused_or_built, setting, kind):
+def test_a_sample_of_invalid_values_is_refused_in_one_short_line(refused_or_built, setting, kind):
     refused_or_built(setting, kind)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("setting", SOME, ids=lambda setting: " ".join([*setting.words, setting.key]))
-def test_every_value_that_makes_no_sense_is_refused_in_one_short_line(refused_or_built, setting):
+def test_every_invalid_value_is_refused_in_one_short_line(refused_or_built, setting):
     for kind in VALUES:
         refused_or_built(setting, kind)
 
@@ -267,51 +267,57 @@ def test_every_value_that_makes_no_sense_is_refused_in_one_short_line(refused_or
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("algo=0",), "algo=0: not the name of a file in configs/algo"),
-        (("dataset=true",), "dataset=true: not the name of a file in configs/dataset"),
-        (("dataset=[1,2]",), "dataset=[1,2]: not the name of a file in configs/dataset"),
-        (("backbone={a: 1}",), "backbone={a: 1}: not the name of a file in configs/backbone"),
-        (("-m", "head=null,ncm"), "head=null,ncm: not the name of a file in configs/head"),
+        (("algo=0",), "algo=0: must be the name of a file in configs/algo"),
+        (("dataset=true",), "dataset=true: must be the name of a file in configs/dataset"),
+        (("dataset=[1,2]",), "dataset=[1,2]: must be the name of a file in configs/dataset"),
+        (("backbone={a: 1}",), "backbone={a: 1}: must be the name of a file in configs/backbone"),
+        (("-m", "head=null,ncm"), "head=null,ncm: must be the name of a file in configs/head"),
         (("optimizer=${nothing}",), "optimizer=${nothing}: Error resolving interpolation '${nothing}'"),
         (("shot=${nothing}",), "shot=${nothing}: Interpolation key 'nothing' not found"),
         (("algo.inner_lr=${oc.env:NO_LR}",), "algo.inner_lr=${oc.env:NO_LR}: Environment variable 'NO_LR' not found"),
-        (("query=" + "x" * 5000,), "query=" + "x" * 94 + "..." + "x" * 49 + ": not a whole number from 1 to 1000000"),
-        (("data_dir=nan",), "data_dir=nan: not a path; ./nan is one"),
-        (("init=true",), "init=true: not a path; ./true is one"),
+        (
+            ("query=" + "x" * 5000,),
+            "query=" + "x" * 94 + "..." + "x" * 49 + ": must be a whole number from 1 to 1000000",
+        ),
+        (("data_dir=nan",), "data_dir=nan: must be a path; for a file of that name use ./nan"),
+        (("init=true",), "init=true: must be a path; for a file of that name use ./true"),
         (("data_dir=''",), "data_dir is empty: it must be a path"),
-        (("projector=99999999999999999999",), "projector=99999999999999999999: not true or false"),
-        (("augment.flip=-1",), "augment.flip=-1: not true or false"),
-        (("augment=2",), "augment=2: not a group of settings"),
-        (("algo=protonet", "schedule.step_size=0"), "schedule.step_size=0: not a whole number from 1 to 1000000000"),
-        (("algo=protonet", "schedule.gamma=-1"), "schedule.gamma=-1: not a number from 0 to 10"),
-        (("optimizer=sgd", "optimizer.momentum=2.5"), "optimizer.momentum=2.5: not a number from 0 to 1"),
-        (("algo=classifier", "schedule.total_steps=5"), "schedule.total_steps=5, but steps=1000"),
+        (("projector=99999999999999999999",), "projector=99999999999999999999: must be true or false"),
+        (("augment.flip=-1",), "augment.flip=-1: must be true or false"),
+        (("augment=2",), "augment=2: must be a group of settings"),
+        (
+            ("algo=protonet", "schedule.step_size=0"),
+            "schedule.step_size=0: must be a whole number from 1 to 1000000000",
+        ),
+        (("algo=protonet", "schedule.gamma=-1"), "schedule.gamma=-1: must be a number from 0 to 10"),
+        (("optimizer=sgd", "optimizer.momentum=2.5"), "optimizer.momentum=2.5: must be a number from 0 to 1"),
+        (("algo=classifier", "schedule.total_steps=5"), "schedule.total_steps=5: must be at least steps=1000"),
         (("meta_batch=1000000",), "meta_batch=1000000: the images of a step take 250.9 GB, above 8.6 GB"),
         (("dataset.classes.train=1000000",), "take 15.7 GB, above 4.3 GB"),
     ],
 )
-def test_the_refusal_says_what_is_allowed(metacv, words, message):
+def test_errors_name_the_allowed_values(metacv, words, message):
     code, out, err = metacv("train", *COMMANDS["train"][:2], *words)
     assert (code, after_first_line(out)) == (1, "")
     assert message in err
     assert err.count("\n") == 1
 
 
-def test_null_for_the_head_is_no_head_also_where_the_method_or_an_experiment_chose_one(metacv):
+def test_head_null_removes_the_head_that_a_method_or_experiment_sets(metacv):
     for words in (("algo=baseline",), ("experiment=cifar_fs/classifier_5w1s",)):
         code, out, _ = metacv("train", *words, "head=null", "--cfg", "job")
         assert code == 0
         assert "_target_" not in yaml.safe_load(out)["head"]
 
 
-def test_without_a_head_the_method_classifies(trained):
+def test_without_a_head_the_method_itself_classifies(trained):
     checkpoint = load_checkpoint(trained("protonet"))
     algorithm = checkpoint.build()
     left_over = dataclasses.replace(checkpoint.config, head={"augment": 5, "flip": True})
     assert with_head(algorithm, left_over) is algorithm
 
 
-def test_a_whole_number_becomes_a_float_where_a_float_is_wanted():
+def test_an_integer_is_converted_for_a_float_setting():
     assert [type(checked("a", 1, hint)) for hint in (float, Positive, Positive | None, int)] == [
         float,
         float,
@@ -321,12 +327,12 @@ def test_a_whole_number_becomes_a_float_where_a_float_is_wanted():
     assert checked("a", {"b": [1, 2]}, dict[str, list[float]]) == {"b": [1.0, 2.0]}
 
 
-def test_published_accuracies_are_a_list_of_groups():
+def test_paper_accuracies_are_a_list_of_groups_of_settings():
     paper = [{"accuracy": 98.7, "ci95": None, "source": "a paper"}]
     assert checked("paper", paper, list[dict[str, Any]]) == paper
 
 
-def test_a_line_is_shortened_where_a_word_or_all_of_it_is_too_long():
+def test_long_words_and_long_lines_are_shortened():
     assert short("a " + "b" * 200) == "a " + "b" * 200
     assert short("a " + "b" * 201) == "a " + "b" * 100 + "..." + "b" * 50
     assert short("ab " * 1000, length=100) == ("ab " * 1000)[:50] + " ... " + ("ab " * 1000)[-25:]

@@ -1,4 +1,4 @@
-"""What `pip install` brings beside the code: kept models, and a method from a package of one's own."""
+"""The installed wheel: kept models, and custom methods from a package of the user."""
 
 import os
 import subprocess
@@ -40,10 +40,10 @@ def method(tmp_path) -> Path:
     return folder
 
 
-def test_a_method_of_ones_own_needs_the_users_word_in_the_environment(metacv, method, monkeypatch):
+def test_a_custom_method_needs_its_package_in_the_environment_variable(metacv, method, monkeypatch):
     monkeypatch.syspath_prepend(str(method))
     train = ("train", "--config-dir", str(method / "configs"), "algo=own", *TRAIN, "hydra.run.dir=run")
-    refused = "algo._target_=own_methods.Own: only classes of metacv and torch.optim may be named, unless "
+    refused = "algo._target_=own_methods.Own: must be a class of metacv or torch.optim, or of a package "
     code, _, err = metacv(*train)
     assert (code, refused in err, "own_methods" in sys.modules) == (1, True, False)
     monkeypatch.setenv("METACV_METHODS", "another, own_methods")
@@ -58,7 +58,7 @@ def test_a_method_of_ones_own_needs_the_users_word_in_the_environment(metacv, me
 @pytest.mark.parametrize(
     "target", ["own_methods.os.system", "own_methods.os", "own_methods.METHOD", "own_methods.None"]
 )
-def test_an_allowed_package_gives_only_classes_with_the_role_of_the_setting(metacv, method, monkeypatch, target):
+def test_an_allowed_package_provides_only_classes_of_the_expected_base(metacv, method, monkeypatch, target):
     (method / "own_methods/__init__.py").write_text("import os\nMETHOD = 1\n")
     monkeypatch.syspath_prepend(str(method))
     monkeypatch.setenv("METACV_METHODS", "own_methods")
@@ -68,7 +68,7 @@ def test_an_allowed_package_gives_only_classes_with_the_role_of_the_setting(meta
     assert err.startswith(f"metacv: algo._target_={target}: ")
 
 
-def test_the_name_of_a_kept_model_is_found_below_the_folder_of_kept_models(tmp_path, monkeypatch):
+def test_a_kept_model_is_found_by_its_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in KEPT:
         assert load_checkpoint(name).path == ROOT / "outputs/reference" / name / "best.pt"
@@ -80,7 +80,7 @@ def test_the_name_of_a_kept_model_is_found_below_the_folder_of_kept_models(tmp_p
 
 
 @pytest.mark.slow
-def test_the_wheel_has_the_small_kept_models_and_takes_a_method_of_ones_own(tmp_path, data_dir, method):
+def test_the_wheel_contains_the_kept_models_and_runs_a_custom_method(tmp_path, data_dir, method):
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir"]
     subprocess.run([*pip, tmp_path, ROOT], check=True)
     (wheel,) = tmp_path.glob("*.whl")

@@ -1,4 +1,4 @@
-"""What training and evaluation ask of an algorithm: tasks in, gradients or logits out."""
+"""The interface of algorithms for training and evaluation: tasks in, gradients or logits out."""
 
 import copy
 from abc import ABC, abstractmethod
@@ -19,11 +19,11 @@ from metacv.precision import CompiledGradient, precision
 
 
 class Algorithm(nn.Module, ABC):
-    """A way to classify queries from a support set, and to learn from how well that went."""
+    """Base class: classify queries by a support set, and compute gradients of the outer loss."""
 
     batches: ClassVar[Literal["episodes", "images"]] = "episodes"  # what `training_step` takes
-    execution_settings: ClassVar[frozenset[str]] = frozenset()  # change speed and memory, not the result
-    sequential_because: str | None = None  # why the tasks of a step cannot be shared between processes
+    execution_settings: ClassVar[frozenset[str]] = frozenset()  # settings that change speed and memory only
+    sequential_because: str | None = None  # reason why processes cannot share the tasks of a step
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Algorithm(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, tasks: TaskBatch) -> Tensor:
-        """Query logits [T, Q, N]."""
+        """Return query logits [T, Q, N]."""
 
     @property
     def embedding(self) -> Backbone:
@@ -39,51 +39,51 @@ class Algorithm(nn.Module, ABC):
         return next(module for module in self.modules() if isinstance(module, Backbone))
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The mean over all queries, of logits [T, Q, N] and labels [T, Q]."""
+        """Return the mean loss over all queries, given logits [T, Q, N] and labels [T, Q]."""
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Probabilities of the classes, from logits [..., N]."""
+        """Convert logits [..., N] to class probabilities."""
         return logits.softmax(dim=-1)
 
     def training_step(self, tasks: Any) -> dict[str, Tensor]:
-        """Add the outer gradient to `.grad`, and return scalars to log: their means over the tasks."""
+        """Add the outer gradient to `.grad`; return scalars to log, averaged over the tasks."""
         metrics = [self.gradient(group, len(group) / len(tasks)) for group in self.groups(tasks)]
         return {name: torch.stack([own[name] for own in metrics]).sum() for name in metrics[0]}
 
     def groups(self, tasks: Any) -> Iterator[Any]:
-        """The tasks in groups that pass through the network together: memory holds the graph of one group only."""
+        """Yield groups of tasks that pass through the network together; memory holds one group's graph at a time."""
         yield tasks
 
     def add_gradient(self, tasks: Any, share: float) -> dict[str, Tensor]:
-        """`training_step` for a group of the tasks: gradient and scalars are multiplied by `share`."""
+        """Do `training_step` for one group; gradient and scalars are multiplied by `share`."""
         logits = self(tasks)
         loss = self.loss(logits, tasks.query_y) * share
         loss.backward()
         return {"loss": loss.detach(), "accuracy": accuracies(logits, tasks.query_y).mean() * share}
 
-    def counted(self) -> "Algorithm":
-        """A copy whose operations torch counts right."""
+    def copy_for_counting(self) -> "Algorithm":
+        """Return a copy whose floating-point operations torch counts correctly."""
         return copy.deepcopy(self)
 
     def learn_from(self, teacher: "Algorithm") -> None:
-        """Train with another model's predictions as a target, where the method can."""
+        """Use another model's predictions as a target in training; UserError if the method does not support it."""
         raise UserError(f"algo.teacher: {type(self).__name__} has no such setting")
 
     def compile_training(self) -> None:
-        """Run training steps as compiled graphs from now on. Each is compiled at its first use."""
+        """Run training steps as compiled graphs from now on; a graph is compiled at its first use."""
         self.gradient = CompiledGradient(self, self.add_gradient)
 
     def diagnostics(self, tasks: TaskBatch, batch_norm: str) -> dict[str, float]:
-        """Numbers to log at validation, such as the accuracy after each inner step."""
+        """Return values to log at validation, such as the accuracy after each inner step."""
         return {}
 
     def predict(self, tasks: TaskBatch, batch_norm: str) -> Tensor:
-        """Query logits [T, Q, N] in fp32; weights and running statistics stay as they are.
+        """Return query logits [T, Q, N] in fp32, without changing weights or running statistics.
 
-        transductive: batch norm uses the statistics of all queries of a task (the code of MAML and Relation Networks).
-        inductive: batch norm uses running statistics where it keeps them (Prototypical Networks); otherwise each query
-        passes in one batch with the support set (Reptile). No query changes the logits of another.
+        transductive: batch norm uses the statistics of all queries of a task (code of MAML and Relation Networks).
+        inductive: batch norm uses running statistics if it has them (Prototypical Networks), otherwise each query is
+        in one batch with the support set (Reptile). The logits of a query do not depend on other queries.
         """
         with evaluating(self, batch_norm, tasks.support_x.device):
             if batch_norm == "inductive" and uses_batch_statistics(self):
@@ -91,15 +91,15 @@ class Algorithm(nn.Module, ABC):
             return self(tasks)
 
     def predict_each_query(self, tasks: TaskBatch) -> Tensor:
-        """Query logits [T, Q, N], where each query passes in one batch with the support set alone."""
+        """Return query logits [T, Q, N], with each query in one batch with the support set only."""
         return torch.cat([self(one) for one in tasks.each_query()], dim=1)
 
 
 class MetricMethod(Algorithm):
-    """Compares features of queries with features of the support set. A subclass writes `head`."""
+    """Base class: compare features of queries with features of the support set. Subclasses implement `head`."""
 
     features: ClassVar[Literal["vectors", "maps"]] = "vectors"  # what `head` takes
-    copies = 0  # augmented ones of each support image, beside it
+    copies = 0  # number of augmented copies of each support image
     one_batch: ClassVar[bool] = True  # support and query of a task share the statistics of batch norm in training
 
     def __init__(self, backbone: Backbone) -> None:
@@ -108,7 +108,7 @@ class MetricMethod(Algorithm):
 
     @abstractmethod
     def head(self, tasks: TaskBatch) -> Tensor:
-        """Query logits [T, Q, N] of tasks whose images are features: [T, S, D] or [T, S, D, h, w]."""
+        """Return query logits [T, Q, N] of tasks whose images are features: [T, S, D] or [T, S, D, h, w]."""
 
     def forward(self, tasks: TaskBatch) -> Tensor:
         return self.head(self.embedded(tasks, self.one_batch))
@@ -117,11 +117,11 @@ class MetricMethod(Algorithm):
         return self.backbone.features(images) if self.features == "vectors" else self.backbone.maps(images)
 
     def embed_copies(self, images: Tensor, seeds: Iterable[int]) -> Tensor:
-        """Features [B, copies, ...] of augmented copies of images [B, C, H, W], each changed by its own seed."""
+        """Embed augmented copies of images [B, C, H, W]: features [B, copies, ...]; `seeds`: one for each image."""
         raise NotImplementedError
 
     def embedded(self, tasks: TaskBatch, one_batch: bool) -> TaskBatch:
-        """The tasks with features instead of images."""
+        """Replace the images of tasks by their features."""
         if one_batch:
             images = torch.cat([tasks.support_x, tasks.query_x], dim=1)  # [T, S + Q, C, H, W]
             support, query = per_task(self.backbone, self.embed, images).tensor_split([tasks.support_x.shape[1]], dim=1)
@@ -133,15 +133,15 @@ class MetricMethod(Algorithm):
         return torch.cat([self.head(self.embedded(one, one_batch=True)) for one in tasks.each_query()], dim=1)
 
     def embeds_each_image_alone(self, batch_norm: str) -> bool:
-        """Whether features of an image do not depend on other images, so that evaluation may compute them once."""
+        """Whether the features of an image do not depend on other images, so that evaluation can cache them."""
         keeps_statistics = all(norm.running_mean is not None for norm in batch_norms(self.backbone))
-        own_forward = type(self).forward is not MetricMethod.forward  # computes something else than `head` of features
+        own_forward = type(self).forward is not MetricMethod.forward  # may not use `head`
         return batch_norm == "inductive" and keeps_statistics and not own_forward
 
 
 @contextmanager
 def evaluating(algorithm: Algorithm, batch_norm: str, device: torch.device) -> Iterator[None]:
-    """Evaluation mode, in fp32 and without gradients. The only place where the batch-norm mode takes effect."""
+    """Switch to evaluation mode, fp32 and no gradients. The only place where the batch-norm mode takes effect."""
     was_training = algorithm.training
     algorithm.eval()
     statistics = batch_statistics(algorithm) if batch_norm == "transductive" else nullcontext()
@@ -153,19 +153,19 @@ def evaluating(algorithm: Algorithm, batch_norm: str, device: torch.device) -> I
 
 
 def accuracies(logits: Tensor, labels: Tensor) -> Tensor:
-    """The share of correct queries of each task: logits [T, Q, N], labels [T, Q] -> [T]; NaN as in `correct_share`."""
+    """Return the accuracy of each task: logits [T, Q, N], labels [T, Q] -> [T]; NaN as in `correct_share`."""
     return correct_share(predicted(logits), labels)
 
 
 def predicted(logits: Tensor) -> Tensor:
-    """The class of each query: logits [T, Q, N] -> int16 [T, Q]. It is -1 where logits are not finite: the class that
-    argmax finds there means nothing."""
+    """Return the class of each query: logits [T, Q, N] -> int16 [T, Q]; -1 where logits are not finite, because argmax
+    is meaningless there."""
     logits = logits.detach()
     return logits.argmax(dim=-1).where(logits.isfinite().all(dim=-1), -1).short()
 
 
 def correct_share(predictions: Tensor, labels: Tensor) -> Tensor:
-    """The share of correct queries of each task, of what `predicted` returns: [T, Q], labels [T, Q] -> [T].
+    """Return the accuracy of each task: classes [T, Q] from `predicted`, labels [T, Q] -> [T].
 
     NaN for a task with logits that are not finite.
     """
@@ -173,7 +173,7 @@ def correct_share(predictions: Tensor, labels: Tensor) -> Tensor:
 
 
 def per_task(network: nn.Module, function: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
-    """`function`, which calls `network`, over inputs [T, B, ...]; batch statistics are those of one task."""
+    """Apply `function`, which calls `network`, to inputs [T, B, ...]; batch statistics come from one task."""
     if network.training or uses_batch_statistics(network):
         return torch.stack([function(task) for task in inputs])
     return function(inputs.flatten(0, 1)).unflatten(0, inputs.shape[:2])

@@ -1,4 +1,4 @@
-"""Plain classification of all training classes, whose features then classify new ones by nearest mean.
+"""Classification of all training classes; its features then classify new classes by nearest mean.
 
 The first stage of RFS (Tian et al., 2020), https://arxiv.org/abs/2003.11539, and of Meta-Baseline (Chen et al., 2021).
 """
@@ -22,10 +22,10 @@ TEMPERATURE = 4.0  # of distillation, as in RFS
 class Classifier(MetricMethod):
     """A backbone with a linear layer for `classes` classes, trained by cross-entropy.
 
-    rotations  every image is passed at four angles, and a second linear layer tells the angle (Gidaris et al., 2019,
-               arXiv:1906.05186); each of the four also counts for the class
-    cosine     the layer's logits are cosines, times a learned scale (Gidaris & Komodakis, 2018, arXiv:1804.09458)
-    teacher    a trained classifier of the same classes, whose probabilities are half of the target (RFS, equation 6)
+    rotations  train on every image at four angles, with a second linear layer that predicts the angle (Gidaris et al.,
+               2019, arXiv:1906.05186)
+    cosine     logits are cosines times a learned scale (Gidaris & Komodakis, 2018, arXiv:1804.09458)
+    teacher    a trained classifier of the same classes; distillation is half of the loss (RFS, equation 6)
     """
 
     batches: ClassVar[Literal["episodes", "images"]] = "images"
@@ -46,13 +46,13 @@ class Classifier(MetricMethod):
         self.linear = nn.Linear(backbone.features_dim, classes, bias=not cosine)
         self.scale = nn.Parameter(torch.tensor(10.0)) if cosine else None
         self.angle = nn.Linear(backbone.features_dim, 4) if rotations else None
-        self.teacher: list[Classifier] = []  # a list, so that it is neither trained nor saved
+        self.teacher: list[Classifier] = []  # a list, so that nn.Module neither trains nor saves it
 
     def head(self, tasks: TaskBatch) -> Tensor:
         return nearest_mean(tasks.normalized())
 
     def logits(self, features: Tensor) -> Tensor:
-        """Logits [B, classes] of features [B, D]."""
+        """Return logits [B, classes] of features [B, D]."""
         if self.scale is None:
             return self.linear(features)
         return self.scale * F.linear(F.normalize(features, dim=-1), F.normalize(self.linear.weight, dim=-1))
@@ -67,7 +67,7 @@ class Classifier(MetricMethod):
         loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
         accuracy = (logits.detach().argmax(-1) == labels).float().mean()
         for teacher in self.teacher:
-            loss = (loss + distillation(logits, taught(teacher, images))) / 2
+            loss = (loss + distillation(logits, teacher_logits(teacher, images))) / 2
         if self.angle:
             angles = torch.arange(4, device=labels.device).repeat_interleave(len(batch.labels))
             loss = loss + F.cross_entropy(self.angle(features), angles)
@@ -75,18 +75,18 @@ class Classifier(MetricMethod):
         return {"loss": loss.detach() * share, "accuracy": accuracy * share}
 
     def learn_from(self, teacher: Algorithm) -> None:
-        """Train with `teacher` from now on; UserError if it is no classifier of as many classes."""
+        """Distil from `teacher` in training; UserError if it is not a classifier of as many classes."""
         if not isinstance(teacher, Classifier) or teacher.linear.out_features != self.linear.out_features:
             raise UserError(f"algo.teacher: must be a classifier of {self.linear.out_features} classes")
         self.teacher = [teacher.eval().requires_grad_(False)]
 
 
-def taught(teacher: Classifier, images: Tensor) -> Tensor:
+def teacher_logits(teacher: Classifier, images: Tensor) -> Tensor:
     with torch.no_grad():
         return teacher.logits(teacher.backbone.features(images))
 
 
 def distillation(logits: Tensor, target: Tensor) -> Tensor:
-    """Divergence of the classes' probabilities from the teacher's, both at TEMPERATURE, times its square."""
+    """Return TEMPERATURE**2 times the KL divergence of the teacher's probabilities from ours, both at TEMPERATURE."""
     own, aim = F.log_softmax(logits / TEMPERATURE, dim=-1), F.softmax(target / TEMPERATURE, dim=-1)
     return TEMPERATURE**2 * F.kl_div(own, aim, reduction="batchmean")

@@ -13,7 +13,7 @@ class Backbone(nn.Module):
     """A subclass sets `out_shape` and writes `forward`: normalized images [B, C, H, W] -> features [B, *out_shape]."""
 
     out_shape: tuple[int, ...]  # (C, H, W) of maps, or (D,) of vectors
-    mean: Tensor | None  # for the normalization of images, with `std`: from the settings, not saved with the weights
+    mean: Tensor | None  # normalization of images, with `std`: from the settings, not saved with the weights
     std: Tensor
 
     def __init__(self) -> None:
@@ -22,19 +22,19 @@ class Backbone(nn.Module):
 
     @property
     def features_dim(self) -> int:
-        """D of the vectors that `features` returns."""
+        """The dimension D of the vectors that `features` returns."""
         return math.prod(self.out_shape)
 
     def features(self, images: Tensor) -> Tensor:
-        """Images [B, C, H, W] from 0 to 1 -> vectors [B, D]."""
+        """Compute feature vectors: images [B, C, H, W] from 0 to 1 -> [B, D]."""
         return self(self.normalize(images)).flatten(1)
 
     def maps(self, images: Tensor) -> Tensor:
-        """Images [B, C, H, W] from 0 to 1 -> maps [B, D, h, w], where the network has maps."""
+        """Compute feature maps, if the network has maps: images [B, C, H, W] from 0 to 1 -> [B, D, h, w]."""
         return self(self.normalize(images))
 
     def shape_of_output(self, image_shape: ImageShape) -> tuple[int, ...]:
-        """`out_shape` by a pass without memory, of a batch of 2 in eval mode; the errors of a pass."""
+        """Compute `out_shape` by a forward pass on the meta device, without memory; raises the errors of that pass."""
         sketch = copy.deepcopy(self).to("meta").eval()
         with torch.no_grad():
             return tuple(sketch(torch.empty(2, *image_shape, device="meta")).shape[1:])
@@ -43,19 +43,19 @@ class Backbone(nn.Module):
         return images if self.mean is None else (images - self.mean) / self.std
 
     def set_normalization(self, mean: list[float], std: list[float]) -> None:
-        """Normalize images from now on, by channel or with one value for all; ValueError if set twice."""
+        """Set the mean and std of images, per channel or one value for all; ValueError if already set."""
         if self.mean is not None:
             raise ValueError("backbone.weights come with their own mean and std")
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
 
     def load_pretrained(self) -> str | None:
-        """Load the weights that a new training run starts from, if the network has any; returns where they are from."""
+        """Load pre-trained weights for a new training run, if the network has any; return their source, or None."""
         return None
 
 
 class GlobalMean(nn.Module):
-    """The mean over each map, [B, C, H, W] -> [B, C, 1, 1]; nn.AdaptiveAvgPool2d(1) does not vectorise over tasks."""
+    """Mean over each map, [B, C, H, W] -> [B, C, 1, 1]; nn.AdaptiveAvgPool2d(1) does not vectorise over tasks."""
 
     def forward(self, maps: Tensor) -> Tensor:
         return maps.mean((2, 3), keepdim=True)

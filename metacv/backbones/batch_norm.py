@@ -1,4 +1,4 @@
-"""Which statistics batch norm uses, and a batch norm with a fast second derivative, which MAML needs."""
+"""Select the statistics of batch norm, and a batch norm with a fast second derivative for MAML."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-_gradients = torch.ops.aten.native_batch_norm_backward  # by images, scale and shift
+_gradients = torch.ops.aten.native_batch_norm_backward  # with respect to images, scale and shift
 
 
 def batch_norms(network: nn.Module) -> list[_BatchNorm]:
@@ -16,7 +16,7 @@ def batch_norms(network: nn.Module) -> list[_BatchNorm]:
 
 
 def uses_batch_statistics(network: nn.Module) -> bool:
-    """Whether any batch norm uses the statistics of its batch, in the mode that the network is in now."""
+    """Whether any batch norm uses batch statistics in the current mode of the network."""
     return any(norm.training or norm.running_mean is None for norm in batch_norms(network))
 
 
@@ -30,7 +30,7 @@ def running_statistics(network: nn.Module) -> list[Tensor]:
 
 @contextmanager
 def batch_statistics(network: nn.Module) -> Iterator[None]:
-    """Batch norms use the statistics of their batch, and leave the running ones unchanged."""
+    """Make batch norms use batch statistics, without updating running statistics."""
     before = [(norm, norm.training, norm.track_running_stats) for norm in batch_norms(network)]
     for norm, _, _ in before:
         norm.training, norm.track_running_stats = True, False
@@ -42,9 +42,9 @@ def batch_statistics(network: nn.Module) -> Iterator[None]:
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """nn.BatchNorm2d up to rounding. If `second_order`, its gradient in training is fast to differentiate once more."""
+    """Equal to nn.BatchNorm2d up to rounding. `second_order`: in training, its second derivative is fast."""
 
-    second_order = False  # without running statistics; then no third derivative, and not for torch.func.grad
+    second_order = False  # only without running statistics; no third derivative, no torch.func.grad
 
     def forward(self, images: Tensor) -> Tensor:
         own = self.second_order and self.training and self.running_mean is None and self.weight is not None
@@ -73,7 +73,7 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        """Tasks are more channels."""
+        """Treat tasks as additional channels."""
 
         def merged(t: Tensor, task_dim: int | None, channels: int) -> Tensor:
             if task_dim is None:
@@ -87,8 +87,8 @@ class _Norm(torch.autograd.Function):
 
 
 class _Gradient(torch.autograd.Function):
-    """By x, w and b, from the gradient g by the output: w r P(g), sum(g z) and sum(g) of each channel,
-    where P(a) = a - mean(a) - z mean(a z)."""
+    """Gradients by x, w and b, given the gradient g by the output: w r P(g), sum(g z) and sum(g) of each channel, with
+    P(a) = a - mean(a) - z mean(a z)."""
 
     @staticmethod
     def forward(ctx: Any, g: Tensor, x: Tensor, w: Tensor, mean: Tensor, r: Tensor, eps: float) -> tuple[Tensor, ...]:
@@ -99,9 +99,9 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, u: Tensor, u_w: Tensor, u_b: Tensor) -> tuple[Tensor | None, ...]:
-        """Of L = sum(u w r P(g)) + sum(u_w g z) + sum(u_b g), by g, x and w: dz = r P(dx), dr = -r^2 mean(z dx)."""
+        """Gradients of sum(u w r P(g)) + sum(u_w g z) + sum(u_b g) by g, x, w: dz = r P(dx), dr = -r^2 mean(z dx)."""
         if torch.is_grad_enabled():
-            raise NotImplementedError("batch norm's third derivative")
+            raise NotImplementedError("the third derivative of batch norm is not implemented")
         g, x, w, mean, r, gz, g_sum = ctx.saved_tensors
         u = _laid_out_as(x, u)
         n = x.numel() // len(w)
@@ -117,18 +117,18 @@ class _Gradient(torch.autograd.Function):
 
 
 def _laid_out_as(x: Tensor, a: Tensor) -> Tensor:
-    """Sums over two maps of different layouts are several times as slow."""
+    """Copy `a` to the memory layout of `x`: sums over maps of different layouts are several times slower."""
     return a if a.stride() == x.stride() else torch.empty_like(x).copy_(a)
 
 
 def _sums(a: Tensor, x: Tensor, mean: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-    """sum(a (x - mean) r) and sum(a) of each channel: the fastest that torch has for it is batch norm's own."""
-    scale = r  # of the gradient by x, which is not asked for; a GPU wants a tensor
+    """Return sum(a (x - mean) r) and sum(a) of each channel; torch's fastest kernel for it is that of batch norm."""
+    scale = r  # unused, because the gradient by x is not computed, but a GPU needs a tensor
     return _gradients(a, x, scale, None, None, mean, r, True, 0.0, [False, True, True])[1:]
 
 
 def _combined(constant: Tensor, *terms: tuple[Tensor, Tensor]) -> Tensor:
-    """constant [C] + the sum of factor [C] * maps [B, C, H, W]"""
+    """Return constant [C] + the sum of factor [C] * maps [B, C, H, W]."""
     (factor, maps), *others = terms
     total = torch.addcmul(constant.view(-1, 1, 1), maps, factor.view(-1, 1, 1))
     for factor, maps in others:

@@ -14,7 +14,7 @@ BLOCK = 5  # side of a dropped square
 
 
 class ResNet12(Backbone):
-    """Four residual blocks, each halving the map; two with `drop_blocks`. Parameters have the authors' names."""
+    """Four residual blocks that each halve the map, the last two with DropBlock. Parameter names are the authors'."""
 
     def __init__(
         self,
@@ -36,7 +36,7 @@ class ResNet12(Backbone):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="leaky_relu")
-        self.to(memory_format=torch.channels_last)  # the layout that CPUs convolve fastest
+        self.to(memory_format=torch.channels_last)  # the fastest layout on CPUs
 
     def forward(self, images: Tensor) -> Tensor:
         for number in range(1, len(CHANNELS) + 1):
@@ -62,7 +62,7 @@ class Block(nn.Module):
 
 
 def drop_blocks(maps: Tensor, rate: float) -> Tensor:
-    """DropBlock (Ghiasi et al. 2018, arXiv:1810.12890): about `rate` of maps [B, C, H, W] 0 in squares, sum kept."""
+    """DropBlock (Ghiasi et al. 2018, arXiv:1810.12890): zero about `rate` of maps [B, C, H, W] in squares, rescale."""
     height, width = maps.shape[2:]
     side = min(BLOCK, height, width)
     chance = rate * height * width / (side**2 * (height - side + 1) * (width - side + 1))

@@ -1,4 +1,4 @@
-"""ResNet-18 (He et al., 2016), https://arxiv.org/abs/1512.03385, torchvision's, for small images."""
+"""torchvision's ResNet-18 (He et al., 2016), https://arxiv.org/abs/1512.03385, modified for small images."""
 
 from functools import partial
 
@@ -10,7 +10,7 @@ from metacv.backbones.base import Backbone, GlobalMean, ImageShape
 
 
 class ResNet18(Backbone):
-    """Begins with a 3x3 convolution at full size in place of the 7x7 one and the pooling, which halve the map twice."""
+    """Start with a 3x3 convolution of stride 1 instead of the 7x7 one and pooling, which halve the map twice."""
 
     def __init__(self, image_shape: ImageShape, global_pool: bool = True, running_stats: bool = True) -> None:
         super().__init__()
@@ -23,7 +23,7 @@ class ResNet18(Backbone):
         self.pool = GlobalMean() if global_pool else nn.Identity()
         sides = (1, 1) if global_pool else (-(-side // 8) for side in image_shape[1:])  # halved three times, rounded up
         self.out_shape = (512, *sides)
-        self.to(memory_format=torch.channels_last)  # the layout that CPUs convolve fastest
+        self.to(memory_format=torch.channels_last)  # the fastest layout on CPUs
 
     def forward(self, images: Tensor) -> Tensor:
         return self.pool(self.net(images))

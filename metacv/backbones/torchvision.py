@@ -1,4 +1,4 @@
-"""Any classifier of torchvision without its last layer, with the weights that torchvision has for it."""
+"""Any torchvision classifier without its last layer, optionally with torchvision's pre-trained weights."""
 
 import re
 
@@ -11,24 +11,24 @@ from metacv.text import first_line
 
 
 class Torchvision(Backbone):
-    """The vectors [D] that the network's last linear layer classifies. Grey images get three equal channels."""
+    """Features [D] before the network's last linear layer. Grey images are repeated to three channels."""
 
     def __init__(self, image_shape: ImageShape, name: str, weights: str | None = None, frozen: bool = False) -> None:
         super().__init__()
         if name not in models.list_models(module=models):
             raise ValueError(f"name={name}: torchvision has no such classifier")
         found = models.get_model_weights(name).__members__
-        choices = {key: value for key, value in found.items() if value.meta.get("categories")}  # of whole classifiers
+        choices = {key: value for key, value in found.items() if value.meta.get("categories")}  # full classifiers only
         if weights not in (None, *choices):
-            raise ValueError(f"weights={weights}: null or one of {', '.join(choices)}")
+            raise ValueError(f"weights={weights}: must be null or one of {', '.join(choices)}")
         self.weights = choices[weights] if weights else None
         sizes = {"image_size": self.weights.meta["min_size"][0]} if self.weights and name.startswith("vit_") else {}
         self.network = models.get_model(name, weights=None, **sizes)
         self._as_a_feature_extractor(name)
-        if self.weights:  # they need images that are normalized as in their training
+        if self.weights:  # normalize images as in the training of the weights
             known = self.weights.transforms()
             self.set_normalization(list(known.mean), list(known.std))
-        self.frozen = frozen  # weights and running statistics of batch norm then stay as they are
+        self.frozen = frozen  # also freezes the running statistics of batch norm
         self.requires_grad_(not frozen)
         try:
             self.out_shape = self.shape_of_output(image_shape)
@@ -37,7 +37,7 @@ class Torchvision(Backbone):
             raise ValueError(f"name={name} does not take {words}; try dataset.size=224") from None
 
     def _as_a_feature_extractor(self, name: str) -> None:
-        for auxiliary in ("aux1", "aux2", "AuxLogits"):  # of GoogLeNet and Inception
+        for auxiliary in ("aux1", "aux2", "AuxLogits"):  # in GoogLeNet and Inception
             if hasattr(self.network, auxiliary):
                 setattr(self.network, auxiliary, None)
                 self.network.aux_logits = False
@@ -59,7 +59,7 @@ class Torchvision(Backbone):
         own = self.network.state_dict()
         try:
             found = self.weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
-            # DenseNet's files have norm.1 for norm1, and so on.
+            # Files of DenseNet use old names: norm.1 instead of norm1, and so on.
             found = {re.sub(r"\b(norm|conv)\.([12])\.", r"\1\2.", name): value for name, value in found.items()}
             self.network.load_state_dict({name: value for name, value in found.items() if name in own})
         except Exception as error:  # no network, an incomplete file, ...

@@ -1,4 +1,4 @@
-"""The images of a split, all in memory: one uint8 tensor sorted by class. Each data set is decoded once and cached."""
+"""Image banks: all images of a split in one uint8 tensor, sorted by class. Each data set is decoded once and cached."""
 
 import hashlib
 import json
@@ -29,7 +29,7 @@ Look = dict[str, list[float]]  # see metacv/look.py
 class ImageBank:
     """Labelled images. Class c has the rows offsets[c] to offsets[c + 1], so classes may differ in size."""
 
-    name: str  # for messages, such as "omniglot test"
+    name: str  # used in messages, such as "omniglot test"
     images: Tensor  # uint8 [M, C, H, W]
     offsets: Tensor  # int64 [classes + 1]
     class_names: tuple[str, ...]
@@ -46,13 +46,13 @@ class ImageBank:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the images and of the rows at which the classes begin."""
+        """SHA-256 of the images and of the class offsets."""
         digest = hashlib.sha256(self.offsets.numpy().tobytes())
         digest.update(self.images.cpu().contiguous().numpy().data)
         return digest.hexdigest()
 
     def select(self, name: str, classes: Sequence[int]) -> "ImageBank":
-        """A bank named `name` of some classes, in the order of `classes`."""
+        """Return a bank named `name` of some classes, in the order of `classes`."""
         rows = [torch.arange(int(self.offsets[c]), int(self.offsets[c + 1])) for c in classes]
         offsets = torch.tensor([0, *map(len, rows)]).cumsum(0)
         images = self.images[torch.cat(rows)] if rows else self.images[:0]
@@ -61,36 +61,36 @@ class ImageBank:
 
 @dataclass
 class Dataset(ABC):
-    """Base class of what a dataset YAML builds: splits with disjoint classes, and how the classes are rotated."""
+    """Base class of data sets: splits with disjoint classes, and how classes are rotated in each split."""
 
-    look: ClassVar[Look] = {}  # of its training images, for checkpoints that do not hold it
+    look: ClassVar[Look] = {}  # statistics of its training images, for older checkpoints, which lack them
 
     data_dir: Path
     train_rotation: Rotation = field(default="none", kw_only=True)
-    test_rotation: Rotation = field(default="none", kw_only=True)  # of val and test
+    test_rotation: Rotation = field(default="none", kw_only=True)  # for val and test
 
     @abstractmethod
     def load(self, split: str) -> ImageBank:
-        """The images of `train`, `val` or `test`; UserError if files or settings are wrong."""
+        """Return the images of `train`, `val` or `test`; UserError if files or settings are invalid."""
 
     def read(self, path: Readable) -> Tensor:
-        """Prepare any image like the data set's own images: uint8 [C, H, W]; UserError if it cannot be read."""
+        """Prepare any image like the data set's own images: uint8 [C, H, W]; UserError if it is unreadable."""
         raise UserError(f"{type(self).__name__} does not define how image files are read (method `read`)")
 
     def prepare_like(self, other: "Dataset") -> None:  # noqa: B027
-        """Prepare image files as `other` does, whose images a model was trained on; for files of any form only."""
+        """Prepare images as `other` does, the data set that a model was trained on. Only ImageFolder does this."""
 
     @property
     def namespace(self) -> str:
-        """Of the names of its classes. Data sets with the same one share classes, which have the same names."""
+        """Prefix of class identities. Data sets with the same namespace share classes, which have the same names."""
         return type(self).__name__.lower()
 
     def identities(self, bank: ImageBank) -> list[set[str]]:
-        """Names of each class of a bank that hold across data sets. Classes are the same if they share one."""
+        """Return the identities of each class of a bank. Classes of any data sets are the same if they share one."""
         return [{f"{self.namespace}:{name}"} for name in bank.class_names]
 
     def splits(self) -> dict[str, list[str]] | None:
-        """The class names of each split, which a run saves; None if they follow from the settings alone."""
+        """Return the class names of each split, which a run saves; None if the settings alone determine them."""
         return None
 
     def rotation(self, split: str) -> Rotation:
@@ -98,20 +98,20 @@ class Dataset(ABC):
 
 
 def pictures(images: Tensor) -> list[bytes]:
-    """The content of each image [M, C, H, W], by which equal images are found."""
+    """Return the bytes of each image [M, C, H, W], to find equal images."""
     return [image.tobytes() for image in images.numpy()]
 
 
 def digests(bank: ImageBank) -> ImageBank:
-    """The bank with SHA-256 of each image in its place, which is faster to read and compare: uint8 [M, 1, 1, 32]."""
+    """Replace each image by its SHA-256, which is faster to read and compare: uint8 [M, 1, 1, 32]."""
     content = b"".join(hashlib.sha256(image).digest() for image in bank.images.numpy())
     return replace(bank, images=torch.frombuffer(bytearray(content), dtype=torch.uint8).view(-1, 1, 1, 32))
 
 
 def report_copies(label: str, classes: Iterable[Tensor], others: Mapping[str, Tensor]) -> None:
-    """Print a line if images of `classes` equal earlier ones there, or images of `others`, which have names.
+    """Print a warning if images of `classes` are copies of each other, or of the named images in `others`.
 
-    A picture in both support and query, or in both training and test, makes accuracies too high.
+    An image in both support and query, or in both training and test, makes accuracies too high.
     """
     seen: dict[bytes, str | int] = {picture: name for name, images in others.items() for picture in pictures(images)}
     found: Counter[str] = Counter()
@@ -131,7 +131,7 @@ def report_copies(label: str, classes: Iterable[Tensor], others: Mapping[str, Te
 
 
 def cached_bank(data_dir: Path, name: str, settings: dict[str, Any], make: Callable[[], ImageBank]) -> ImageBank:
-    """The result of `make()`, kept in data_dir/cache under a hash of `settings`. A damaged file is made again."""
+    """Return `make()`, cached in data_dir/cache under a hash of `settings`. A damaged cache file is replaced."""
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     path = data_dir / "cache" / f"{name}-{key}.pt"
     try:
@@ -143,7 +143,7 @@ def cached_bank(data_dir: Path, name: str, settings: dict[str, Any], make: Calla
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, {"images": bank.images, "offsets": bank.offsets, "class_names": list(bank.class_names)})
-        return _load_cache(path, name)  # memory-mapped, and shared by all programs that load it
+        return _load_cache(path, name)  # memory-mapped, so that processes share it
     except Exception as error:
         reason = getattr(error, "strerror", None) or type(error).__name__
         print(f"metacv: {path} cannot be written and read back ({reason}); continuing without a cache", file=sys.stderr)

@@ -28,8 +28,8 @@ class CIFAR100(Dataset):
         "saturation": [0.007, 0.125, 0.538],
     }
 
-    lists: ClassVar[str]  # the file in splits/
-    title: ClassVar[str]  # for messages
+    lists: ClassVar[str]  # name of the file in splits/
+    title: ClassVar[str]  # used in messages
 
     @property
     def namespace(self) -> str:
@@ -59,7 +59,7 @@ class FC100(CIFAR100):
 
 
 class Official(Source):
-    """The pickles train and test of the official Python version, which is downloaded if nothing else is there."""
+    """The pickles train and test of the official Python version, downloaded if the data set is missing."""
 
     def load(self, data_dir: Path, split: str) -> ImageBank:
         try:
@@ -87,14 +87,14 @@ class Official(Source):
 
 
 def read_content(content: Any) -> tuple[Tensor, Tensor]:
-    """Images [M, 3, 32, 32] and labels [M] from `data`, uint8 [M, 3072], and `fine_labels`; any error otherwise."""
+    """Return images [M, 3, 32, 32], labels [M] from `data`, uint8 [M, 3072], and `fine_labels`; any error otherwise."""
     content = {name.decode() if isinstance(name, bytes) else name: value for name, value in content.items()}
     images = content["data"].tensor(3 * SIZE * SIZE).view(-1, 3, SIZE, SIZE)
     labels = torch.tensor(integers(content["fine_labels"]))
     if len(images) != len(labels):
         raise ValueError(f"it has {len(images)} images and {len(labels)} labels")
     if (lowest := int(labels.min())) < 0 or int(labels.max()) > 99:
-        raise ValueError(f"it has labels from {lowest} to {int(labels.max())}, not below 100")
+        raise ValueError(f"it has labels from {lowest} to {int(labels.max())}, not from 0 to 99")
     return images, labels
 
 

@@ -20,7 +20,7 @@ CLASSES = split_classes("cub")
 
 @dataclass
 class CUB(Dataset):
-    """The middle square of each image in colour, from the official folder or its archive, or from class folders."""
+    """The central square of each image in colour, from the official folder or its archive, or from class folders."""
 
     size: Size  # height and width in pixels
     crop: bool  # first crop each image to the bounding box of its bird
@@ -41,7 +41,7 @@ class CUB(Dataset):
         return replace(bank, name=f"cub {split}")
 
     def read(self, path: Readable) -> Tensor:
-        """Of the whole image, as it has no bounding box."""
+        """Use the whole image, because it has no bounding box."""
         return self.square(open_image(path).convert("RGB"))
 
     def square(self, image: Image.Image) -> Tensor:
@@ -102,7 +102,7 @@ def open_own(path: Path, box: Sequence[str] | None = None) -> Image.Image:
 
 
 def table(folder: Path, name: str, columns: str) -> dict[str, list[str]]:
-    """The values of each image in a file of the official folder, whose lines are NUMBER and `columns`."""
+    """Read a file of the official folder with lines NUMBER and `columns`; return the values of each image."""
     path = folder / name
     try:
         lines = [line.split() for line in read_text(path).splitlines()]

@@ -1,4 +1,4 @@
-"""Your own images: a folder for each class."""
+"""Images of your own, with a folder for each class."""
 
 import hashlib
 import json
@@ -31,14 +31,14 @@ class ImageFolder(Dataset):
     """Images at any depth below root/{train,val,test}/CLASS, or below root/CLASS with the classes split at random."""
 
     root: str | None
-    # How images are prepared. None is the value of PREPARATION, or what `prepare_like` says.
+    # How to prepare images. None: the value in PREPARATION, or as set by `prepare_like`.
     size: Size | None  # height and width in pixels
     color: bool | None
-    fit: image_files.Fit | None  # the middle square of an image (crop), or all of it (stretch)
+    fit: image_files.Fit | None  # the central square of an image (crop), or all of it (stretch)
     invert: bool | None
     fractions: dict[str, NotNegative]  # the share of the classes that each random split gets, in any unit
-    split_seed: Seed  # classes are sorted by a hash of it and their names: one that is added moves few others
-    split_file: str | None  # overrides both: class names of train, val and test as JSON, like a run's split.json
+    split_seed: Seed  # classes are ordered by a hash of seed and name, so that adding a class moves few others
+    split_file: str | None  # JSON with class names of train, val and test, like a run's split.json; overrides the above
 
     like: Dataset | None = field(default=None, init=False)
 
@@ -65,13 +65,13 @@ class ImageFolder(Dataset):
         image_files.report_skipped(name, len(bank.images), sum(map(len, files.values())))
         own, others = self._cached(f"{split}-digests", files, lambda: digests(bank)), {}
         for other in SPLITS[: SPLITS.index(split)]:
-            with suppress(UserError):  # earlier splits are compared if training has decoded them
+            with suppress(UserError):  # compare with earlier splits if they have been decoded
                 others[other] = self._cached(f"{other}-digests", self._files(other), _refuse).images
         report_copies(name, own.images.split(own.sizes.tolist()), others)
         return bank
 
     def _files(self, split: str) -> dict[Path, list[Path]]:
-        """The files in the folder of each class of a split."""
+        """Return the files in the folder of each class of a split."""
         return {folder: image_files.files_below(folder) for folder in self._folders(split)}
 
     def _cached(self, kind: str, files: dict[Path, list[Path]], make: Callable[[], ImageBank]) -> ImageBank:
@@ -82,7 +82,7 @@ class ImageFolder(Dataset):
         return cached_bank(self.data_dir, f"image_folder-{kind}", settings, make)
 
     def identities(self, bank: ImageBank) -> list[set[str]]:
-        """Its name, and a hash of its images in any order: renamed, it is still the same class."""
+        """Return the name of each class, and a hash of its images in any order, to recognize a renamed class."""
         classes = [sorted(pictures(own)) for own in digests(bank).images.split(bank.sizes.tolist())]
         hashes = [f"pixels:{hashlib.sha256(b''.join(own)).hexdigest()[:32]}" for own in classes]
         return [own | {digest} for own, digest in zip(super().identities(bank), hashes, strict=True)]
@@ -104,13 +104,13 @@ class ImageFolder(Dataset):
         return random_split(folders, self.fractions, self.split_seed)
 
     def _split_folders(self) -> list[Path]:
-        """The folders of the splits in root, if it has train and another one; otherwise none."""
+        """Return the folders of the splits if root has train and at least one other; otherwise an empty list."""
         known = image_files.folders_in(self.folder)
         folders = [self.folder / split for split in SPLITS if self.folder / split in known]
         return folders if len(folders) > 1 and folders[0].name == "train" else []
 
     def _class_folders(self) -> dict[str, Path]:
-        """The folder of each class, of all splits."""
+        """Return the folder of each class of all splits."""
         if not self.folder.is_dir():
             raise UserError(f"dataset.root={self.folder}: there is no such folder")
         for folder in image_files.folders_in(self.folder):
@@ -125,7 +125,7 @@ class ImageFolder(Dataset):
         return classes
 
     def _folders(self, split: str) -> list[Path]:
-        """The folders of the classes of a split, at least two."""
+        """Return the class folders of a split; UserError if there are fewer than two."""
         folders, names = self._class_folders(), self.splits()[split]
         content = f"{self.folder} has {len(folders)} class folders, {len(names)} of them in the split {split}"
         advice = "" if self.split_file else "; dataset.fractions sets the share of each split"

@@ -29,7 +29,7 @@ class MiniImageNet(Dataset):
     }
 
     resize: bool  # accept files of another size, and resize them
-    # 42, 28, 21, ...: images whose pixels are means of 2x2, 3x3, 4x4, ... of these
+    # smaller sizes (42, 28, 21, ...) average 2x2, 3x3, 4x4, ... pixels
     size: Annotated[int, Range(4, SIZE)] = SIZE
 
     def __post_init__(self) -> None:
@@ -63,25 +63,25 @@ class MiniImageNet(Dataset):
         image = open_exactly(path, ("JPEG", "PNG"), "RGB")
         if image.size != (SIZE, SIZE) and not self.resize:
             size = "x".join(map(str, image.size))
-            raise UserError(f"{path} is {size}, not {SIZE}x{SIZE}; dataset.resize=true would resize it")
+            raise UserError(f"{path} is {size}, not {SIZE}x{SIZE}; set dataset.resize=true to resize it")
         return as_tensor(to_square(image, SIZE, "stretch"))
 
 
 def shrink(images: Tensor, factor: int) -> Tensor:
-    """Means of factor x factor pixels, rounded: uint8 [M, C, H, W] to [M, C, H / factor, W / factor]."""
+    """Average factor x factor pixels and round: uint8 [M, C, H, W] -> [M, C, H / factor, W / factor]."""
     if factor == 1:
         return images
-    parts = images.split(256)  # as floats, all would take four times the memory
+    parts = images.split(256)  # floats need four times the memory
     return torch.cat([avg_pool2d(part.float(), factor).round().to(torch.uint8) for part in parts])
 
 
 def read_content(content: Any, path: Path, split: str) -> ImageBank:
-    """Read `image_data`, uint8 [M, 84, 84, 3], and `class_dict`, from class names to rows of it, in their order."""
+    """Read `image_data`, uint8 [M, 84, 84, 3], and `class_dict`, which maps class names to rows of `image_data`."""
     class_dict = content["class_dict"]
     if len(class_dict) > 10 * len(CLASSES[split]) or any(len(values) > 10 * IMAGES for values in class_dict.values()):
-        raise ValueError("its class_dict is too large")  # many classes may share one list: a small file
+        raise ValueError("its class_dict is too large")  # many classes of a small file may share one list
     rows = {str(name): integers(values) for name, values in class_dict.items()}
-    pixels = content.pop("image_data").tensor(SIZE, SIZE, 3)  # pop: up to 800 MB that are not needed twice
+    pixels = content.pop("image_data").tensor(SIZE, SIZE, 3)  # pop frees up to 800 MB
     SplitSpec(CLASSES, IMAGES).check({name: len(set(own)) for name, own in rows.items()}, path, split)
     every = [row for own in rows.values() for row in own]
     if min(every) < 0 or len(set(every)) < len(every):

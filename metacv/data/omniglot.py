@@ -1,4 +1,4 @@
-"""Omniglot (Lake et al., 2015), https://github.com/brendenlake/omniglot: 1623 characters, each by 20 drawers."""
+"""Omniglot (Lake et al., 2015), https://github.com/brendenlake/omniglot: 1623 characters, each from 20 drawers."""
 
 import tempfile
 from dataclasses import dataclass, replace
@@ -22,12 +22,12 @@ DRAWERS = 20
 
 @dataclass
 class Omniglot(Dataset):
-    """Greyscale images, and splits of the characters as in the papers:
+    """Greyscale images of characters, with the splits of the papers:
 
-    lake    background alphabets for train and, if in `val_alphabets`, val; evaluation alphabets for test (Lake 2015)
-    random  all characters shuffled with `split_seed`: train and val from the start, test from the end, `counts` of
-            each, so that one seed gives the same test characters whatever the other counts (MAML, Reptile)
-    file    lists of lines `ALPHABET/characterNN[/rotDDD]` (Vinyals 2016); the rotation `as_classes` replaces rotDDD
+    lake    background alphabets for train, or for val if in `val_alphabets`; evaluation alphabets for test (Lake 2015)
+    random  all characters shuffled with `split_seed`, `counts` for each split: train and val from the start, test from
+            the end, so that one seed gives the same test characters whatever the other counts (MAML, Reptile)
+    file    lists of `ALPHABET/characterNN[/rotDDD]` (Vinyals 2016); rotDDD is ignored, use the rotation `as_classes`
     """
 
     look: ClassVar[Look] = {"brightness": [0.008, 0.079, 0.153], "contrast": [0.068, 0.233, 0.309]}
@@ -48,7 +48,7 @@ class Omniglot(Dataset):
                 raise ValueError(f"{name} must have train, val and test")
         most = sum(CHARACTERS.values())
         if sum(self.counts.values()) > most:
-            raise ValueError(f"counts={self.counts}: together at most {most}")
+            raise ValueError(f"counts={self.counts}: the sum must be at most {most}")
 
     def load(self, split: str) -> ImageBank:
         settings = {"size": self.size, "resample": self.resample}
@@ -64,7 +64,7 @@ class Omniglot(Dataset):
         return as_tensor(image.convert("L").resize((self.size, self.size), Image.Resampling[self.resample.upper()]))
 
     def _split_classes(self, names: tuple[str, ...]) -> dict[str, list[int]]:
-        """The classes of each split, as indices of `names`, FOLDER/ALPHABET/characterNN each."""
+        """Return the classes of each split as indices into `names`, which are FOLDER/ALPHABET/characterNN."""
         if self.split == "lake":
             return self._lake_classes(names)
         if self.split == "file":
@@ -79,7 +79,7 @@ class Omniglot(Dataset):
             allowed = ", ".join(sorted(background))
             raise UserError(f"dataset.val_alphabets: {min(unknown)} is not one of the background alphabets, {allowed}")
         if not self.val_alphabets or background == set(self.val_alphabets):
-            raise UserError("dataset.val_alphabets: name some of the background alphabets, not all or none")
+            raise UserError("dataset.val_alphabets: must have some of the background alphabets, but not all")
         classes: dict[str, list[int]] = {split: [] for split in SPLITS}
         for c, name in enumerate(names):
             folder, alphabet, _ = name.split("/")
@@ -106,11 +106,11 @@ class Omniglot(Dataset):
         return classes
 
     def _decode(self) -> ImageBank:
-        """All characters, sorted by folder, alphabet and number."""
+        """Decode all characters, sorted by folder, alphabet and number."""
         files: dict[str, list[Path]] = {}
         for part, count in CHARACTERS.items():
             folder = self._folder(part)
-            advice = f"delete {folder}, and it will be downloaded"
+            advice = f"delete {folder} to download it again"
             characters = sorted(path for path in folder.glob("[!.]*/[!.]*") if path.is_dir())
             if len(characters) != count:
                 raise UserError(f"{folder} has {len(characters)} instead of {count} characters: {advice}")
@@ -128,7 +128,7 @@ class Omniglot(Dataset):
         return self._resized(image)
 
     def _folder(self, part: str) -> Path:
-        """The folder of images_background or images_evaluation, downloaded if it is missing."""
+        """Return the folder of images_background or images_evaluation, downloaded if it is missing."""
         for place in ("omniglot", ".", "omniglot-py"):  # torchvision unpacks into omniglot-py
             if (folder := self.data_dir / place / part).is_dir():
                 return folder
@@ -138,7 +138,7 @@ class Omniglot(Dataset):
         url, target = f"{Official.download_url_prefix}/{part}.zip", self.data_dir / "omniglot" / part
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            # Unpacked in a temporary folder and renamed, so that `target` is complete whenever it exists.
+            # Unpack to a temporary folder and rename it, so that `target` is always complete.
             with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{part}.") as temporary:
                 download_url(url, temporary, md5=Official.zips_md5[part])
                 extract(Path(temporary) / f"{part}.zip", Path(temporary))

@@ -1,10 +1,10 @@
-"""Sampling of N-way K-shot tasks from an image bank, reproducible from a seed.
+"""Sample N-way K-shot tasks, or batches of images, from an image bank, reproducibly from a seed.
 
-Rotations by multiples of 90 degrees, as the papers use them on Omniglot:
+Rotations by multiples of 90 degrees, as in the papers' Omniglot experiments:
     none         images are not rotated
-    per_class    each class of a task is rotated by an angle of its own (MAML)
-    per_episode  all classes of a task are rotated by the same angle (Relation Networks)
-    as_classes   each class counts as four, one for each angle (Vinyals et al. 2016, Prototypical Networks, Reptile)
+    per_class    each class of a task is rotated by its own random angle (MAML)
+    per_episode  all classes of a task are rotated by the same random angle (Relation Networks)
+    as_classes   each class becomes four, one for each angle (Vinyals et al. 2016, Prototypical Networks, Reptile)
 """
 
 import copy
@@ -21,14 +21,14 @@ from metacv.data.transforms import Augment
 from metacv.errors import UserError
 from metacv.text import in_bytes
 
-ON_DEVICE = 2**32  # bytes
-MOST = 2**33  # bytes of a list of episodes, and of the images of a training step
+ON_DEVICE = 2**32  # bytes of images that are copied to the device at once
+MOST = 2**33  # maximum of bytes of a list of episodes, and of the images of a training step
 
 
 class Sampler:
-    """Draws from the images of a bank on the CPU, and augments them by a random stream of its own.
+    """Base class: draws rows of a bank's images on the CPU, and augments the images by a separate random stream.
 
-    What it draws is copied to a GPU with `non_blocking`: otherwise each copy waits for the step before.
+    Draws are copied to a GPU with `non_blocking`, because otherwise each copy waits for the previous step.
     """
 
     device: torch.device
@@ -36,11 +36,11 @@ class Sampler:
     images: Tensor  # uint8 [M, C, H, W], or [4 * M, C, H, W] with rotations
 
     def images_at(self, rows: Tensor) -> Tensor:
-        """The images of `rows`, from 0 to 1."""
+        """Return the images of `rows` on the sampler's device, from 0 to 1."""
         return self.gathered(self.images, rows).float().div_(255)
 
     def gathered(self, images: Tensor, rows: Tensor) -> Tensor:
-        """The images or features of `rows`, on the sampler's device."""
+        """Return the images or features of `rows` on the sampler's device."""
         return images[rows.to(images.device, non_blocking=True)].to(self.device, non_blocking=True)
 
     def state_dict(self) -> dict[str, Any]:
@@ -52,7 +52,7 @@ class Sampler:
 
 
 class EpisodeSampler(Sampler):
-    """An endless stream of random tasks, the same for every batch size, algorithm, device and machine."""
+    """An endless stream of random tasks that does not depend on batch size, algorithm, device or machine."""
 
     def __init__(
         self,
@@ -66,29 +66,29 @@ class EpisodeSampler(Sampler):
         prefix: str = "",
         augment: Augment | None = None,
     ) -> None:
-        """Copy the images of `bank` to `device`. Errors name settings with `prefix`, such as train_ for train_way."""
+        """Copy the images of `bank` to `device`. `prefix` of settings in errors: train_ for train_way."""
         self.way, self.shot, self.query, self.device = way, shot, query, torch.device(device)
         self.bank, self.rotation, self.augment = bank, rotation, augment
         self.classes = len(bank.sizes) * (4 if rotation == "as_classes" else 1)
         size, name = min(zip(bank.sizes.tolist(), bank.class_names, strict=True), default=(0, ""))
-        need = f"{prefix}shot={shot} + {prefix}query={query} needs {shot + query} images a class"
+        need = f"{prefix}shot={shot} + {prefix}query={query} needs {shot + query} images per class,"
         _, height, width = bank.image_shape
         check_crop(bank, augment)
         for wrong, message in (
-            (way > self.classes, f"{prefix}way={way} but {bank.name} has only {self.classes} classes"),
+            (way > self.classes, f"{prefix}way={way}, but {bank.name} has only {self.classes} classes"),
             (shot + query > size, f"{need} but {name} of {bank.name} has {size}"),
             (rotation != "none" and height != width, f"rotation={rotation} needs square images, not {height}x{width}"),
         ):
             if wrong:
                 raise UserError(message)
         self.images = placed(rotated(bank, rotation), self.device)
-        self.images_each = way * (shot + query)  # images of what `sample` counts
+        self.images_each = way * (shot + query)  # images per task
         self.generator = torch.Generator().manual_seed(seed)
 
     def draw(self, tasks: int) -> Tensor:
-        """Rows of `self.images` for the next tasks, int64 [T, N, K+Q]; the first K of each class are its support."""
+        """Draw rows of `self.images` for the next tasks, int64 [T, N, K+Q]; the first K of a class are its support."""
         sizes, largest = self.bank.sizes, int(self.bank.sizes.max())
-        widths = [self.classes, self.way, self.way * largest]  # random values of a task, however many are drawn at once
+        widths = [self.classes, self.way, self.way * largest]  # a fixed number of random values per task
         random = torch.rand(tasks, sum(widths), generator=self.generator, dtype=torch.float64)
         for_class, for_angle, for_image = random.split(widths, dim=1)
 
@@ -109,8 +109,8 @@ class EpisodeSampler(Sampler):
     def tasks(
         self, images: Tensor, rows: Tensor, index: Tensor | None = None, changes: Tensor | None = None
     ) -> TaskBatch:
-        """Form the tasks of `rows` [T, N, K+Q] from images or features [U, ...]; uint8 is divided by 255.
-        `index` [T, N, K+Q]: their places in `images`, by default `rows`. `changes` [T, N, K+Q, 6]: augmentation."""
+        """Build the tasks of `rows` [T, N, K+Q] from images or features [U, ...]; uint8 is divided by 255.
+        `index` [T, N, K+Q]: indices into `images`, by default `rows`. `changes` [T, N, K+Q, 6]: augmentation."""
         values = self.gathered(images, rows if index is None else index)  # [T, N, K+Q, ...]
         if values.dtype == torch.uint8:
             values = values.float().div_(255)
@@ -129,14 +129,14 @@ class EpisodeSampler(Sampler):
         )
 
     def classes_of(self, rows: Tensor) -> Tensor:
-        """The class of each row of `self.images`, from 0 to `self.classes` - 1, in the shape of `rows`."""
+        """Return the class of each row of `self.images`, from 0 to `self.classes` - 1, in the shape of `rows`."""
         classes = torch.bucketize(rows % len(self.bank.images), self.bank.offsets[1:], right=True)
         if self.rotation == "as_classes":
             classes += rows // len(self.bank.images) * len(self.bank.sizes)
         return classes
 
     def sample(self, tasks: int, part: slice = slice(None)) -> TaskBatch:
-        """The next `tasks` tasks, augmented; with `part` only those of them, which is how ranks share a batch."""
+        """Draw the next `tasks` tasks, augmented, and return those in `part`: ranks share a batch in this way."""
         rows = self.draw(tasks)
         changes = self.augment.draw(rows.numel()).view(*rows.shape, -1)[part] if self.augment else None
         return self.tasks(self.images, rows[part], changes=changes)
@@ -150,9 +150,9 @@ class EpisodeSampler(Sampler):
 
 
 class ImageSampler(Sampler):
-    """An endless stream of batches of images, in epochs: each image once, in random order.
+    """An endless stream of image batches, in epochs: each image once, in random order.
 
-    With `rotation` as_classes an image counts four times, as an image of four classes.
+    With `rotation` as_classes an image appears four times in an epoch, once for each of four classes.
     """
 
     def __init__(
@@ -160,19 +160,19 @@ class ImageSampler(Sampler):
     ) -> None:
         check_crop(bank, augment)
         if rotation not in ("none", "as_classes"):
-            raise UserError(f"dataset.train_rotation={rotation} is of tasks; images allow none and as_classes")
+            raise UserError(f"dataset.train_rotation={rotation}: must be none or as_classes for training on images")
         self.bank, self.device, self.augment, self.seed = bank, device, augment, seed
         self.images = placed(rotated(bank, rotation), device)
         self.classes = len(bank.sizes) * (4 if rotation == "as_classes" else 1)
         labels = torch.arange(len(bank.sizes)).repeat_interleave(bank.sizes)
         turns = torch.arange(len(self.images) // len(labels)).unsqueeze(1)
-        self.labels = (labels + turns * len(bank.sizes)).flatten()  # of each row of `images`
+        self.labels = (labels + turns * len(bank.sizes)).flatten()  # label of each row of `images`
         self.images_each = 1
-        self.position = 0  # images that were drawn so far
-        self.order = -1, torch.empty(0, dtype=torch.long)  # of an epoch
+        self.position = 0  # number of images drawn so far
+        self.order = -1, torch.empty(0, dtype=torch.long)  # epoch, and the order of its images
 
     def draw(self, count: int) -> Tensor:
-        """Rows of `self.images`, int64 [B]."""
+        """Draw rows of `self.images`, int64 [B]."""
         rows = []
         while count:
             epoch, start = divmod(self.position, len(self.labels))
@@ -185,7 +185,7 @@ class ImageSampler(Sampler):
         return torch.cat(rows)
 
     def sample(self, count: int, part: slice = slice(None)) -> ImageBatch:
-        """The next `count` images, augmented; with `part` only those of them, which is how ranks share a batch."""
+        """Draw the next `count` images, augmented, and return those in `part`: ranks share a batch in this way."""
         rows = self.draw(count)[part]
         images = self.images_at(rows)
         if self.augment:
@@ -206,43 +206,44 @@ def check_crop(bank: ImageBank, augment: Augment | None) -> None:
     _, height, width = bank.image_shape
     if augment and augment.crop >= min(height, width):
         extent = f"{height} pixels high and {width} wide"
-        raise UserError(f"augment.crop={augment.crop} but the images are {extent}")
+        raise UserError(f"augment.crop={augment.crop}: must be smaller than the images, which are {extent}")
 
 
 def placed(images: Tensor, device: torch.device) -> Tensor:
-    """The images on the device, unless they are many: those stay where they are, and are copied batch by batch."""
+    """Copy the images to the device, unless they exceed ON_DEVICE: then only batches are copied."""
     return images.to(device) if images.numel() <= ON_DEVICE else images
 
 
 def rotated(bank: ImageBank, rotation: Rotation) -> Tensor:
-    """The images, uint8 [M, C, H, W]; with rotations [4 * M, C, H, W], so that a task is one gather."""
+    """Return the images, uint8 [M, C, H, W], or with rotations [4 * M, C, H, W], so that a task is one gather."""
     if rotation == "none":
         return bank.images
     return torch.cat([torch.rot90(bank.images, turns, (2, 3)) for turns in range(4)])
 
 
 class EpisodeList:
-    """The first `episodes` tasks of a sampler's stream, for evaluation on the same tasks each time."""
+    """The first `episodes` tasks of a sampler's stream, to evaluate on the same tasks each time."""
 
     def __init__(self, sampler: EpisodeSampler, episodes: int, setting: str = "episodes") -> None:
         """`setting` is the name of `episodes` in errors."""
         if (size := 8 * episodes * sampler.images_each) > MOST:
-            raise UserError(f"{setting}={episodes}: their list takes {in_bytes(size)}, above {in_bytes(MOST)}")
+            text = f"the list of episodes takes {in_bytes(size)}, above {in_bytes(MOST)}; reduce it"
+            raise UserError(f"{setting}={episodes}: {text}")
         self.sampler = sampler
-        chunks = torch.arange(episodes).split(1000)  # to limit memory: a draw has a value for each image of a class
+        chunks = torch.arange(episodes).split(1000)  # limits memory: a draw has a value for each image of a class
         self.rows = torch.cat([sampler.draw(len(chunk)) for chunk in chunks])  # [E, N, K+Q]
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def part(self, which: slice) -> "EpisodeList":
-        """Some of the episodes, as a list of their own."""
+        """Return some of the episodes as a list."""
         part = copy.copy(self)
         part.rows = self.rows[which]
         return part
 
     def batches(self, tasks: int) -> Iterator[TaskBatch]:
-        """All episodes, `tasks` at a time; the last batch may have fewer."""
+        """Yield all episodes, `tasks` at a time; the last batch may be smaller."""
         for rows in self.rows.split(tasks):
             yield self.sampler.tasks(self.sampler.images, rows)
 

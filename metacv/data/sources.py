@@ -1,6 +1,6 @@
-"""Reading a published data set in the forms that people have it in: class folders, CSV lists, pickles and archives.
+"""Read a published data set in any common form: class folders, CSV lists, pickles and archives.
 
-The module of a data set has a `SplitSpec`, a function that reads one image file, and perhaps one that reads a pickle;
+The module of a data set has a `SplitSpec`, a function that reads an image file, and optionally one for a pickle;
 `Source` does the rest. For another layout, override `Source.files` (image files) or `Source.load_from` (anything).
 """
 
@@ -39,7 +39,7 @@ from metacv.pickles import PlainUnpickler
 from metacv.text import first_line
 
 T = TypeVar("T")
-BLOCK = 512  # bytes of a tar's header, and about what the list of a folder needs for a file
+BLOCK = 512  # bytes of a tar header, and about the size of a file's entry in a folder
 OPENED: dict[bytes, Callable[[Path], Any]] = {
     b"\x1f\x8b": gzip.open,
     b"BZh": bz2.open,
@@ -50,20 +50,20 @@ ARCHIVE = re.compile(r"\.(zip|tar|tgz|tbz2?|txz|tar\.(gz|bz2|xz))$", re.IGNORECA
 
 
 def split_classes(name: str) -> dict[str, list[str]]:
-    """The class names of train, val and test, as the file splits/`name`.json lists them."""
+    """Return the class names of train, val and test from the file splits/`name`.json."""
     content = json.loads((Path(__file__).parent / "splits" / f"{name}.json").read_text())
     return {split: content[split] for split in SPLITS}
 
 
 def check_fractions(fractions: Mapping[str, float]) -> None:
-    """Raise a ValueError unless these are the shares of train, val and test for `random_split`."""
+    """Raise ValueError unless these are valid shares of train, val and test for `random_split`."""
     shares = fractions.values()
     if fractions.keys() != set(SPLITS) or sum(shares) <= 0:
-        raise ValueError(f"fractions={dict(fractions)}: train, val and test, and not all 0")
+        raise ValueError(f"fractions={dict(fractions)}: must have train, val and test, not all 0")
 
 
 def random_split(names: Iterable[str], fractions: Mapping[str, float], seed: int) -> dict[str, list[str]]:
-    """Split class names at random, by names and seed alone, so that a name that is added moves few others."""
+    """Split class names at random by a hash of name and seed, so that adding a class moves few others."""
     order = sorted(names, key=lambda name: hashlib.sha256(os.fsencode(f"{seed} {name}")).digest())
     sums = [sum(fractions[earlier] for earlier in SPLITS[:i]) for i in range(4)]
     ends = [round(part / sums[-1] * len(order)) for part in sums]
@@ -71,7 +71,7 @@ def random_split(names: Iterable[str], fractions: Mapping[str, float], seed: int
 
 
 class Missing(UserError):
-    """Nothing below data_dir is a form of the data set."""
+    """The data set was not found below data_dir in any form."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class SplitSpec:
     images: int | None = None
 
     def check(self, sizes: Mapping[str, int], place: Path, split: str) -> None:
-        """Raise a UserError unless `sizes`, of the classes read from `place`, are those of the split."""
+        """Raise UserError unless `sizes`, the images of each class in `place`, match the split."""
         expected = self.classes[split]
         if missing := sorted(set(expected) - sizes.keys()):
             lacks = f"lacks {len(missing)} of {len(expected)} classes"
@@ -101,20 +101,20 @@ def _first(names: list[str]) -> str:
 
 @dataclass(frozen=True)
 class Source:
-    """The files of a data set. `load` searches folders with its name (miniimagenet also as Mini-ImageNet or
-    mini_imagenet_data) and two levels below them, then data_dir, then archives in these or with such a name."""
+    """The files of a data set. `load` searches folders with its name (miniimagenet matches Mini-ImageNet and
+    mini_imagenet_data) down to two levels, then data_dir, then archives in these folders or with such a name."""
 
-    title: str  # for messages, such as "miniImageNet"
-    folder: str  # in data_dir, in lower-case letters and digits
-    download: str  # where to get the files, for the message that they are missing
+    title: str  # used in messages, such as "miniImageNet"
+    folder: str  # name in data_dir, in lower-case letters and digits
+    download: str  # where to get the files, used in the message that they are missing
     spec: SplitSpec
     read: Callable[[Path], Tensor]  # one image file -> uint8 `shape`
     shape: tuple[int, int, int]
-    pickle: str = ""  # the name of a split's pickle, with {} in place of the split
-    from_pickle: Callable[[Any, Path, str], ImageBank] | None = None  # gets content, path, split; may raise anything
+    pickle: str = ""  # name of a split's pickle, with {} for the split
+    from_pickle: Callable[[Any, Path, str], ImageBank] | None = None  # of content, path and split; may raise any error
 
     def load(self, data_dir: Path, split: str) -> ImageBank:
-        """The images of a split, classes sorted by name. A UserError says what is damaged, or what to put where."""
+        """Load a split, classes sorted by name; UserError with the damaged file, or with which files to put where."""
         hints: list[str] = []
         for folder in self._folders(data_dir):
             if bank := self.load_from(folder, split):
@@ -129,7 +129,7 @@ class Source:
         )
 
     def load_from(self, folder: Path, split: str) -> ImageBank | None:
-        """The images of a split in one folder; None if it does not have the split."""
+        """Load a split from one folder; None if the folder does not have it."""
         path = folder / self.pickle.format(split)
         if self.from_pickle and path.is_file():
             from_pickle = self.from_pickle
@@ -140,14 +140,14 @@ class Source:
         return read_classes(f"{folder.name} {split}", dict(sorted(files.items())), self.read, self.shape)
 
     def files(self, folder: Path, split: str) -> dict[str, list[Path]] | None:
-        """The image files of each class, from SPLIT/CLASS/* or from SPLIT.csv and images/*; None without these."""
-        if any((folder / split / name).is_dir() for name in self.spec.classes[split]):  # not another data set's
+        """Find the image files of each class: SPLIT/CLASS/*, or SPLIT.csv and images/*; None without these."""
+        if any((folder / split / name).is_dir() for name in self.spec.classes[split]):  # of this data set
             return {path.name: sorted(path.glob("[!.]*")) for path in (folder / split).glob("[!.]*") if path.is_dir()}
         table, images = folder / f"{split}.csv", folder / "images"
         return listed_files(table, images) if table.is_file() and images.is_dir() else None
 
     def _hints(self, folder: Path, split: str) -> Iterator[str]:
-        """What a folder has that is almost a form of the data set."""
+        """Yield descriptions of incomplete forms of the data set in a folder."""
         table, images = folder / f"{split}.csv", folder / "images"
         if (folder / split).is_dir() and (self._is_named(folder) or self._is_named(folder.parent)):
             yield f"{folder / split} without a folder named {', '.join(self.spec.classes[split][:2])}, ..."
@@ -159,7 +159,7 @@ class Source:
         return self.folder in re.sub("[^a-z0-9]", "", path.name.lower())
 
     def _folders(self, data_dir: Path) -> Iterator[Path]:
-        """The folders to search, archives last, which are unpacked only then; at the end UserError if one cannot be."""
+        """Yield the folders to search. Archives come last and are unpacked only then; UserError if one is damaged."""
         own = [folder for folder in folders_in(data_dir) if self._is_named(folder)]
         for folder in own:
             yield from _two_levels(folder)
@@ -177,7 +177,7 @@ class Source:
 
 
 def listed_files(table: Path, images: Path) -> dict[str, list[Path]]:
-    """The files in `images` of each class, from a CSV file with columns `filename` and `label`."""
+    """Return the files in `images` of each class, from a CSV file with columns `filename` and `label`."""
     files: dict[str, list[Path]] = {}
     check_file(table, limits.LIST)
     try:
@@ -193,7 +193,7 @@ def listed_files(table: Path, images: Path) -> dict[str, list[Path]]:
 
 
 def _two_levels(folder: Path) -> Iterator[Path]:
-    """The folder and those up to two levels below it, but none in images/, which has many files."""
+    """Yield the folder and those up to two levels below it, except inside images/, which has many files."""
     yield folder
     for child in folders_in(folder):
         yield child
@@ -206,18 +206,18 @@ def unpack(archive: Path) -> Path:
     if not target.exists():
         print(f"metacv: unpacking {archive} into {target}", file=sys.stderr)
         try:
-            # Renamed at the end, so that `target` is complete whenever it exists.
+            # Renamed at the end, so that `target` is always complete.
             with tempfile.TemporaryDirectory(dir=archive.parent, prefix=f".{target.name}.") as temporary:
                 (content := Path(temporary) / "content").mkdir()
                 extract(archive, content)
                 rename_unless_there(content, target)
-        except Exception as error:  # a damaged archive may raise anything
+        except Exception as error:  # a damaged archive may raise any error
             raise UserError(f"{archive} cannot be unpacked ({first_line(error)})") from None
     return target
 
 
 def extract(archive: Path, folder: Path) -> None:
-    """Write the files of a zip or tar archive below `folder`; any error if it is damaged, or has links or bad names."""
+    """Extract a zip or tar archive into `folder`; any error if it is damaged, or has links or unsafe names."""
 
     def write(name: str, content: IO[bytes]) -> None:
         path = folder / name
@@ -227,7 +227,7 @@ def extract(archive: Path, folder: Path) -> None:
         with path.open("wb") as file:
             shutil.copyfileobj(content, file)
 
-    size_of(archive)  # refuses devices
+    size_of(archive)  # rejects devices
     if archive.suffix.lower() == ".zip":
         with zipfile.ZipFile(archive) as zipped:
             check_growth(archive, sum(BLOCK + info.file_size for info in zipped.infolist()))
@@ -238,14 +238,14 @@ def extract(archive: Path, folder: Path) -> None:
     with _Bounded(archive) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
         written = 0
         for member in tar:
-            written += member.size  # a sparse file is larger than what the archive has of it
+            written += member.size  # a sparse file is larger than its part of the archive
             check_growth(archive, written)
             if content := tar.extractfile(member) if member.isreg() else None:
                 write(member.name, content)
             elif not member.isdir():
                 raise ValueError(f"{member.name} is neither a file nor a folder")
-        # tarfile ends without an error at a damaged header. A complete archive goes on with a block of zeros, and
-        # reading to the end makes gzip, bzip2 and xz compare their checksums.
+        # tarfile stops without an error at a damaged header, but a complete archive ends with a block of zeros.
+        # Reading to the end makes gzip, bzip2 and xz verify their checksums.
         stream.seek(tar.offset)
         if stream.read(BLOCK) != bytes(BLOCK):
             raise ValueError("it is damaged or cut short")
@@ -254,7 +254,7 @@ def extract(archive: Path, folder: Path) -> None:
 
 
 class _Bounded(io.BufferedIOBase):
-    """The content of a tar archive, unpacked as it is read; ValueError where it grows to far more than its file."""
+    """The decompressed stream of a tar archive; ValueError if it grows to far more than the size of the file."""
 
     def __init__(self, archive: Path) -> None:
         self.archive = archive
@@ -279,9 +279,9 @@ class _Bounded(io.BufferedIOBase):
 
 
 def download(url: str, target: Path, md5: str) -> None:
-    """Download a file by way of a temporary folder, so that it is complete when `target` exists.
+    """Download a file via a temporary folder, so that `target` is always complete.
 
-    Raises OSError or RuntimeError if it cannot be downloaded, or has another checksum.
+    Raises OSError or RuntimeError if the download fails or the checksum is wrong.
     """
     from torchvision.datasets.utils import download_url  # importing torchvision takes a second
 
@@ -292,29 +292,29 @@ def download(url: str, target: Path, md5: str) -> None:
 
 
 def read_as(title: str, path: Path, read: Callable[[Any], T]) -> T:
-    """What `read` makes of a pickle's content; UserError if the file is not a pickle of the data set `title`."""
+    """Return `read(content)` of a pickle; UserError if the file is not a pickle of the data set `title`."""
     try:
         return read(read_pickle(path))
     except UserError:
         raise
-    except Exception as error:  # a damaged or malicious pickle may raise anything
+    except Exception as error:  # a damaged or malicious pickle may raise any error
         raise UserError(f"{path} is not a pickle of {title} ({first_line(error)})") from None
 
 
 def read_pickle(path: Path) -> Any:
-    """The content of a pickle, plain values and a `PickledArray` for each array, without running code; any error."""
-    size_of(path)  # refuses devices
+    """Read plain values and a `PickledArray` for each array, without running code; raises errors of any type."""
+    size_of(path)  # rejects devices
     with path.open("rb") as file:
         return _ArrayUnpickler(file, encoding="latin1").load()  # latin1: for pickles of Python 2
 
 
 @dataclass
 class PickledArray:
-    """A numpy array in a pickle, as bare bytes: numpy itself would also take the bytes for addresses of objects."""
+    """A pickled numpy array as raw bytes. numpy itself could interpret the bytes as addresses of objects."""
 
-    code: str = ""  # of numpy, such as u1 for uint8
+    code: str = ""  # numpy type code, such as u1 for uint8
     shape: tuple[int, ...] = ()
-    content: Any = b""  # bytes, text in pickles of Python 2, or a list if it is an array of objects
+    content: Any = b""  # bytes, text in pickles of Python 2, or a list for an array of objects
     by_column: bool = False
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
@@ -327,19 +327,19 @@ class PickledArray:
 
     @property
     def raw(self) -> bytes:
-        """The bytes. Text becomes bytes only here: while a pickle is read, the text stays in memory in any case."""
+        """The bytes. Text is encoded only on demand, because the unpickler keeps the text in memory anyway."""
         content: bytes = self.content.encode("latin1") if isinstance(self.content, str) else self.content
         return content
 
     def tensor(self, *shape: int) -> Tensor:
-        """Copy an array of type uint8 to a tensor [M, *shape]; any other array raises ValueError or RuntimeError."""
+        """Copy a uint8 array to a tensor [M, *shape]; ValueError or RuntimeError for another type or shape."""
         if self.code != "u1" or self.shape[1:] != shape or self.by_column:
             raise ValueError(f"an array is {self.code} {self.shape}, not u1 (images, {', '.join(map(str, shape))})")
         return torch.frombuffer(bytearray(self.raw), dtype=torch.uint8).view(self.shape)
 
 
 def integers(values: Any) -> list[int]:
-    """Integers from a list, or from an array of 32 or 64 bits. Other types raise KeyError or TypeError."""
+    """Return integers from a list, or from an array of 32 or 64 bits; KeyError or TypeError for other types."""
     if isinstance(values, PickledArray):
         width = {"i4": 4, "i8": 8, "u4": 4, "u8": 8}[values.code]
         raw = values.raw
@@ -369,7 +369,7 @@ def _from_buffer(content: Any, code: Any, shape: Any, order: Any) -> PickledArra
 
 
 _MODULES = ("", ".core.multiarray", "._core.multiarray", ".core.numeric", "._core.numeric")
-_STAND_INS: dict[str, Callable[..., Any]] = {  # by the names of numpy
+_STAND_INS: dict[str, Callable[..., Any]] = {  # numpy's name -> replacement
     "dtype": _dtype,
     "ndarray": lambda *_: PickledArray(),
     "_reconstruct": lambda *_: PickledArray(),
@@ -379,10 +379,10 @@ _STAND_INS: dict[str, Callable[..., Any]] = {  # by the names of numpy
 
 
 class _ArrayUnpickler(PlainUnpickler):
-    """A pickle of plain values and arrays of numpy."""
+    """Unpickler for plain values and numpy arrays."""
 
     title = "images"
     stand_ins: ClassVar = {
         **{(f"numpy{module}", name): stand_in for module in _MODULES for name, stand_in in _STAND_INS.items()},
-        ("_codecs", "encode"): lambda text, _: text.encode("latin1"),  # of bytes, in pickles of protocol 2
+        ("_codecs", "encode"): lambda text, _: text.encode("latin1"),  # how protocol 2 stores bytes
     }

@@ -1,4 +1,4 @@
-"""Tasks and batches of images, as the samplers make them and the algorithms take them."""
+"""Tasks and image batches, which samplers produce and algorithms consume."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TaskBatch:
-    """T tasks of N classes. Labels, not positions, say which class an image belongs to."""
+    """T tasks of N classes. The class of an image is given by its label, not by its position."""
 
     support_x: Tensor  # [T, S, C, H, W], from 0 to 1; or features: [T, S, D] vectors or [T, S, D, h, w] maps
     support_y: Tensor  # [T, S], from 0 to N - 1
@@ -19,13 +19,13 @@ class TaskBatch:
     query_y: Tensor  # [T, Q]
     way: int  # N
     classes: Tensor  # [T, N], index of each class in its data set
-    seeds: Tensor | None = None  # int64 [T], for algorithms that draw at random within a task
+    seeds: Tensor | None = None  # int64 [T], for random draws of the algorithm within a task
 
     def __len__(self) -> int:
         return len(self.support_x)
 
     def class_means(self, values: Tensor) -> Tensor:
-        """Means over the support images of each class: values [T, S, ...] -> [T, N, ...]."""
+        """Return means over the support images of each class: values [T, S, ...] -> [T, N, ...]."""
         values = values.to(torch.promote_types(values.dtype, torch.float32))
         member = self.support_y.unsqueeze(2) == torch.arange(self.way, device=values.device)  # [T, S, N]
         weights = (member.to(values.dtype) / member.sum(dim=1, keepdim=True)).mT
@@ -33,27 +33,27 @@ class TaskBatch:
             return (weights @ values.flatten(2)).unflatten(2, values.shape[2:])
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "TaskBatch":
-        """The same tasks with `function` of their images or features."""
+        """Apply `function` to the images or features."""
         return replace(self, support_x=function(self.support_x), query_x=function(self.query_x))
 
     def normalized(self) -> "TaskBatch":
-        """The same tasks of features, each scaled to length 1."""
+        """Scale each feature vector to length 1."""
         return self.map(lambda features: F.normalize(features, dim=-1))
 
     def with_copies(self, copies: Tensor) -> "TaskBatch":
-        """The same tasks with V copies of each support image beside it: [T, S * V, ...], those of an image together."""
+        """Add V copies of each support image, [T, S * V, ...], with the copies of an image next to each other."""
         labels = self.support_y.repeat_interleave(copies.shape[1] // self.support_y.shape[1], dim=1)
         support = torch.cat([self.support_x, copies], dim=1), torch.cat([self.support_y, labels], dim=1)
         return replace(self, support_x=support[0], support_y=support[1])
 
     def split(self, size: int) -> "Iterator[TaskBatch]":
-        """The tasks in batches of `size`; the last may have fewer."""
+        """Yield the tasks in batches of `size`; the last may be smaller."""
         chunks = {name: value.split(size) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        for own in zip(*chunks.values(), strict=True):
-            yield replace(self, **dict[str, Any](zip(chunks, own, strict=True)))
+        for parts in zip(*chunks.values(), strict=True):
+            yield replace(self, **dict[str, Any](zip(chunks, parts, strict=True)))
 
     def each_query(self) -> "list[TaskBatch]":
-        """The tasks with one of their queries alone, for each query in turn."""
+        """Return the tasks once for each of their queries, with that query only."""
         queries = zip(self.query_x.split(1, dim=1), self.query_y.split(1, dim=1), strict=True)
         return [replace(self, query_x=x, query_y=y) for x, y in queries]
 

@@ -25,7 +25,7 @@ CLASSES = split_classes("tieredimagenet")
 class TieredImageNet(MiniImageNet):
     """Images of 84x84 pixels in colour, from class folders, CSV lists, the authors' pickles or archives (see Source).
 
-    In folders and lists the classes have WordNet IDs, such as n01530575. The pickles have words instead.
+    Classes have WordNet IDs such as n01530575 in folders and lists, and words in the pickles.
     """
 
     def load(self, split: str) -> ImageBank:
@@ -45,13 +45,13 @@ class TieredImageNet(MiniImageNet):
 
 
 def read_content(content: Any, path: Path, split: str) -> ImageBank:
-    """Read a list or an array of PNG files, with the classes in SPLIT_labels.pkl beside it. It empties the list.
+    """Decode a list or an array of PNG files, with the classes in SPLIT_labels.pkl beside it. Empties the list.
 
-    For train, the files need 7 GB and the images 9.5 GB: each file is removed from memory when it has been decoded.
+    For train, the files need 7 GB and the images 9.5 GB, so each file is removed from memory once it is decoded.
     """
     files = content.content if isinstance(content, PickledArray) else content
     if not isinstance(files, list):
-        raise ValueError(f"it has {type(files).__name__} in place of a list of images")
+        raise ValueError(f"it contains {type(files).__name__}, not a list of images")
     labels, names = read_labels(path, split)
     if len(files) != len(labels):
         raise UserError(f"{path} has {len(files)} images, but {labels_path(path, split)} has {len(labels)} labels")
@@ -76,7 +76,7 @@ def read_content(content: Any, path: Path, split: str) -> ImageBank:
 def decode(array: Any, number: int) -> Tensor:
     try:
         image = Image.open(io.BytesIO(array.raw), formats=("PNG",)).convert("RGB")
-    except Exception:  # Pillow raises errors of many kinds, which do not name the image
+    except Exception:  # Pillow raises errors of many types, which do not name the image
         raise ValueError(f"its image {number} is not a readable PNG file") from None
     if image.size != (SIZE, SIZE):
         raise ValueError(f"its image {number} is {image.width}x{image.height}, not {SIZE}x{SIZE}")
@@ -88,9 +88,9 @@ def labels_path(path: Path, split: str) -> Path:
 
 
 def read_labels(path: Path, split: str) -> tuple[list[int], list[str]]:
-    """The class of each image, and the names of the classes, which no other split beside it may have."""
+    """Return the class of each image, and the class names; UserError if another split beside it shares a class."""
     if not (own := labels_path(path, split)).is_file():
-        raise UserError(f"{path} needs {own.name} beside it")
+        raise UserError(f"{path}: {own.name} is missing in the same folder")
     labels, names = read_as(TITLE, own, check_labels)
     if len(names) != len(CLASSES[split]):
         raise UserError(f"{own}: the {split} split has {len(names)} classes, not {len(CLASSES[split])}")
@@ -102,16 +102,16 @@ def read_labels(path: Path, split: str) -> tuple[list[int], list[str]]:
 
 
 def check_labels(content: Any) -> tuple[list[int], list[str]]:
-    """Labels and class names from `label_specific` and `label_specific_str`; any error otherwise."""
+    """Return labels and names from `label_specific` and `label_specific_str`; an error of any type if invalid."""
     labels, names = integers(content["label_specific"]), content["label_specific_str"]
     if not all(isinstance(name, str) for name in names) or len({*names}) < len(names):
         raise ValueError("its label_specific_str is not a list of different names")
     if not labels or not 0 <= min(labels) <= max(labels) < len(names):
-        raise ValueError(f"its labels do not lie between 0 and {len(names) - 1}")
+        raise ValueError(f"its labels must be from 0 to {len(names) - 1}")
     return labels, list(names)
 
 
 def return_memory() -> None:
-    """Return freed memory to the system. On Linux, the C library otherwise keeps blocks as small as these files."""
+    """Return freed memory to the system: on Linux, the C library otherwise keeps blocks as small as these files."""
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
         trim(0)

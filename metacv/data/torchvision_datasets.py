@@ -1,4 +1,4 @@
-"""The data sets of torchvision that have one class for each image, https://pytorch.org/vision/stable/datasets.html"""
+"""Data sets of torchvision with one class per image, https://pytorch.org/vision/stable/datasets.html"""
 
 import operator
 import sys
@@ -19,7 +19,7 @@ from metacv.data.sources import check_fractions, random_split
 from metacv.errors import UserError
 from metacv.text import first_line
 
-# The official splits of each data set, which together have each image once: values of `split` or of `train`, or none.
+# The official splits of each data set, as values of `split` or `train`; together they have each image once.
 NAMES: dict[str, tuple[str | bool, ...]] = {
     **dict.fromkeys(("Caltech101", "Caltech256", "EuroSAT", "SUN397"), ()),
     **dict.fromkeys(("CIFAR10", "CIFAR100", "FashionMNIST", "KMNIST", "MNIST", "USPS"), (True, False)),
@@ -33,12 +33,12 @@ KNOWN = f"must be a data set of torchvision with one class for each image: {', '
 
 @dataclass
 class Torchvision(Dataset):
-    """All official splits of a data set together, downloaded to data_dir/torchvision. Its classes are split at random.
+    """All official splits of a data set merged, downloaded to data_dir/torchvision, with classes split at random.
 
-    The split depends on `fractions`, `split_seed` and the numbers of the classes alone.
+    The split depends only on `fractions`, `split_seed` and the class numbers.
     """
 
-    name: str  # of a class in torchvision.datasets
+    name: str  # name of a class in torchvision.datasets
     size: Size  # height and width in pixels
     fractions: dict[str, NotNegative]  # the share of the classes that each split gets, in any unit
     split_seed: Seed
@@ -73,7 +73,7 @@ class Torchvision(Dataset):
         return as_tensor(to_square(image.convert("RGB"), self.size, "crop"))
 
     def _decode(self) -> ImageBank:
-        """All images, sorted by class."""
+        """Decode all images, sorted by class."""
         parts = self._parts(self.data_dir / "torchvision")
         items: list[Any] = [(part, i) for part in parts for i in range(len(part))]
         images = torch.empty(len(items), 3, self.size, self.size, dtype=torch.uint8)
@@ -89,7 +89,7 @@ class Torchvision(Dataset):
         return ImageBank(self.name, images[order], offsets, tuple(str(names[number]) for number in present.tolist()))
 
     def _parts(self, root: Path) -> list[Any]:
-        """The official splits, from the files in `root`, or downloaded to it."""
+        """Open the official splits from the files in `root`, or download them."""
         from torchvision import datasets  # importing torchvision takes a second
 
         splits = [{"train" if isinstance(value, bool) else "split": value} for value in NAMES[self.name]]
@@ -100,7 +100,7 @@ class Torchvision(Dataset):
                 for split in splits or [{}]:
                     try:
                         parts.append(make(root, **split))
-                    except Exception:  # whatever a class raises when its files are missing
+                    except Exception:  # errors for missing files differ between classes
                         parts.append(make(root, **split, download=True))
             if not all(map(len, parts)):
                 raise ValueError("it has no images")
@@ -111,7 +111,7 @@ class Torchvision(Dataset):
         return parts
 
     def _item(self, item: Any) -> tuple[Tensor, int]:
-        """An image and its class; UserError if the file is damaged, or if the item is anything else."""
+        """Return an image and its class; UserError if the file is damaged, or the item is anything else."""
         part, i = item
         try:
             image, label = part[i]

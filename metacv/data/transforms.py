@@ -8,9 +8,9 @@ LUMA = (0.299, 0.587, 0.114)  # weights of red, green and blue in grey: ITU-R 60
 
 
 class Augment:
-    """Changes each image of a batch [B, C, H, W], from 0 to 1, at random, in this order:
+    """Change each image of a batch [B, C, H, W], from 0 to 1, at random, in this order:
 
-    crop    shift by up to `crop` pixels in each direction, and fill with the mirror image
+    crop    shift by up to `crop` pixels in each direction, with reflection padding
     flip    mirror left to right, with probability 1/2
     jitter  multiply brightness, contrast and saturation by factors from 1 - jitter to 1 + jitter
     """
@@ -23,7 +23,7 @@ class Augment:
         return bool(self.crop or self.flip or self.jitter)
 
     def draw(self, count: int) -> Tensor:
-        """Random changes for `count` images [B, 6]: pixels down and right, flip (0 or 1), and the three factors."""
+        """Draw changes for `count` images, [B, 6]: shift down and right in pixels, flip (0 or 1), and three factors."""
         down, right, flip, factors = *torch.zeros(3, count), torch.ones(3, count)
         if self.crop:
             down, right = torch.randint(2 * self.crop + 1, (2, count), generator=self.generator)
@@ -34,7 +34,7 @@ class Augment:
         return torch.stack([down, right, flip, *factors], dim=1)
 
     def __call__(self, images: Tensor, changes: Tensor) -> Tensor:
-        """Images [B, C, H, W] changed as `draw` says, [B, 6]."""
+        """Apply `changes` [B, 6] from `draw` to images [B, C, H, W]."""
         count, _, height, width = images.shape
         changes = changes.to(images.device, images.dtype, non_blocking=True)
         if self.crop:
@@ -55,6 +55,6 @@ class Augment:
 
 
 def _grey(images: Tensor) -> Tensor:
-    """[B, C, H, W] -> [B, 1, H, W]. Images without three channels are grey already."""
+    """Convert [B, C, H, W] to grey, [B, 1, H, W]; images without three channels are grey already."""
     red, *others = images.split(1, dim=1)
     return LUMA[0] * red + LUMA[1] * others[0] + LUMA[2] * others[1] if len(others) == 2 else red

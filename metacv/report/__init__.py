@@ -1,4 +1,4 @@
-"""`metacv report`: a table and a page about all runs below some folders. Nothing on the page is outside of it."""
+"""`metacv report`: a table and a self-contained HTML page about all runs below some folders."""
 
 import shutil
 from itertools import chain
@@ -28,7 +28,7 @@ from metacv.text import aligned, csv_bytes
 
 
 def report(config: ReportConfig, folder: Path) -> list[dict[str, str]]:
-    """Write report.html, .md and .csv into `folder`, and return the table's cells by column; UserError if no run."""
+    """Write report.html, .md and .csv into `folder`; return the rows as cells by column. UserError if no run."""
     places = [place for name in config.runs if not (place := user_path(name)).is_file()]
     if missing := [place for place in places if not place.is_dir()]:
         raise UserError(f"{missing[0]}: there is no such folder")
@@ -64,7 +64,7 @@ def report(config: ReportConfig, folder: Path) -> list[dict[str, str]]:
 
 
 def markdown(groups: list[Group], tables: list[list[list[str]]], notes: list[str]) -> str:
-    """The report in GitHub's Markdown: a heading, the choice in words and a table for each group."""
+    """Render the report as GitHub Markdown: a heading, the selection and a table for each group."""
     parts = []
     for group, table in zip(groups, tables, strict=True):
         words = "\n\n".join(map(markdown_safe, group.sentences))
@@ -73,7 +73,7 @@ def markdown(groups: list[Group], tables: list[list[list[str]]], notes: list[str
 
 
 def page(groups: list[Group], varied: list[str], tables: list[list[list[str]]], notes: list[str]) -> str:
-    """The page; `tables` are those of the groups, with their columns first."""
+    """Render the HTML page; `tables` are those of the groups, each with a header row."""
     best_first = sorted((row for group in groups for row in group.rows), key=lambda row: -row.validated)
     runs = list({id(row.run): row.run for row in best_first}.values())
     text = (Path(__file__).parent / "page.html.j2").read_text()

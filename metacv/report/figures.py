@@ -37,7 +37,7 @@ Line = Sequence[Point]
 
 @dataclass
 class Chart:
-    """A figure with the names of its lines, whose colours are HUES in this order."""
+    """A figure and the names of its lines, in the order of HUES."""
 
     caption: str
     names: list[str]
@@ -45,7 +45,7 @@ class Chart:
 
 
 def curves(runs: list[RunRecord]) -> list[Chart]:
-    """Validation and training accuracy by step, with a line for each run."""
+    """Draw validation and training accuracy by step, with a line for each run."""
     charts = []
     for kind, tag in (("Validation", "val/accuracy"), ("Training", "train/accuracy")):
         lines: list[Line] = []
@@ -59,20 +59,27 @@ def curves(runs: list[RunRecord]) -> list[Chart]:
 
 
 def by_task(rows: list[Row], varied: list[str]) -> list[Chart]:
-    """Accuracy by shot for each way, and by way for each shot, of runs that were tested in the same way.
+    """Draw accuracy by shot for each way, and by way for each shot, for runs with the same test protocol.
 
-    A point is the mean of the runs that differ only in the seed, with Student's interval over the runs.
+    A point is the mean of runs that differ only in the seed, with Student's t interval over the runs.
     """
     charts = []
     for x_axis, fixed in (("shot", "way"), ("way", "shot")):
-        # By way of testing, by line, by x and by checkpoint: a test.
+        # Tests by protocol, line, x and checkpoint.
         groups: dict[Any, Any] = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
         for row in rows:
             if test := row.test:
-                said = (test.dataset, test.split, test.batch_norm, test.rotation)
-                same = (getattr(test, fixed), *said, test.query, test.episodes, test.seed, str(row.run.config.dataset))
+                shown = (test.dataset, test.split, test.batch_norm, test.rotation)
+                protocol = (
+                    getattr(test, fixed),
+                    *shown,
+                    test.query,
+                    test.episodes,
+                    test.seed,
+                    str(row.run.config.dataset),
+                )
                 for line in lines_of(row, test, varied):
-                    groups[same][line][getattr(test, x_axis)][row.run.sha256] = test
+                    groups[protocol][line][getattr(test, x_axis)][row.run.sha256] = test
         for (value, dataset, split, batch_norm, rotation, *_), group in groups.items():
             lines = [(name, points) for (name, _), points in group.items() if len(points) > 1]
             if not lines:
@@ -89,7 +96,7 @@ def by_task(rows: list[Row], varied: list[str]) -> list[Chart]:
 
 
 def by_cost(rows: list[Row]) -> list[Chart]:
-    """Accuracy by the floating-point operations of training, a point for each run that was tested in the same way."""
+    """Draw accuracy by the floating-point operations of training, a point for each run of the same test protocol."""
     groups: dict[Any, dict[str, list[Point]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         if (test := row.test) and test.train_flops:
@@ -106,7 +113,7 @@ def by_cost(rows: list[Row]) -> list[Chart]:
 
 
 def lines_of(row: Row, test: Result, varied: list[str]) -> Iterator[tuple[str, str]]:
-    """Name and identity of a test's lines: one joins a training's tests, one joins runs trained for each task."""
+    """Yield name and identity of a test's lines: one of all tests of a run, one of runs trained on their test task."""
     config = row.run.config
     settings = {name: str(value) for name, value in flat(to_dict(config)) if name != "seed"} | test.changes
     without_task = {name: value for name, value in settings.items() if name.split(".")[-1] not in TASK}
@@ -118,7 +125,7 @@ def lines_of(row: Row, test: Result, varied: list[str]) -> Iterator[tuple[str, s
 
 
 def point(x: float, tests: list[Result]) -> Point:
-    """The mean of the tests with its interval over them; a single test has its interval over episodes."""
+    """Return the mean of the tests with an interval over the tests; for a single test, its interval over episodes."""
     if len(tests) == 1:
         return x, 100 * tests[0].accuracy, 100 * tests[0].ci95
     accuracy = 100 * torch.tensor([test.accuracy for test in tests], dtype=torch.float64)
@@ -127,7 +134,7 @@ def point(x: float, tests: list[Result]) -> Point:
 
 @context(STYLE)
 def draw(lines: Sequence[Line], x_label: str, joined: bool = True) -> Figure:
-    """Lines, or points that are not joined, with their intervals, on axes that fit them."""
+    """Draw lines, or points if not `joined`, with their intervals."""
     figure = Figure(figsize=(4.2, 2.5))
     axes = figure.add_axes((0.13, 0.2, 0.84, 0.75))
     for line, hue in zip(lines, HUES, strict=False):
@@ -154,7 +161,7 @@ def draw(lines: Sequence[Line], x_label: str, joined: bool = True) -> Figure:
 
 @context(STYLE)
 def svg(figure: Figure) -> Markup:
-    """The figure as an element of a page: transparent, the same for the same data, and without names of its own."""
+    """Return the figure as a transparent SVG element, the same for the same data, without ids or comments."""
     content = io.StringIO()
     metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     figure.savefig(content, format="svg", transparent=True, metadata=metadata)
@@ -163,13 +170,13 @@ def svg(figure: Figure) -> Markup:
 
 
 def sample_episodes(runs: list[RunRecord]) -> list[tuple[str, str]]:
-    """Name of the run and the picture, PNG in base64, of the first few runs that have one."""
+    """Return the name of a run and its picture, PNG in base64, for the first EPISODES runs that have one."""
     pictures = ((run.name, picture) for run in runs if (picture := sample_episode(run.folder)))
     return [(name, b64encode(picture).decode()) for name, picture in islice(pictures, EPISODES)]
 
 
 def sample_episode(folder: Path) -> bytes | None:
-    """The last picture of an episode, a PNG file, that the run has sent to TensorBoard."""
+    """Return the last picture of an episode in the run's TensorBoard files, as PNG; None if there is none."""
     files = [*folder.glob("*tfevents*")]  # those that TensorBoard reads
     try:
         if sum(map(size_of, files)) > limits.EVENTS:

@@ -1,4 +1,4 @@
-"""Finds the runs below some folders, and the evaluations of their checkpoints."""
+"""Find the runs below some folders, and the evaluations of their checkpoints."""
 
 import json
 import sys
@@ -21,7 +21,7 @@ from metacv.results import Result, ResultFile, read_results
 from metacv.text import plural, printable
 from metacv.upgrade import upgrade_override
 
-RUNNERS = {"hydra", "launcher", "sweeper"}  # settings of where runs are executed
+RUNNERS = {"hydra", "launcher", "sweeper"}  # settings for where runs are executed
 PROTOCOL = {"way", "shot", "query", "batch_norm", "algo", "backbone", "dataset", "paper"}  # an experiment sets them
 
 
@@ -58,18 +58,18 @@ class RunRecord:
 
     @cached_property
     def validated_on(self) -> str:
-        """Equal for runs that were validated on the same episodes."""
+        """A key that is equal for runs that were validated on the same episodes."""
         return str(self.protocol)
 
     @property
     def validation_text(self) -> str:
-        """The images and episodes of validation."""
+        """The images and episodes of validation, for people to read."""
         config = self.config
         where = f"{plural(config.eval_episodes, 'episode')} of {class_name(config.dataset)} val"
         return f"{where}, {plural(config.query, 'query', 'queries')}, {config.batch_norm}"
 
     def paper(self, test: Result) -> str:
-        """The accuracy that the paper reports, in %, if `test` follows the protocol of the run's experiment."""
+        """Return the paper's accuracy in % if `test` follows the protocol of the run's experiment, otherwise empty."""
         config, changed = self.config, {name.split(".")[0] for name in self.overrides if not name.startswith("algo.")}
         images = class_name(config.dataset), config.dataset.get("test_rotation", "none"), "test"
         followed = (config.way, config.shot, config.query, *images)
@@ -86,16 +86,16 @@ class RunRecord:
 
 
 def paper_of_experiment(name: str) -> list[dict[str, Any]]:
-    """The paper's numbers in the experiment's file, for checkpoints from before they were part of the settings."""
+    """Read the paper's numbers from the experiment's file, for older checkpoints whose settings lack them."""
     folder = CONFIG_DIR / "experiment"
     known = {path.relative_to(folder).with_suffix("").as_posix(): path for path in folder.rglob("*.yaml")}
     return yaml.safe_load(known[name].read_text()).get("paper", []) if name in known else []
 
 
 def gather(places: list[Path]) -> tuple[list[RunRecord], list[str]]:
-    """Runs below `places` with all evaluations of their checkpoints there, and notes on what is left out.
+    """Return the runs below `places` with all evaluations of their checkpoints, and notes on what is left out.
 
-    Also prints a line for each damaged checkpoint; other damaged files count as missing.
+    Prints a line for each damaged checkpoint. Other damaged files count as missing.
     """
 
     def below(pattern: str) -> list[Path]:
@@ -121,17 +121,17 @@ def gather(places: list[Path]) -> tuple[list[RunRecord], list[str]]:
     started |= {path.parent for path in below("metrics.jsonl")}
     failed = {folder for folder in started if not (folder / "best.pt").exists()}
     known = {run.sha256 for run in runs.values()}
-    strange = {path for test, path in tests.values() if test.checkpoint_sha256 not in known}
+    unmatched = {path for test, path in tests.values() if test.checkpoint_sha256 not in known}
     notes = [
         left_out("run", "without a best.pt (failed, or not validated yet)", failed),
-        left_out("evaluation", "of a checkpoint that is missing or has changed since", strange),
+        left_out("evaluation", "of a checkpoint that is missing or has changed since", unmatched),
         left_out("evaluation", "of version 1: evaluate again", old),
     ]
     return list(runs.values()), [note for note in notes if note]
 
 
 def result_files(places: list[Path]) -> tuple[dict[Path, ResultFile], set[Path]]:
-    """The result files below `places`, and the paths of those of version 1."""
+    """Read the result files below `places`; also return the paths of those of version 1, which cannot be read."""
     files, old = dict[Path, ResultFile](), set[Path]()
     for path in (path for place in places for path in sorted(place.rglob("*.json")) if path.is_file()):
         try:
@@ -143,7 +143,7 @@ def result_files(places: list[Path]) -> tuple[dict[Path, ResultFile], set[Path]]
 
 
 def read_run(path: Path, files: dict[Path, ResultFile]) -> RunRecord:
-    """The run of a best.pt, without its weights."""
+    """Read the run of a best.pt, without its weights."""
     checkpoint, folder = load_checkpoint(path), path.parent
     best = checkpoint.content.get("validation")
     measured: Any = (best.get("accuracy"), best.get("ci95")) if isinstance(best, dict) else (None, None)
@@ -165,11 +165,11 @@ def printable_result(test: Result) -> Result:
 
 
 def overrides(folder: Path, files: list[ResultFile]) -> dict[str, str]:
-    """Settings that the command line of a run changed, except those that do not change its result."""
+    """Return the settings that a run's command line changed, except those that do not affect its result."""
     words = next((file.training["overrides"] for file in files if file.training and "overrides" in file.training), None)
-    if words is None:  # the run goes on, or is of version 1
+    if words is None:  # the run is unfinished, or of version 1
         try:
-            # BaseLoader makes texts and lists only; neither it nor the loop below multiplies what an alias refers to.
+            # BaseLoader builds only texts and lists. Neither it nor the loop below expands aliases.
             text = read(folder / ".hydra/overrides.yaml")
             words = yaml.load(text, yaml.BaseLoader) if len(text) <= 10 * limits.WORDS else text
         except (ValueError, RecursionError, yaml.YAMLError):
@@ -185,7 +185,7 @@ def overrides(folder: Path, files: list[ResultFile]) -> dict[str, str]:
 
 
 def metrics(path: Path) -> list[dict[str, float]]:
-    """The lines of metrics.jsonl that have a step, with the values that are numbers."""
+    """Read the lines of metrics.jsonl that have a step, with the values that are numbers."""
     lines = []
     for line in read(path).splitlines():
         with suppress(ValueError, RecursionError):
@@ -196,14 +196,14 @@ def metrics(path: Path) -> list[dict[str, float]]:
 
 
 def left_out(noun: str, reason: str, paths: set[Path]) -> str:
-    """A note that counts `paths` and names up to five of them; empty if there are none."""
+    """Return a note that counts `paths` and names up to five of them; empty if there are none."""
     names = [printable(str(path)) for path in sorted(paths)]
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return f"left out: {plural(len(names), noun)} {reason}: {', '.join(names[:5])}{more}" if names else ""
 
 
 def read(path: Path) -> str:
-    """The text of a file; empty if it cannot be read or is too large."""
+    """Return the text of a file; empty if it cannot be read or is too large."""
     with suppress(OSError, UserError):
         return read_text(path, "replace")
     return ""

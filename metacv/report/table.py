@@ -1,4 +1,4 @@
-"""The tables of a report: rows are the evaluations of runs, in groups that were tested in the same way."""
+"""The tables of a report: a row for each evaluation of a run, in groups with the same test protocol."""
 
 import re
 import shlex
@@ -21,9 +21,9 @@ NOTE = (
     f'"{SIMILAR}": its interval overlaps with that of the best run; metacv compare, which uses the same episodes for '
     "both, finds smaller differences."
 )
-ALWAYS = ("run", "test %", "paper %", "validation %")  # columns of a table, also where all rows have the same
-NAMES = 14  # letters of a name that the terminal shows at least
-COMPARED = ("way", "shot", "query", "episodes")  # settings that metacv compare wants to be equal, or given
+ALWAYS = ("run", "test %", "paper %", "validation %")  # columns that are shown even if all rows are equal
+NAMES = 14  # minimum of letters of a name on the terminal
+COMPARED = ("way", "shot", "query", "episodes")  # settings that metacv compare needs to be equal, or given
 
 
 @dataclass
@@ -36,35 +36,35 @@ class Row:
 
     @property
     def tested_on(self) -> str:
-        """The test's images and episodes; empty without a test."""
+        """The images and episodes of the test; empty without a test."""
         return self.test.protocol if self.test else ""
 
     @property
     def task(self) -> tuple[int, int, bool, str, str]:
-        """Equal for rows whose accuracies can be compared. Sorted by it, tests come before runs without one."""
+        """A key that is equal for rows whose accuracies can be compared; it sorts tests before runs without one."""
         if not (test := self.test):
             return self.run.config.way, self.run.config.shot, True, "", self.run.validated_on
         return test.way, test.shot, False, self.tested_on, test.episodes_sha256
 
     @property
     def heading(self) -> str:
-        """The task, the images and the episodes, for a group of rows."""
+        """The task, images and episodes of a group of rows."""
         way, shot, *_ = self.task
         return f"{way}-way {shot}-shot, {self.tested_on or f'not tested yet; validated on {self.run.validation_text}'}"
 
     @property
     def measured(self) -> tuple[float, float]:
-        """Accuracy and half its interval: of the test if there is one, otherwise in validation."""
+        """Accuracy and half its interval, from the test if there is one, otherwise from validation."""
         return (self.test.accuracy, self.test.ci95) if self.test else self.run.validation or (0, 0)
 
     @property
     def validated(self) -> float:
-        """Accuracy in validation; below any other if it is not known."""
+        """Accuracy in validation; -1 if unknown."""
         return self.run.validation[0] if self.run.validation else -1.0
 
     @property
     def changes(self) -> dict[str, str]:
-        """Settings with which the test departs from training."""
+        """Settings of the test that differ from training."""
         return self.test.changes if self.test else {}
 
     @property
@@ -72,14 +72,14 @@ class Row:
         return self.run.settings | self.changes
 
     def method(self, varied: Iterable[str]) -> str:
-        """Algorithm, settings that have a value, and earlier stages, in words."""
+        """Describe the algorithm, its settings among `varied` that have a value, and earlier stages."""
         own = self.settings
         known = [f"{name}={own[name]}" for name in varied if own.get(name, "None") != "None"]
         after = f", after {stages}" if (stages := self.run.stages) else ""
         return f"{self.run.algorithm}{' with ' * bool(known)}{', '.join(known)}{after}"
 
     def in_words(self, varied: Iterable[str]) -> str:
-        """The row as a sentence has it."""
+        """Describe the row in a sentence."""
         parts = [self.run.name, self.method(varied)]
         parts.append(f"{percent(*self.run.validation)} % validation" if self.run.validation else "not validated")
         parts.append(f"{percent(self.test.accuracy, self.test.ci95)} % test" if self.test else "not tested yet")
@@ -87,7 +87,7 @@ class Row:
         return ", ".join(parts) + (todo or ".")
 
     def cells(self, varied: list[str]) -> dict[str, str]:
-        """The texts of the row by column; `varied` are settings with a column of their own."""
+        """Return the texts of the row by column; `varied` are settings with a column of their own."""
         test, validation, (way, shot, *_) = self.test, self.run.validation, self.task
         return {
             "run": self.run.name,
@@ -106,15 +106,15 @@ class Row:
 
 @dataclass
 class Group:
-    """Rows of one task and one way of testing, the best in validation first."""
+    """Rows with the same task and test protocol, the best in validation first."""
 
     heading: str
-    sentences: list[str]  # what to choose
+    sentences: list[str]  # which run validation selects
     rows: list[Row]
 
 
 def groups_of(runs: list[RunRecord]) -> tuple[list[Group], list[str]]:
-    """All rows in groups, and the settings with a column of their own: those in which rows differ."""
+    """Return all rows in groups, and the settings in which rows differ, which have a column of their own."""
     rows = [Row(run, test) for run in runs for test in tuple(run.tests) or (None,)]
     rows.sort(key=lambda row: (*row.task, row.run.validated_on, -row.validated, len(row.changes)))
     varied = varied_settings(rows)
@@ -135,13 +135,13 @@ def groups_of(runs: list[RunRecord]) -> tuple[list[Group], list[str]]:
 
 
 def select(rows: list[Row], varied: list[str]) -> list[str]:
-    """Mark the best rows of a group, and say which they are. Only validation chooses: the highest of many test
-    accuracies is high by chance too, and so is that of runs that were validated on other episodes."""
+    """Mark the best rows of a group, and describe them in sentences. Only validation selects, among runs with the same
+    validation episodes: the highest of many test accuracies is high partly by chance."""
     validations = [list(own) for _, own in groupby(rows, key=lambda row: row.run.validated_on)]
     differ = sorted(differing(rows, {name for row in rows for name in row.run.protocol}))
     sentences = []
     for own in validations:
-        best = next((row for row in own if not row.changes), None)  # with settings that validation tried
+        best = next((row for row in own if not row.changes), None)  # tested with the settings that were validated
         if len({row.run.folder for row in own}) == 1:
             if len(validations) == 1:
                 sentences.append(f"Only run: {own[0].in_words(varied)}")
@@ -160,7 +160,7 @@ def select(rows: list[Row], varied: list[str]) -> list[str]:
 
 
 def over_seeds(rows: list[Row], varied: list[str]) -> list[str]:
-    """A line for runs that differ in the seed only: means, with Student's interval over the runs."""
+    """Return a line for each set of runs that differ in the seed only: means with Student's t interval over runs."""
     alike = defaultdict(list)
     for row in rows:
         alike[str(sorted((row.settings | {"seed": "", "algo": row.run.algorithm}).items()))].append(row)
@@ -177,13 +177,13 @@ def over_seeds(rows: list[Row], varied: list[str]) -> list[str]:
 
 
 def mean_of(accuracies: list[float]) -> str:
-    """Mean and half its interval over runs."""
+    """Format the mean over runs and half its interval, in %."""
     values = torch.tensor(accuracies, dtype=torch.float64)
     return percent(float(values.mean()), t_interval(values))
 
 
 def modes_to_compare(runs: list[RunRecord]) -> list[str]:
-    """What to run where runs of one task were validated in different batch-norm modes: a line for each task."""
+    """Return a compare command for each task whose runs were validated in different batch-norm modes."""
     tasks: dict[str, list[RunRecord]] = defaultdict(list)
     for run in runs:
         tasks[str({name: value for name, value in run.protocol.items() if name != "batch_norm"})].append(run)
@@ -210,7 +210,7 @@ def name_differs(name: str, one: RunRecord, other: RunRecord) -> bool:
 
 
 def varied_settings(rows: list[Row]) -> list[str]:
-    """Settings with different values: those that a command line changed, and those without which rows look alike."""
+    """Return settings with different values that a command line changed, or that distinguish otherwise equal rows."""
     changed = {name for row in rows for name in (*row.run.overrides, *row.changes)}
     varied = differing(rows, changed | {"batch_norm", "eval_episodes"})  # the last two are of validation
     headings, alike = defaultdict(list), defaultdict(list)
@@ -230,13 +230,13 @@ def differing(rows: list[Row], names: Iterable[str]) -> set[str]:
 
 
 def shown_columns(cells: list[dict[str, str]]) -> list[str]:
-    """The columns of a group's table: those that are not empty, without those that have the same in every row."""
+    """Return the columns of a group's table, without those that are empty or have the same value in every row."""
     values = {name: {own[name] for own in cells} for name in cells[0]}
     return [name for name, own in values.items() if own != {""} and (name in ALWAYS or len(own) > 1)]
 
 
 def for_terminal(lines: list[list[str]], width: int) -> list[list[str]]:
-    """The table with long texts shortened in the middle, as far as that makes it fit and keeps them apart."""
+    """Shorten long texts in the middle until the table fits into `width`, as long as they stay different."""
     shown, *cells = lines
     table = list(zip(*cells, strict=True))  # by column
     for i in sorted(range(len(shown)), key=lambda i: -max(map(len, table[i]))):
@@ -249,7 +249,7 @@ def for_terminal(lines: list[list[str]], width: int) -> list[list[str]]:
 
 
 def for_csv(cells: list[dict[str, str]]) -> list[list[str]]:
-    """The table with numbers alone in a cell: an accuracy and its interval have a column each."""
+    """Give an accuracy and its interval a column each, so that cells hold single numbers."""
     lines: list[dict[str, str]] = []
     for own in cells:
         lines.append({})
@@ -263,12 +263,12 @@ def for_csv(cells: list[dict[str, str]]) -> list[list[str]]:
 
 
 def as_markdown(lines: list[list[str]]) -> str:
-    """A table of GitHub's Markdown in which texts cannot become HTML, links or new cells."""
+    """Format a table in GitHub Markdown, escaped so that texts cannot become HTML, links or new cells."""
     safe = [[markdown_safe(cell) for cell in line] for line in lines]
     safe.insert(1, ["---"] * len(lines[0]))
     return "".join(f"| {' | '.join(line)} |\n" for line in safe)
 
 
 def markdown_safe(text: str) -> str:
-    """The last three of the special characters: GitHub links names and addresses."""
+    """Escape text for GitHub Markdown. @, www. and :// are escaped because GitHub turns them into links."""
     return re.sub(r"([\\`*\[\]|@]|(?<=www)\.|:(?=//))", r"\\\1", escape(text, quote=False))

@@ -1,4 +1,4 @@
-"""Classification of all training classes: its losses by hand, its sampler, and what later stages take from it."""
+"""Classification of all training classes: losses by hand, the sampler, and later stages that start from it."""
 
 import math
 from pathlib import Path
@@ -87,7 +87,7 @@ def test_labels_are_the_classes_of_the_images_and_rotations_are_classes_of_their
         assert round(float(upright[0, 0, 0]) * 255) == label % 3
 
 
-def test_ranks_share_a_batch_and_a_resumed_sampler_goes_on():
+def test_ranks_share_a_batch_and_a_sampler_resumes():
     def sampler() -> ImageSampler:
         return ImageSampler(bank_of([6, 6]), "none", 3, torch.device("cpu"), Augment(1, True, 0.3, seed=5))
 
@@ -101,7 +101,7 @@ def test_ranks_share_a_batch_and_a_resumed_sampler_goes_on():
     assert torch.equal(later.sample(7).images, whole.sample(7).images)
 
 
-def test_a_second_stage_starts_from_the_backbone_of_the_first_and_adds_up_the_cost(metacv):
+def test_a_second_stage_starts_from_the_first_backbone_and_adds_its_cost(metacv):
     assert metacv(*SHORT, "hydra.run.dir=first")[0] == 0
     words = [word for word in SHORT if not word.startswith(("algo=", "meta_batch="))]
     code, _, err = metacv(*words, "algo=meta_baseline", "init=first", "optimizer.lr=1e-30", "hydra.run.dir=second")
@@ -165,22 +165,22 @@ def test_the_average_is_that_of_the_weights_and_the_buffers(metacv, monkeypatch)
 
 def test_invalid_settings_have_one_clear_line(metacv):
     for words, message in {
-        ("ema=1.5",): "ema=1.5: not a number from 0 to below 1 or null",
+        ("ema=1.5",): "ema=1.5: must be a number from 0 to below 1 or null",
         ("init=nowhere",): "nowhere: there is no such file",
         ("algo.teacher=nowhere",): f"{Path.cwd()}/nowhere: there is no such file",
-        ("algo.label_smoothing=1",): "algo.label_smoothing=1: not a number from 0 to below 1",
+        ("algo.label_smoothing=1",): "algo.label_smoothing=1: must be a number from 0 to below 1",
         (
             "head=ncm",
             "head.augment=3",
-        ): "head.augment=3: the copies are augmented as in training, which had no augment.*",
-        ("head=logistic", "head.C=0"): "head.C=0: not a number above 0 to 1000",
-        ("++algo.classes=4",): "algo.classes: is not a setting",
+        ): "head.augment=3: needs a model that was trained with augment.*; use augment=0",
+        ("head=logistic", "head.C=0"): "head.C=0: must be a number above 0 and at most 1000",
+        ("++algo.classes=4",): "algo.classes: Classifier has no such setting",
     }.items():
         code, _, err = metacv(*SHORT, *words, "hydra.run.dir=run")
         assert (code, err) == (1, f"metacv: {message}\n"), words
 
 
-def test_chance_is_the_loss_of_weights_that_know_nothing(metacv):
+def test_untrained_weights_have_the_loss_of_chance(metacv):
     model = Classifier(Identity((1, 2, 2)), classes=3)
     torch.nn.init.zeros_(model.linear.weight)
     torch.nn.init.zeros_(model.linear.bias)
@@ -194,14 +194,14 @@ def test_flops_of_an_inner_loop_are_the_same_task_by_task_and_together(metacv):
     assert load_checkpoint("loop").training.flops == load_checkpoint("vmap").training.flops > 0
 
 
-def test_a_second_stage_prepares_images_as_the_first_and_a_head_is_checked_before_the_training(metacv, monkeypatch):
+def test_a_second_stage_needs_the_same_normalization_and_a_head_is_checked_before_training(metacv, monkeypatch):
     assert metacv(*SHORT, "hydra.run.dir=first")[0] == 0
     code, _, err = metacv(*SHORT, "init=first", "normalize.mean=[0.5]", "hydra.run.dir=second")
     assert (code, err.count("\n")) == (1, 1)
-    assert "init=first: was trained with NormalizeConfig(mean=[0.0], std=[1.0]): set normalize to it" in err
+    assert "init=first: set normalize as in its training, NormalizeConfig(mean=[0.0], std=[1.0])" in err
     monkeypatch.setattr("metacv.train.training_step", lambda *_: pytest.fail("trained"))
     code, _, err = metacv(*SHORT, "head=logistic", "head.C=-1", "hydra.run.dir=third")
-    assert (code, err) == (1, "metacv: head.C=-1: not a number above 0 to 1000\n")
+    assert (code, err) == (1, "metacv: head.C=-1: must be a number above 0 and at most 1000\n")
 
 
 def test_results_name_the_head_that_an_evaluation_changes(metacv):

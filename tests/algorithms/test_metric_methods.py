@@ -108,7 +108,7 @@ def test_mlp_scores_are_never_negative_and_probabilities_sum_to_one():
     ],
     ids=["sqeuclidean", "cosine", "conv", "mlp"],
 )
-def test_labels_and_not_positions_tell_the_class_of_a_support_image(make):
+def test_the_class_of_a_support_image_follows_from_its_label_not_its_position(make):
     torch.manual_seed(0)
     algorithm = make().double().eval()
     tasks = random_tasks(shape=(1, 8, 8), dtype=torch.float64)

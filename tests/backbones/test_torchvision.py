@@ -75,8 +75,8 @@ def test_images_are_normalized_as_the_weights_need_it():
     ("name", "weights", "words"),
     [
         ("resnet17", None, "torchvision has no such classifier"),
-        ("resnet18", "BEST", "weights=BEST: null or one of IMAGENET1K_V1, DEFAULT"),
-        ("vgg16", "IMAGENET1K_FEATURES", "weights=IMAGENET1K_FEATURES: null or one of"),
+        ("resnet18", "BEST", "weights=BEST: must be null or one of IMAGENET1K_V1, DEFAULT"),
+        ("vgg16", "IMAGENET1K_FEATURES", "weights=IMAGENET1K_FEATURES: must be null or one of"),
         ("squeezenet1_0", None, "its last layer is not linear"),
         ("vit_b_32", None, "does not take images of 32x32"),
     ],

@@ -61,7 +61,7 @@ def test_two_programs_that_make_a_bank_at_once_leave_one_whole_file(tmp_path):
     assert cache_file(tmp_path).suffix == ".pt"
 
 
-def test_the_names_of_cache_files_are_those_of_version_1(tmp_path):
+def test_cache_files_have_the_same_names_as_in_version_1(tmp_path):
     cached_bank(tmp_path, "omniglot-28-lanczos", {"size": 28, "resample": "lanczos"}, make)
     assert cache_file(tmp_path).name == "omniglot-28-lanczos-656fe348bf0c20b2.pt"
 
@@ -91,13 +91,13 @@ def test_a_damaged_cache_file_is_replaced_with_one_line(tmp_path, capsys, damage
     assert capsys.readouterr().err == ""
 
 
-def test_without_a_place_for_the_cache_a_line_says_so(tmp_path, capsys):
+def test_an_unwritable_cache_folder_is_reported_in_one_line(tmp_path, capsys):
     (tmp_path / "cache").write_text("a file where the folder should be")
     assert cached_bank(tmp_path, "toy", {}, make).fingerprint == make().fingerprint
     assert "continuing without a cache" in capsys.readouterr().err
 
 
-def test_a_full_disk_and_a_file_that_another_program_destroys_cost_the_cache_only(tmp_path, capsys, monkeypatch):
+def test_a_full_disk_or_a_destroyed_file_only_disables_the_cache(tmp_path, capsys, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -131,7 +131,7 @@ class Toy(Dataset):
         return make()
 
 
-def test_a_data_set_that_cannot_read_image_files_says_so(tmp_path):
+def test_a_data_set_without_read_is_reported(tmp_path):
     with pytest.raises(UserError, match="Toy does not define how image files are read"):
         Toy(tmp_path).read(tmp_path / "a.png")
 

@@ -80,7 +80,7 @@ def test_the_archive_is_unpacked_and_class_folders_are_read(tmp_path):
     assert torch.equal(CIFARFS(tmp_path / "folders").load("test").images, whole.images)
 
 
-def test_any_image_file_is_prepared_alike(tmp_path):
+def test_any_image_file_is_prepared_like_the_data_sets_own(tmp_path):
     Image.new("L", (64, 48), 9).save(tmp_path / "grey.png")
     image = CIFARFS(tmp_path).read(tmp_path / "grey.png")
     assert (image.shape, image.unique().tolist()) == ((3, 32, 32), [9])
@@ -116,7 +116,7 @@ def damaged(folder: Path, how: str) -> None:
         ("truncated", r"train is not a pickle of CIFAR-FS \(.*\)"),
         ("code", r"train is not a pickle of CIFAR-FS \(it names .*open, which images do not need\)"),
         ("few labels", r"train is not a pickle of CIFAR-FS \(it has 200 images and 199 labels\)"),
-        ("label 100", r"train is not a pickle of CIFAR-FS \(it has labels from 0 to 100, not below 100\)"),
+        ("label 100", r"train is not a pickle of CIFAR-FS \(it has labels from 0 to 100, not from 0 to 99\)"),
         ("floats", r"train is not a pickle of CIFAR-FS \(an array is f4 .*\)"),
         ("a list", r"train is not a pickle of CIFAR-FS \(.*\)"),
         ("another class", r"cifar-100-python: apple of the train split has 2 images, not 3"),
@@ -132,7 +132,7 @@ def test_a_damaged_official_file_has_one_clear_line(tmp_path, monkeypatch, how, 
     assert not (tmp_path / "written by a pickle").exists()
 
 
-def test_what_cannot_be_downloaded_says_what_to_put_where(tmp_path, monkeypatch):
+def test_a_failed_download_is_reported_with_where_to_put_the_files(tmp_path, monkeypatch):
     def refused(url, target, md5):
         raise OSError("no network")
 

@@ -117,7 +117,7 @@ def test_the_real_data_set_has_100_50_and_50_classes(monkeypatch):
     assert sorted(name[:3] for names in classes.values() for name in names) == [f"{c:03}" for c in range(1, 201)]
 
 
-def test_any_image_file_is_prepared_like_the_data_set_s_own(tmp_path):
+def test_any_image_file_is_prepared_like_the_data_sets_own(tmp_path):
     root = write_official(tmp_path / "cub")
     dataset = CUB(tmp_path, 10, False)
     bank = dataset.load("train")

@@ -75,7 +75,7 @@ def test_evaluation_refuses_classes_that_were_used_in_training(metacv, own, run)
 
 
 @pytest.mark.usefixtures("may_be_at_chance")
-def test_a_run_is_resumed_only_on_the_split_that_it_began_with(metacv, own, run):
+def test_a_run_resumes_only_on_its_original_split(metacv, own, run):
     add_classes(own)
     code, _, err = metacv("train", "resume=run", "steps=6")
     assert (code, err.count("\n")) == (1, 1)
@@ -134,7 +134,7 @@ def test_a_class_with_too_few_images_for_a_task_is_named(metacv, own):
         path.unlink()
     code, _, err = metacv("train", *OWN, "dataset.root=own", "hydra.run.dir=run")
     assert code == 1
-    assert re.search(r"train_shot=1 \+ train_query=2 needs 3 images a class but class \d+ of own train has 2\n", err)
+    assert re.search(r"train_shot=1 \+ train_query=2 needs 3 images per class, but class \d+ of own train has 2\n", err)
 
 
 def test_a_network_trained_on_glyphs_is_evaluated_on_omniglot(metacv, monkeypatch, trained, tmp_path):

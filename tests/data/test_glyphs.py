@@ -12,7 +12,7 @@ def images() -> torch.Tensor:
     return draw_glyphs(60, 6)  # uint8 [60, 6, 1, 28, 28]
 
 
-def test_glyphs_depend_on_their_seed_and_not_on_how_many_follow():
+def test_glyphs_depend_on_their_seed_and_not_on_the_number_of_classes():
     many, few = draw_glyphs(60, 2, seed=5), draw_glyphs(55, 2, seed=5)
     assert torch.equal(many[:55], few)
     assert not torch.equal(draw_glyphs(55, 2, seed=6), few)
@@ -54,7 +54,7 @@ def test_every_split_needs_classes(tmp_path):
         Glyphs(tmp_path, classes={"train": 5, "val": 5}, images=3, seed=0)
 
 
-def test_more_images_than_memory_holds_are_refused_with_their_size(tmp_path):
+def test_glyphs_too_large_for_memory_are_refused_with_their_size(tmp_path):
     with pytest.raises(ValueError, match=r"images=200 take 15.7 GB, above 4.3 GB"):
         Glyphs(tmp_path, classes={"train": 100_000, "val": 8, "test": 5}, images=200, seed=0)
 

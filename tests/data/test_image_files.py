@@ -134,7 +134,7 @@ def test_stretch_takes_the_whole_image():
         ("phone.HEIC", b"\0\0\0\x18ftypheic", "Pillow does not read HEIC: convert it to JPEG or PNG"),
     ],
 )
-def test_a_file_that_is_no_image_is_refused_with_the_reason(tmp_path, name, content, reason):
+def test_a_file_that_is_not_an_image_is_refused_with_the_reason(tmp_path, name, content, reason):
     noise(100, 100).save(tmp_path / "whole.png")
     (tmp_path / name).write_bytes((tmp_path / "whole.png").read_bytes()[:60] if content is None else content)
     with pytest.raises(UserError, match=f"{name} cannot be read \\({reason}"):
@@ -243,20 +243,20 @@ def test_links_to_folders_and_files_are_followed(tmp_path):
 
 
 @pytest.mark.parametrize("target", [".", "..", "../cat", "../.."])
-def test_a_link_to_a_folder_that_it_lies_in_is_left_out_with_a_line(tmp_path, capsys, target):
+def test_a_link_to_a_parent_folder_is_skipped_with_a_message(tmp_path, capsys, target):
     (tmp_path / "root/cat").mkdir(parents=True)
     noise().save(tmp_path / "root/cat/1.png")
     os.symlink(target, tmp_path / "root/cat/loop")
     assert [path.name for path in files_below(tmp_path / "root/cat")] == ["1.png"]
-    message = f"metacv: {tmp_path / 'root/cat/loop'} is left out: a link to a folder that it lies in\n"
+    message = f"metacv: {tmp_path / 'root/cat/loop'} is left out: a link to a folder that contains it\n"
     assert capsys.readouterr().err == message
 
 
-def test_a_link_to_nothing_and_a_pipe_are_left_out_with_a_line(tmp_path, capsys):
+def test_broken_links_and_pipes_are_skipped_with_a_message(tmp_path, capsys):
     noise().save(tmp_path / "1.png")
     os.symlink("missing", tmp_path / "2.png")
     os.mkfifo(tmp_path / "3.png")
     assert [path.name for path in files_below(tmp_path)] == ["1.png"]
     err = capsys.readouterr().err
-    assert f"{tmp_path / '2.png'} is left out: a link to nothing\n" in err
+    assert f"{tmp_path / '2.png'} is left out: a broken link\n" in err
     assert f"{tmp_path / '3.png'} is left out: neither a file nor a folder\n" in err

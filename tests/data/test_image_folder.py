@@ -62,7 +62,7 @@ def test_a_folder_of_classes_is_split_at_random_by_fractions_and_seed(tmp_path):
     assert dataset(root, tmp_path).load("val").class_names == tuple(splits["val"])
 
 
-def test_a_random_split_is_that_of_version_1(tmp_path):
+def test_a_random_split_is_the_same_as_in_version_1(tmp_path):
     for c in range(10):
         (tmp_path / f"class {c}").mkdir()
     expected = {"train": [1, 3, 4, 5, 6, 8], "val": [0, 2], "test": [7, 9]}
@@ -168,14 +168,14 @@ def test_a_class_in_two_split_folders_is_refused(tmp_path):
         dataset(tmp_path / "own", tmp_path).load("train")
 
 
-def test_a_split_folder_with_another_name_is_to_be_renamed(tmp_path):
+def test_a_misnamed_split_folder_is_reported_with_the_name_to_use(tmp_path):
     for split in ("train", "valid", "test"):
         fill(tmp_path / "own" / split, 2)
     with pytest.raises(UserError, match=r"dataset.root=.*own: rename its folder valid to val"):
         dataset(tmp_path / "own", tmp_path).load("train")
 
 
-def test_images_in_folders_of_a_class_belong_to_it_and_a_line_says_so(tmp_path, capsys):
+def test_nested_images_belong_to_their_class_folder_with_a_message(tmp_path, capsys):
     fill(tmp_path / "alphabets/Greek", 3)
     fill(tmp_path / "alphabets/Latin", 3, images=2)
     bank = dataset(tmp_path / "alphabets", tmp_path, **ALL_FOR_TRAINING).load("train")
@@ -255,7 +255,7 @@ def copies(tmp_path: Path, capsys, split: str = "train", **changes) -> str:
     return said[0]
 
 
-def test_images_without_copies_are_loaded_without_a_word(tmp_path, capsys):
+def test_images_without_copies_are_loaded_without_a_message(tmp_path, capsys):
     fill(tmp_path / "own", 4, images=3)
     assert copies(tmp_path, capsys, **ALL_FOR_TRAINING) == ""
 
@@ -290,7 +290,7 @@ GIVEN = {"size": 20, "color": False, "fit": "stretch", "invert": True}
 
 
 @pytest.mark.parametrize("name", GIVEN)
-def test_one_given_setting_leaves_the_others_at_their_defaults_whatever_a_model_was_trained_on(name, tmp_path):
+def test_with_one_preparation_setting_the_others_have_their_defaults(name, tmp_path):
     root, defaults = fill(tmp_path / "own", 2), {"size": 84, "color": True, "fit": "crop", "invert": False}
     noise(1, (90, 60)).save(tmp_path / "own" / "class 0" / "0.png")
     expected = dataset(root, tmp_path, **defaults | {name: GIVEN[name]}).read(root / "class 0" / "0.png")
@@ -299,7 +299,7 @@ def test_one_given_setting_leaves_the_others_at_their_defaults_whatever_a_model_
     assert torch.equal(own.read(root / "class 0" / "0.png"), expected)
 
 
-def test_without_any_images_are_prepared_as_those_that_a_model_was_trained_on(tmp_path):
+def test_without_preparation_settings_images_are_prepared_as_in_training(tmp_path):
     root = fill(tmp_path / "own", 10)
     own = dataset(root, tmp_path, **dict.fromkeys(GIVEN))
     assert own.load("train").image_shape == (3, 84, 84)

@@ -1,4 +1,4 @@
-"""miniImageNet in every form that people have it in, with 2 classes a split and 3 images each."""
+"""miniImageNet in each common form, with 2 classes per split and 3 images each."""
 
 import os
 import pickle
@@ -74,7 +74,7 @@ def write_lists(folders: Path, root: Path) -> None:
 
 
 def content_of(folders: Path, split: str) -> dict:
-    """As in the pickles that are in use: images one class after another, and the rows of each class."""
+    """As in the published pickles: images sorted by class, and the rows of each class."""
     rows = {name: list(range(IMAGES * c, IMAGES * (c + 1))) for c, name in enumerate(CLASSES[split])}
     return {"image_data": decoded(folders, split), "class_dict": rows}
 
@@ -159,7 +159,7 @@ def test_missing_data_are_reported_with_what_to_put_where(tmp_path):
     assert "mini-imagenet-cache-train.pkl" in message
 
 
-def test_a_file_of_another_size_is_named_and_resize_accepts_it(tmp_path, folders):
+def test_a_file_of_another_size_is_refused_unless_resize_is_true(tmp_path, folders):
     write_folders(folders, root := tmp_path / "miniimagenet")
     large = root / "val" / "n04" / file_name("n04", 1)
     Image.fromarray(pixels("n04", 1, size=100)[:90]).save(large, quality=90)
@@ -188,7 +188,7 @@ def test_greyscale_and_palette_images_become_rgb(tmp_path, folders):
     assert np.array_equal(images[1].permute(1, 2, 0).numpy(), np.asarray(palette.convert("RGB")))
 
 
-def test_a_program_in_place_of_an_image_is_not_run(tmp_path, folders):
+def test_code_in_a_pickle_instead_of_an_image_is_not_run(tmp_path, folders):
     write_folders(folders, root := tmp_path / "miniimagenet")
     postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 84 84\n%%EndComments\nshowpage\n"
     (root / "train" / "n01" / file_name("n01", 0)).write_bytes(postscript)

@@ -218,12 +218,12 @@ def test_the_official_archives_are_downloaded_checked_and_unpacked(small, server
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"resample": "cubic"}, "dataset.resample=cubic: not one of lanczos, nearest"),
+        ({"resample": "cubic"}, "dataset.resample=cubic: must be one of lanczos, nearest"),
         ({"size": 1000}, "size=1000"),
-        ({"split": "lakes"}, "dataset.split=lakes: not one of lake, random, file"),
-        ({"counts": {"train": 9, "val": 9, "test": 9}}, "together at most 10"),
+        ({"split": "lakes"}, "dataset.split=lakes: must be one of lake, random, file"),
+        ({"counts": {"train": 9, "val": 9, "test": 9}}, "the sum must be at most 10"),
         ({"counts": {"train": 1, "val": 1}}, "counts must have train, val and test"),
-        ({"train_rotation": "some"}, "dataset.train_rotation=some: not one of none, per_class"),
+        ({"train_rotation": "some"}, "dataset.train_rotation=some: must be one of none, per_class"),
         ({"val_alphabets": ["Klingon"]}, "Klingon is not one of the background alphabets, Greek, Korean, Latin"),
         ({"val_alphabets": []}, "name some of the background alphabets"),
         ({"val_alphabets": ["Greek", "Korean", "Latin"]}, "name some of the background alphabets"),

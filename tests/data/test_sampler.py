@@ -29,7 +29,7 @@ def test_a_task_has_distinct_classes_and_its_support_and_query_are_disjoint(samp
         assert len(set(map(tuple, torch.cat([support[t], query[t]]).tolist()))) == 25
 
 
-def test_labels_and_classes_tell_the_class_of_every_image(sampler):
+def test_labels_and_classes_identify_the_class_of_every_image(sampler):
     tasks = sampler.sample(50)
     assert tasks.way == 5
     assert torch.equal(tasks.classes.gather(1, tasks.support_y), identities(tasks.support_x)[:, :, 0])
@@ -76,7 +76,7 @@ def test_the_stream_does_not_depend_on_how_many_tasks_are_drawn_at_a_time():
     assert torch.equal(whole.draw(16), torch.cat([parts.draw(n) for n in (1, 2, 5, 1, 7)]))
 
 
-def test_the_stream_follows_from_the_mersenne_twister_and_sorting():
+def test_episodes_equal_an_independent_implementation_of_the_sampler():
     """Computed a second time without torch: so it is the same on every machine and with every version of torch."""
     bits = np.random.RandomState(7)._bit_generator
 
@@ -100,7 +100,7 @@ def test_the_stream_follows_from_the_mersenne_twister_and_sorting():
         assert task == expected
 
 
-def test_the_seeds_of_tasks_are_those_of_version_1():
+def test_task_seeds_are_the_same_as_in_version_1():
     sampler = EpisodeSampler(bank_of([8, 12, 9, 20, 7]), 3, 2, 3, "per_class", seed=4)
     rows = sampler.draw(20)
     expected = [sum(i * row for i, row in enumerate(task.flatten().tolist(), start=1)) for task in rows]
@@ -164,7 +164,7 @@ def test_rotations_as_classes_make_four_classes_of_each():
     assert sorted(turns_of(tasks.support_x)[0].tolist()) == [0, 0, 1, 1, 2, 2, 3, 3]
     assert sorted(tasks.classes[0].tolist()) == list(range(8))
     assert torch.equal(tasks.classes // 2, turns_of(tasks.support_x))
-    with pytest.raises(UserError, match="way=9 but toy train has only 8 classes"):
+    with pytest.raises(UserError, match="way=9, but toy train has only 8 classes"):
         EpisodeSampler(corner_bank(2), 9, 1, 1, "as_classes")
 
 
@@ -183,8 +183,8 @@ def test_support_and_query_of_a_class_have_the_same_rotation():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"way": 100}, "way=100 but toy train has only 12 classes"),
-        ({"shot": 15, "query": 6}, r"shot=15 \+ query=6 needs 21 images a class but class0 of toy train has 20"),
+        ({"way": 100}, "way=100, but toy train has only 12 classes"),
+        ({"shot": 15, "query": 6}, r"shot=15 \+ query=6 needs 21 images per class, but class0 of toy train has 20"),
     ],
 )
 def test_impossible_tasks_are_refused_with_the_setting_and_the_reason(settings, message):
@@ -197,8 +197,9 @@ def test_rotation_needs_square_images():
         EpisodeSampler(bank_of([20] * 12, shape=(1, 4, 6)), 5, 1, 1, "per_class")
 
 
-def test_a_list_of_episodes_that_no_memory_holds_is_refused_with_its_size(sampler):
-    with pytest.raises(UserError, match=r"^eval_episodes=10000000000: their list takes 2,000.0 GB, above 8.6 GB$"):
+def test_a_list_of_episodes_too_large_for_memory_is_refused_with_its_size(sampler):
+    message = r"^eval_episodes=10000000000: the list of episodes takes 2,000.0 GB, above 8.6 GB; reduce it$"
+    with pytest.raises(UserError, match=message):
         EpisodeList(sampler, 10**10, "eval_episodes")
 
 

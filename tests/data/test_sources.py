@@ -263,7 +263,7 @@ def test_an_archive_for_each_split_is_found(tmp_path):
     assert [len(source().load(tmp_path, split).images) for split in SPLITS] == [6, 4, 4]
 
 
-def test_a_damaged_archive_does_not_hide_another_one(tmp_path, archives):
+def test_an_intact_archive_is_used_beside_a_damaged_one(tmp_path, archives):
     shutil.copy(archives["zip"], tmp_path / "toyset100.zip")
     (tmp_path / "._toyset100.zip").write_bytes(b"of macOS")
     (tmp_path / "a-toyset100.tar").write_bytes(b"damaged")
@@ -369,7 +369,7 @@ FORGED = (
 )
 
 
-def test_a_forged_array_is_only_bytes(tmp_path):
+def test_a_forged_array_is_read_as_plain_bytes(tmp_path):
     """numpy would take the bytes for addresses, and crash."""
     (tmp_path / "toy_train.pickle").write_bytes(FORGED)
     array = read_pickle(tmp_path / "toy_train.pickle")["data"]

@@ -1,4 +1,4 @@
-"""tieredImageNet in each form that people have it in, with 2 or 3 classes a split and few images each."""
+"""tieredImageNet in each common form, with 2 or 3 classes per split and a few images each."""
 
 import io
 import pickle
@@ -248,12 +248,12 @@ def test_a_truncated_pickle_is_named(tmp_path, name):
 def test_images_without_labels_are_reported(tmp_path):
     write_pickles(tmp_path)
     (tmp_path / "train_labels.pkl").unlink()
-    assert error_of(tmp_path) == f"{tmp_path}/train_images_png.pkl needs train_labels.pkl beside it"
+    assert error_of(tmp_path) == f"{tmp_path}/train_images_png.pkl: train_labels.pkl is missing in the same folder"
 
 
-def test_something_else_in_place_of_the_list_is_refused(tmp_path):
+def test_other_content_than_a_list_of_images_is_refused(tmp_path):
     write(tmp_path, "train", {"images": []}, content_of("train")[1])
-    assert "it has dict in place of a list of images" in error_of(tmp_path)
+    assert "it contains dict, not a list of images" in error_of(tmp_path)
 
 
 def test_a_damaged_archive_is_named(tmp_path):

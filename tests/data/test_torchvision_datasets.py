@@ -1,4 +1,4 @@
-"""Data sets of torchvision: its own classes on small folders, and made-up classes in the place of others."""
+"""Data sets of torchvision: real dataset classes on small folders, and replacements for others."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ def image_of(label: int, part: int, size: tuple[int, int] = (12, 8)) -> Image.Im
 
 
 class Fake:
-    """In the place of Flowers102: one image of each class in each split, in files of its own."""
+    """Replacement for Flowers102: one image of each class in each split."""
 
     downloads: ClassVar[list[str]] = []
     image, label = staticmethod(image_of), staticmethod(int)
@@ -121,7 +121,7 @@ def test_images_of_any_mode_and_numbers_of_numpy_are_taken(tmp_path, fake):
     assert torch.equal(images[:, 0], images[:, 2])
 
 
-def test_any_image_file_is_prepared_like_the_data_set_s_own(tmp_path, fake):
+def test_any_image_file_is_prepared_like_the_data_sets_own(tmp_path, fake):
     noise = np.random.default_rng(0).integers(0, 256, (30, 20, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "photo.png")
     fake.image = staticmethod(lambda label, part: Image.fromarray(noise))
@@ -226,7 +226,7 @@ def test_without_a_network_one_line_says_where_the_files_belong(tmp_path, monkey
     assert "put its files there" in message
 
 
-def test_a_data_set_that_is_no_longer_offered_says_so(tmp_path):
+def test_a_data_set_that_is_no_longer_available_is_reported(tmp_path):
     assert "StanfordCars dataset cannot be downloaded anymore" in error_of(tmp_path, "StanfordCars")
 
 
@@ -247,7 +247,7 @@ def test_a_data_dir_that_is_a_file_is_reported(tmp_path, fake):
 
 
 @pytest.mark.parametrize("name", ["Flower102", "", "CocoDetection", "VisionDataset", "utils", "flowers102"])
-def test_other_names_are_refused_with_all_that_are_allowed(tmp_path, name):
+def test_unknown_data_sets_are_refused_with_the_allowed_names(tmp_path, name):
     message = error_of(tmp_path, name)
     assert message.startswith(f"dataset.name={name}: must be a data set of torchvision with one class for each image: ")
     assert all(known in message for known in NAMES)
@@ -264,7 +264,7 @@ def test_other_names_are_refused_with_all_that_are_allowed(tmp_path, name):
         ({"__len__": lambda self: 0}, "it has no images"),
     ],
 )
-def test_items_that_are_not_an_image_and_its_class_are_refused(tmp_path, fake, changes, words):
+def test_items_other_than_an_image_and_its_class_are_refused(tmp_path, fake, changes, words):
     for name, value in changes.items():
         setattr(fake, name, value)
     message = error_of(tmp_path)
@@ -289,7 +289,7 @@ def test_settings_out_of_range_are_refused(tmp_path, settings, words):
         dataset(tmp_path, **settings)
 
 
-def test_the_random_split_is_the_one_of_own_images(tmp_path):
+def test_the_random_split_is_the_same_as_for_image_folder(tmp_path):
     names = [f"class {c}" for c in range(20)]
     for name in names:
         (tmp_path / name).mkdir()

@@ -94,5 +94,7 @@ def test_a_part_of_a_batch_is_augmented_as_in_the_whole_batch():
 
 
 def test_a_crop_larger_than_the_image_is_refused():
-    with pytest.raises(UserError, match=r"augment.crop=4 but the images are 4 pixels high and 6 wide"):
+    with pytest.raises(
+        UserError, match=r"augment.crop=4: must be smaller than the images, which are 4 pixels high and 6 wide"
+    ):
         EpisodeSampler(bank_of([20] * 12, shape=(3, 4, 6)), 3, 1, 2, augment=Augment(4, False, 0.0))

@@ -149,8 +149,8 @@ def test_rows_of_a_task_are_together_and_the_best_comes_first(runs):
         assert values == sorted(values, reverse=True)
 
 
-def test_runs_that_differ_in_a_setting_do_not_look_alike(folder):
-    """Also where no command line is known, or another method brought other settings of validation."""
+def test_runs_that_differ_in_a_setting_are_distinguishable_in_the_table(folder):
+    """Also if no command line is known, or if another method has other validation settings."""
     make_run(folder / "a", overrides=("algo=protonet",))
     make_run(folder / "b", overrides=("algo=protonet",), clip_norm=5.0)
     assert {row["run"]: row["clip_norm"] for row in rows(folder)} == {"a": "None", "b": "5.0"}
@@ -261,7 +261,7 @@ def test_runs_that_were_validated_on_other_images_are_not_ranked_together(runs):
     assert page.count('<tr class="row best">') == 2
 
 
-def test_runs_of_several_folders_have_different_names(runs):
+def test_runs_of_several_folders_have_distinct_names(runs):
     shutil.copytree(runs, "a/sweep")
     shutil.copytree(runs, "b/sweep")
     Path("b/sweep/multirun.yaml").write_text("")
@@ -327,7 +327,7 @@ def test_damaged_files_are_left_out(runs, capsys):
     assert [line.startswith(f"metacv: {third} ") for line in lines] == [False, True]
 
 
-def test_a_spreadsheet_computes_nothing_and_numbers_stay_numbers():
+def test_csv_text_cannot_become_formulas_and_numbers_stay_numbers():
     for text in ("=1+1", "@SUM(A1)", "+1+2", "-1+cmd|' /C calc'!A0", "+cmd", "- 1", " =1", "\t=1", "\n1", "\uff1d1"):
         assert csv_safe(text) == f"'{text}"
     for text in ("", "1", "-1", "+1", "-0.5", "-.5", "1e-3", "-1E+3", "98.70 ± 0.40", "a=b", "run/1", "5-way 1-shot"):
@@ -451,15 +451,15 @@ def test_validation_selects_and_runs_with_overlapping_intervals_are_marked(folde
 
 
 def test_an_evaluation_with_other_settings_is_never_the_best(folder):
-    """Validation did not try these settings."""
+    """These settings were not used in validation."""
     make_test(make_run(folder / "a", 0.9), folder / "a/test", {}, {"accuracy": 0.805, "changes": {"temperature": 2}})
     make_test(make_run(folder / "b", 0.8, seed=1), folder / "b/test", {})
     selection = {(row["run"], row["algo.temperature"]): row["selection"] for row in rows(folder)}
     assert selection == {("a", "1.0"): "best", ("a", "2"): "similar", ("b", "1.0"): "similar"}
 
 
-def test_each_heading_says_first_which_run_validation_chooses(folder, capsys):
-    """Of two methods that are validated and tested in different batch-norm modes, one run each not tested yet."""
+def test_each_group_begins_with_the_run_selected_by_validation(folder, capsys):
+    """Two methods are validated and tested in different batch-norm modes; each has one run that is not tested yet."""
     maml = {"algo": CONFIG["algo"] | {"_target_": "metacv.algorithms.gradient.maml.MAML"}, "batch_norm": "transductive"}
     runs = {"0_maml": (0.60, 0.90), "1_maml": (0.70, 0.10), "2_maml": (0.88, None)}
     runs |= {"3_proto": (0.92, 0.92), "4_proto": (0.91, 0.93), "5_proto": (0.99, None)}
@@ -505,8 +505,8 @@ def test_the_command_to_compare_batch_norm_modes_is_accepted_as_printed(folder, 
     assert (len(config.runs), config.split, config.batch_norm) == (2, "val", "inductive")
 
 
-def test_no_two_rows_of_a_heading_look_alike(folder):
-    """Whether or not a command line is known, and whatever differs: in validation, data or method."""
+def test_no_two_rows_of_a_group_are_equal(folder):
+    """With or without a known command line; rows differ in validation, data or method."""
     changes = [
         {"eval_episodes": 50}, {"batch_norm": "transductive"}, {"query": 5}, {"clip_norm": 5.0},
         {"dataset": CONFIG["dataset"] | {"split": "lake"}}, {"backbone": CONFIG["backbone"] | {"channels": 32}},
@@ -539,7 +539,7 @@ def test_runs_that_were_validated_in_different_ways_have_no_common_best(folder, 
     assert "Best in validation (eval_episodes=200): a, ProtoNet with" in capsys.readouterr().out
 
 
-def test_the_best_of_runs_tested_otherwise_is_named_as_that(folder, capsys):
+def test_the_best_of_runs_tested_with_other_settings_is_labelled_as_such(folder, capsys):
     make_test(make_run(folder / "a", 0.9), folder / "a/test", {"changes": {"temperature": 2}})
     make_test(make_run(folder / "b", 0.8, seed=1), folder / "b/test", {})
     assert {row["run"]: row["selection"] for row in rows(folder)} == {"a": "similar", "b": "best"}
@@ -619,7 +619,7 @@ def test_groups_of_the_same_task_on_other_episodes_have_different_headings(folde
     ]
 
 
-def test_files_that_expand_stay_small(folder):
+def test_yaml_aliases_and_long_logs_do_not_enlarge_the_report(folder):
     run = make_run(folder / "a")
     (run / "result.json").unlink()
     (run / ".hydra").mkdir()

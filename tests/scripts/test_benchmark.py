@@ -50,7 +50,7 @@ def test_an_implementation_that_computes_another_gradient_is_noticed(wrong):
     assert benchmark.disagreement(row, ["metacv", "wrong"], torch.float64, CPU) > 1e-3
 
 
-def test_the_usual_network_is_another_with_the_same_weights():
+def test_the_usual_network_has_the_usual_layer_order_and_the_same_weights():
     row = ROWS["RelationNet, Omniglot"]
     own, usual = (row.algorithm(name, CPU) for name in ("metacv", "plain loop"))
     for key, value in own.state_dict().items():

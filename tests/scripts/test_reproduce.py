@@ -93,14 +93,14 @@ def omniglot(tmp_path_factory) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Place:
-    """protonet_5w1s after 4 steps, of which it was stopped after 2. Tests that change it take a copy."""
+    """protonet_5w1s after 4 steps, stopped once after 2. Tests that change it must use a copy."""
     place = Place(tmp_path_factory.mktemp("finished"))
     place.reproduce(NAME, "--", "eval_every=4", "steps=2")
     place.reproduce(NAME, "--", *STEPS)
     return place
 
 
-def test_all_that_the_table_needs_is_kept(finished):
+def test_reproduce_keeps_all_files_that_the_table_needs(finished):
     folder = finished.kept / NAME
     assert sorted(path.name for path in folder.iterdir()) == sorted(results_table.FILES)
     kept = results_table.Kept(folder)
@@ -231,7 +231,7 @@ def test_a_signal_waits_until_the_command_has_saved(tmp_path, number):
 
 
 @pytest.mark.slow
-def test_commands_run_in_processes_of_their_own(finished, tmp_path):
+def test_each_command_runs_in_a_separate_process(finished, tmp_path):
     command = reproduce.metacv
     place = Place(tmp_path)
     place.reproduce(NAME, "--", *STEPS, metacv=command)

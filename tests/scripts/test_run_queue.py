@@ -1,4 +1,4 @@
-"""run_queue.py: runs in order, saves what is not done when the time is over, and goes on with it on another machine."""
+"""run_queue.py: runs experiments in order, sets unfinished runs aside at the time limit, and resumes them later."""
 
 import os
 import signal
@@ -66,12 +66,12 @@ def test_experiments_run_in_order_with_one_thread_at_the_lowest_priority_and_a_f
     assert "bad" in Path("runs/bad.log").read_text()
 
 
-def test_words_that_are_not_its_own_go_to_every_call(queue):
+def test_unknown_options_are_passed_to_every_experiment(queue):
     assert queue(["one -- steps=2"], "--reference", "kept")[0] == 0
     assert calls() == ["one 1 19 --reference kept -- steps=2"]
 
 
-def test_what_is_not_done_in_time_is_put_aside_and_goes_on_elsewhere(queue):
+def test_unfinished_runs_are_set_aside_at_the_time_limit_and_resume_elsewhere(queue):
     words = ("--at-once", "2", "--unfinished", "aside")
     code, lines = queue(["long", "one", "long --name other"], *words, "--hours", str(4 / 3600))
     assert (code, lines) == (0, ["stopped: long", "done: one", "stopped: other"])
@@ -82,7 +82,7 @@ def test_what_is_not_done_in_time_is_put_aside_and_goes_on_elsewhere(queue):
     assert not Path("aside/long").exists()
 
 
-def test_a_run_that_is_here_is_not_replaced_by_what_was_put_aside(queue):
+def test_a_run_set_aside_does_not_replace_an_existing_run(queue):
     for folder in ("runs", "aside"):
         Path(folder, "long").mkdir(parents=True)
         Path(folder, "long/last.pt").write_text(folder)

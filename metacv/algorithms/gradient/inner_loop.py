@@ -1,4 +1,4 @@
-"""A classifier whose parameters are adapted to each task by gradient steps: what MAML and Reptile share."""
+"""The inner loop that MAML and Reptile share: adapt a classifier to each task by gradient steps."""
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -20,8 +20,8 @@ from metacv.errors import UserError
 
 Params = dict[str, Tensor]  # parameters by name, each [T, ...]
 TaskBatching = Literal["auto", "loop", "vmap"]
-# Measured on CPUs with Conv4: passes with so few pixels per task (ten images of 28x28) are 1.5 to 1.8 times as fast
-# when so many tasks go together. Twice as many tasks gain nothing; ten times as many pixels are slower.
+# Measured on CPUs with Conv4: with at most FEW_PIXELS per task (ten images of 28x28), FEW_TASKS tasks together are 1.5
+# to 1.8 times as fast as one by one. Twice as many tasks gain nothing; ten times as many pixels are slower.
 FEW_PIXELS, FEW_TASKS = 10 * 28 * 28, 8
 DIAGNOSED_STEPS = (1, 2, 3, 5, 10, 20, 50, 100)
 
@@ -39,10 +39,10 @@ class Classifier(nn.Module):
 
 
 class AsProducts(TorchFunctionMode):
-    """Within it, a convolution is a matrix product of patches and weights.
+    """Compute convolutions as matrix products of patches and weights.
 
-    Where vmap gives each task weights of its own, a GPU is faster so. By itself, vmap makes a convolution with a group
-    for each task.
+    On a GPU this is faster for vmap with separate weights for each task, which otherwise becomes a grouped
+    convolution.
     """
 
     def __torch_function__(
@@ -52,7 +52,7 @@ class AsProducts(TorchFunctionMode):
 
 
 def together(network: Callable[..., Tensor], *inputs: Any) -> Tensor:
-    """Outputs [T, ...] of a network for each of T inputs at once, of which the last are images [T, B, C, H, W]."""
+    """Apply a network to T inputs at once: outputs [T, ...]; the last input has images [T, B, C, H, W]."""
     with nullcontext() if inputs[-1].device.type == "cpu" else AsProducts():
         return vmap(network, randomness="different")(*inputs)
 
@@ -66,7 +66,7 @@ def product(
     dilation: tuple[int, int],
     groups: int,
 ) -> Tensor:
-    """The convolution of images [B, C, H, W], as nn.Conv2d asks for it."""
+    """Convolve images [B, C, H, W], with the signature of torch.conv2d."""
     if isinstance(padding, str) or dilation != (1, 1) or groups != 1:
         return F.conv2d(images, weight, bias, stride, padding, dilation, groups)
     height, width = weight.shape[2:]
@@ -79,33 +79,34 @@ def product(
 
 
 class InnerLoop(Algorithm):
-    """Adapt a classifier to the support set by `update` steps, then classify the queries.
+    """Base class: adapt a classifier to the support set by `update` steps, then classify the queries.
 
-    A method sets `adapted` (the names of the parameters that adapt), writes `update` (one inner step), and may override
-    `add_gradient` (the outer loss). Tasks pass through the network one after another (task_batching=loop), or
-    `task_chunk` of them together, each with its own weights (vmap), with the same result up to rounding. auto: together
-    on a GPU, and on a CPU where that was measured to be faster.
+    Subclasses set `adapted` (names of the parameters to adapt), implement `update` (one inner step), and may override
+    `add_gradient` (the outer loss). Tasks pass through the network one by one (task_batching=loop), or `task_chunk`
+    at a time, each with its own weights (vmap); results are equal up to rounding. auto: vmap on a GPU, and on a CPU
+    where it was measured to be faster.
     """
 
     execution_settings = frozenset({"task_batching", "task_chunk"})
     inner_steps: int
     eval_inner_steps: int
     adapted: list[str]
-    one_task_in_training = False  # in training, tasks pass one after another whatever task_batching says
+    one_task_in_training = False  # in training, process tasks one by one whatever task_batching is
 
     def __init__(self, backbone: Backbone, way: int, task_batching: TaskBatching, task_chunk: int | None) -> None:
         super().__init__()
         self.net = Classifier(backbone, way)
         self.way, self.task_batching, self.task_chunk = way, task_batching, task_chunk
         if task_batching == "vmap" and keeps_running_statistics(self.net):
-            raise ValueError("task_batching=vmap: not with running statistics of batch norm, which see tasks in turn")
+            text = "cannot be used with running statistics of batch norm, which see tasks in turn; use loop"
+            raise ValueError(f"task_batching=vmap: {text}")
 
     def update(self, params: Params, tasks: TaskBatch, step: int) -> Params:
-        """The adapted parameters after inner step number `step`, which starts at 0."""
+        """Return the adapted parameters after inner step number `step`, from 0."""
         raise NotImplementedError
 
     def adapt(self, tasks: TaskBatch) -> Params:
-        """The parameters of `net` that were adapted to the support sets."""
+        """Return the parameters of `net` adapted to the support sets."""
         with torch.enable_grad():
             params = self.initial(tasks)
             for step in range(self.inner_steps if self.training else self.eval_inner_steps):
@@ -113,27 +114,27 @@ class InnerLoop(Algorithm):
         return params
 
     def initial(self, tasks: TaskBatch) -> Params:
-        """The initial values of the adapted parameters, for each task; in evaluation cut off from the trained ones."""
+        """Return the initial values of the adapted parameters for each task; detached in evaluation."""
         params: Params = {name: self.net.get_parameter(name) for name in self.adapted}
         if not self.training:
             params = {name: p.detach().requires_grad_() for name, p in params.items()}
         return {name: p.expand(len(tasks), *p.shape) for name, p in self.for_way(params, tasks.way).items()}
 
     def for_way(self, params: Params, way: int) -> Params:
-        """Parameters of one network, with a head for `way` classes; UserError in training if the head does not fit.
+        """Resize the head in the parameters to `way` classes; UserError in training if the head does not fit.
 
-        For fewer classes than in training it has the first rows.
+        For fewer classes than in training, keep the first rows.
         """
         if way == self.way:
             return params
         if self.training:
-            raise UserError(f"algo.way={self.way}, but the training tasks have {way} classes")
+            raise UserError(f"algo.way={self.way}: must be {way}, the number of classes of the training tasks")
         rows = {name: params.get(name, self.net.get_parameter(name)) for name in ("head.weight", "head.bias")}
         return params | {name: own[:way] if way < self.way else self.more_rows(own, way) for name, own in rows.items()}
 
     def more_rows(self, rows: Tensor, count: int) -> Tensor:
-        """Rows [count, ...] of a head for more classes than the trained `rows`: with their mean and deviation, always
-        the same. One gradient step separates them better than rows that are all the mean, or the trained ones in turn.
+        """Draw rows [count, ...] of a head for more classes, with mean and deviation of the trained `rows` and a fixed
+        seed. One gradient step separates them better than copies of the mean, or repeated trained rows.
         """
         drawn = torch.randn(count, *rows.shape[1:], generator=torch.Generator().manual_seed(0))
         return rows.mean(0) + rows.std(0) * drawn.to(rows)
@@ -142,7 +143,7 @@ class InnerLoop(Algorithm):
         return torch.cat([self.classify(self.adapt(group), group.query_x) for group in self.groups(tasks)])
 
     def classify(self, params: Params, images: Tensor) -> Tensor:
-        """Logits [T, B, N] of images [T, B, C, H, W] under the parameters of each task."""
+        """Return logits [T, B, N] of images [T, B, C, H, W] with the parameters of each task."""
         if len(images) > 1 and self.tasks_together(images[0]) > 1:
             # Gradients are taken outside of vmap: inside, those of fused batch norm are wrong (pytorch/functorch#534).
             return together(partial(functional_call, self.net), params, images)
@@ -163,16 +164,16 @@ class InnerLoop(Algorithm):
                         logits.append(functional_call(self.net, params, batches[0])[-1:])
         return torch.cat(logits).unflatten(0, tasks.query_y.shape)
 
-    def counted(self) -> "InnerLoop":
-        own = deepcopy(self)
-        own.task_batching = "loop"  # torch counts the backward pass of grouped convolutions more than once
-        return own
+    def copy_for_counting(self) -> "InnerLoop":
+        looped = deepcopy(self)
+        looped.task_batching = "loop"  # torch counts the backward pass of grouped convolutions more than once
+        return looped
 
     def groups(self, tasks: TaskBatch) -> Iterator[TaskBatch]:
         return tasks.split(self.tasks_together(tasks.support_x[0]))
 
     def tasks_together(self, images: Tensor) -> int:
-        """How many tasks, with images [B, C, H, W] each, pass through the network together."""
+        """Return how many tasks, with images [B, C, H, W] each, pass through the network together."""
         on_cpu = images.device.type == "cpu"
         large = on_cpu and self.task_batching == "auto" and len(images) * images[0, 0].numel() > FEW_PIXELS
         one_by_one = self.task_batching == "loop" or (self.training and self.one_task_in_training)
@@ -181,7 +182,7 @@ class InnerLoop(Algorithm):
         return self.task_chunk or (FEW_TASKS if on_cpu else 2**31)
 
     def diagnostics(self, tasks: TaskBatch, batch_norm: str) -> dict[str, float]:
-        """The accuracy after fewer inner steps."""
+        """Return accuracies after fewer inner steps."""
         values = {}
         shorter = copy(self)  # with the same network
         for steps in [*(steps for steps in DIAGNOSED_STEPS if steps < self.eval_inner_steps), self.eval_inner_steps]:
@@ -192,6 +193,6 @@ class InnerLoop(Algorithm):
 
 
 def of_each_task(params: Params) -> list[Params]:
-    """The parameters of each task, without the leading [T]."""
-    columns = zip(*(p.unbind() for p in params.values()), strict=True)  # unbind is one node of the graph for all tasks
+    """Return the parameters of each task, without the leading [T]."""
+    columns = zip(*(p.unbind() for p in params.values()), strict=True)  # unbind adds one node to the graph
     return [dict(zip(params, column, strict=True)) for column in columns]

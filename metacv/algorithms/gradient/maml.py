@@ -14,7 +14,7 @@ from metacv.data.task import TaskBatch
 
 
 class MAML(InnerLoop):
-    """Learn the initial parameters whose loss on the queries is lowest after gradient steps on the support set."""
+    """Learn initial parameters that minimize the query loss after gradient steps on the support set."""
 
     execution_settings = InnerLoop.execution_settings | {"gradient_checkpointing"}
 
@@ -25,20 +25,21 @@ class MAML(InnerLoop):
         inner_lr: Positive,
         inner_steps: InnerSteps,
         eval_inner_steps: EvalInnerSteps,
-        first_order: bool = False,  # FOMAML: the outer gradient treats the inner gradients as constants
+        first_order: bool = False,  # FOMAML: inner gradients are constants
         inner_loss: Literal["mean", "sum_per_shot"] = "mean",
         adapt_norm: bool = False,
-        gradient_checkpointing: bool = False,  # drop the graph of inner steps; compute it again for the outer gradient
+        gradient_checkpointing: bool = False,  # recompute inner steps in the outer backward pass
         task_batching: TaskBatching = "auto",
         task_chunk: Count | None = None,
     ) -> None:
         super().__init__(backbone, way, task_batching, task_chunk)
         if gradient_checkpointing and keeps_running_statistics(self.net):
-            raise ValueError("gradient_checkpointing: running statistics of batch norm would count every step twice")
+            text = "cannot be used with running statistics of batch norm, which would count every step twice"
+            raise ValueError(f"gradient_checkpointing=true: {text}")
         self.inner_lr, self.inner_steps, self.eval_inner_steps = inner_lr, inner_steps, eval_inner_steps
         self.first_order, self.inner_loss = first_order, inner_loss
         self.gradient_checkpointing = gradient_checkpointing
-        self.one_task_in_training = gradient_checkpointing and task_batching == "auto"  # takes the least memory
+        self.one_task_in_training = gradient_checkpointing and task_batching == "auto"  # needs the least memory
         norms = batch_norms(self.net)
         for norm in norms:
             if isinstance(norm, BatchNorm):
@@ -47,7 +48,7 @@ class MAML(InnerLoop):
         self.adapted = [name for name, p in self.net.named_parameters() if p.requires_grad and p not in kept]
 
     def update(self, params: Params, tasks: TaskBatch, step: int) -> Params:
-        """One gradient step on the support set (equation 1)."""
+        """Make one gradient step on the support set (equation 1)."""
         if not (self.training and self.gradient_checkpointing and not self.first_order):
             return self.gradient_step(params, tasks)
 
@@ -57,7 +58,7 @@ class MAML(InnerLoop):
         return dict(zip(params, checkpoint(again, *params.values(), use_reentrant=True), strict=True))
 
     def gradient_step(self, params: Params, tasks: TaskBatch) -> Params:
-        # Checkpointing disables gradients in its first pass, whose graph is not kept.
+        # Checkpointing disables gradients in its first pass, which keeps no graph.
         second_order = self.training and not self.first_order and torch.is_grad_enabled()
         with torch.enable_grad():
             logits = self.classify(params, tasks.support_x)

@@ -17,7 +17,7 @@ BETA2, EPSILON = 0.999, 1e-8
 
 
 class Reptile(InnerLoop):
-    """Train on one task after another, and move the initial parameters towards where each training ended."""
+    """Move the initial parameters towards the parameters after training on each task."""
 
     def __init__(
         self,
@@ -29,7 +29,7 @@ class Reptile(InnerLoop):
         eval_inner_steps: EvalInnerSteps,
         eval_inner_batch: Images,
         inner_optimizer: Literal["adam", "sgd"] = "adam",  # Adam with beta1 = 0
-        reset_moments: bool = False,  # false: Adam's moments pass from task to task, as in the authors' code
+        reset_moments: bool = False,  # false: Adam's moments persist between tasks, as in the authors' code
         task_batching: TaskBatching = "auto",
         task_chunk: Count | None = None,
     ) -> None:
@@ -39,7 +39,7 @@ class Reptile(InnerLoop):
         self.eval_inner_steps, self.eval_inner_batch = eval_inner_steps, eval_inner_batch
         self.moments_pass = self.one_task_in_training = inner_optimizer == "adam" and not reset_moments
         if self.moments_pass:
-            self.sequential_because = "reset_moments=false passes moments from task to task"
+            self.sequential_because = "reset_moments=false keeps moments from task to task"
         self.training_loop: Callable[..., Sequence[Tensor]] = self.loop
         self.adapted = [name for name, p in self.net.named_parameters() if p.requires_grad]
         if inner_optimizer == "adam":
@@ -48,13 +48,13 @@ class Reptile(InnerLoop):
                 self.register_buffer(_buffer(name), torch.zeros_like(self.net.get_parameter(name)))
 
     def adapt(self, tasks: TaskBatch) -> Params:
-        """Parameters after training on the support set, detached."""
+        """Return the parameters after training on the support set, detached."""
         steps, size = self.eval_inner_steps, self.eval_inner_batch
         if self.training:
             steps, size = self.inner_steps, self.inner_batch
         params = {name: p.detach() for name, p in self.initial(tasks).items()}
         moments = {name: torch.zeros_like(p) for name, p in params.items()}  # Adam's
-        count = torch.zeros((), dtype=torch.long, device=tasks.support_x.device)  # steps in the moments
+        count = torch.zeros((), dtype=torch.long, device=tasks.support_x.device)  # number of steps in the moments
         if self.moments_pass:
             moments = self.for_way({name: self.get_buffer(_buffer(name)) for name in self.adapted}, tasks.way)
             moments = {name: moment.expand(len(tasks), *moment.shape) for name, moment in moments.items()}
@@ -67,21 +67,21 @@ class Reptile(InnerLoop):
         found = loop(tasks.support_x[own], tasks.support_y[own], count, *params.values(), *moments.values())
         count, params = found[0], dict(zip(params, found[1:], strict=False))
         moments = dict(zip(moments, found[1 + len(params) :], strict=True))
-        if self.training and self.moments_pass:  # evaluation starts from the moments of training, and keeps them
+        if self.training and self.moments_pass:  # evaluation starts from these moments without changing them
             self.get_buffer("moment_steps").copy_(count)
             for name, moment in moments.items():
                 self.get_buffer(_buffer(name)).copy_(moment.squeeze(0))
         return params
 
     def more_rows(self, rows: Tensor, count: int) -> Tensor:
-        """The mean, which prefers no class (Ye & Chao 2022, arXiv:2106.16245): many steps separate such rows best."""
+        """Repeat the mean row, which favours no class (Ye & Chao 2022, arXiv:2106.16245): best with many steps."""
         return torch.stack([rows.mean(0)] * count)
 
     def loop(self, images: Tensor, labels: Tensor, count: Tensor, *values: Tensor) -> list[Tensor]:
-        """Steps of the inner optimizer on batches of images [T, steps, B, C, H, W] with labels [T, steps, B].
+        """Run the inner optimizer on batches of images [T, steps, B, C, H, W] with labels [T, steps, B].
 
-        `values` are the adapted parameters of each task, then their moments, which have seen `count` steps. Returns the
-        count and values after the last step.
+        `values` are the adapted parameters of each task, followed by their moments after `count` steps. Returns count
+        and values after the last step.
         """
         weights, squares = list(values[: len(self.adapted)]), list(values[len(self.adapted) :])
         for batch, own in zip(images.unbind(1), labels.unbind(1), strict=True):
@@ -98,13 +98,13 @@ class Reptile(InnerLoop):
                 squares = list(torch._foreach_mul(squares, BETA2))
                 torch._foreach_addcmul_(squares, slopes, slopes, value=1 - BETA2)
                 roots = torch._foreach_sqrt(squares)
-                torch._foreach_div_(roots, (1 - BETA2 ** count.double()).sqrt())  # no GPU is waited for
+                torch._foreach_div_(roots, (1 - BETA2 ** count.double()).sqrt())  # on the device, without waiting
                 torch._foreach_add_(roots, EPSILON)
                 weights = list(torch._foreach_addcdiv(weights, slopes, roots, value=-self.inner_lr))
         return [count, *weights, *squares]
 
     def add_gradient(self, tasks: TaskBatch, share: float) -> dict[str, Tensor]:
-        """Add initial minus adapted parameters to `.grad`, as if it were a gradient (section 2)."""
+        """Add initial minus adapted parameters to `.grad`, used as a gradient (section 2)."""
         params = self.adapt(tasks)
         with torch.no_grad():
             for name in self.adapted:
@@ -120,7 +120,7 @@ class Reptile(InnerLoop):
 
 
 def _batches(images: int, size: int, steps: int, seed: int) -> Tensor:
-    """Rows of the batch of each inner step [steps, size]: shuffled passes through the support set, cut into batches."""
+    """Return the rows of the batch of each inner step, [steps, size], from shuffled passes over the support set."""
     generator = torch.Generator().manual_seed(seed)
     size = min(size, images)
     passes = -(-size * steps // images)

@@ -1,4 +1,4 @@
-"""Classifiers of features that are made at test time, for the backbone of any method."""
+"""Heads: classifiers that are fitted to the support features of each task, for the backbone of any method."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -14,13 +14,13 @@ from metacv.data.transforms import Augment
 
 
 class Head(nn.Module, ABC):
-    """Classifies queries by the features of a support set. It has no weights of its own.
+    """Base class: classify queries by the features of a support set. A head has no trained weights.
 
-    augment  copies of every support image, augmented as in training, beside the image itself
-    flip     features are averaged with those of the mirror image, of support and query
+    augment  number of copies of every support image to add, augmented as in training
+    flip     average features with those of the mirror image, for support and query
     """
 
-    centred = False  # subtracts the mean feature of training images, `centre`
+    centred = False  # whether it subtracts `centre`, the mean feature of training images
     centre: Tensor
 
     def __init__(self, augment: Copies = 0, flip: bool = False) -> None:
@@ -30,17 +30,17 @@ class Head(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, tasks: TaskBatch) -> Tensor:
-        """Query logits [T, Q, N] of tasks whose images are features [T, S, D]."""
+        """Return query logits [T, Q, N] of tasks whose images are features [T, S, D]."""
 
 
 class WithHead(MetricMethod):
-    """The backbone of a method, with a head in place of the method's own way to classify."""
+    """The backbone of a method with a head instead of the method's own classifier."""
 
     def __init__(self, algorithm: Algorithm, head: Head, augment: AugmentConfig) -> None:
         super().__init__(algorithm.embedding)
         self.classify, self.augment, self.copies = head, augment, head.augment
         if self.copies and not Augment(**vars(augment)):
-            raise ValueError(f"augment={self.copies}: the copies are augmented as in training, which had no augment.*")
+            raise ValueError(f"augment={self.copies}: needs a model that was trained with augment.*; use augment=0")
 
     def head(self, tasks: TaskBatch) -> Tensor:
         return self.classify(tasks)
@@ -61,7 +61,7 @@ class WithHead(MetricMethod):
         return self.embed(self.augmented(images, seeds)).unflatten(0, (-1, self.copies))
 
     def augmented(self, images: Tensor, seeds: Iterable[int]) -> Tensor:
-        """Copies [B * copies, C, H, W] of images [B, C, H, W], those of an image together, changed by its own seed."""
+        """Return augmented copies [B * copies, C, H, W] of images [B, C, H, W]; `seeds`: one for each image."""
         changes = [Augment(**vars(self.augment), seed=seed).draw(self.copies) for seed in seeds]
         return Augment(**vars(self.augment))(images.repeat_interleave(self.copies, 0), torch.cat(changes))
 
@@ -70,7 +70,7 @@ class WithHead(MetricMethod):
         return self.classify.centred and not self.classify.centre.dim()
 
     def centre(self, images: Tensor) -> Tensor:
-        """Set what a `centred` head subtracts, the mean feature [D] of training images [B, C, H, W], and return it."""
+        """Set and return the mean feature [D] of training images [B, C, H, W], for a `centred` head."""
         self.eval()
         with torch.no_grad():
             self.classify.centre = torch.cat([self.embed(some) for some in images.split(200)]).mean(0)

@@ -1,4 +1,4 @@
-"""A linear layer that is trained on the support set: Baseline and Baseline++ (Chen et al., 2019)."""
+"""A linear layer trained on the support set: Baseline and Baseline++ (Chen et al., 2019)."""
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ MOMENTUM, DECAY = 0.9, 0.001
 class Finetune(Head):
     """Gradient descent with momentum on all support images, https://arxiv.org/abs/1904.04232
 
-    `cosine` (Baseline++): the logits are `scale` times the cosines between features and the weights of the classes.
+    `cosine` (Baseline++): logits are `scale` times the cosines between features and class weights.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class Finetune(Head):
         if self.cosine:
             tasks = tasks.normalized()
         support, query = tasks.support_x, tasks.query_x
-        weights = tasks.class_means(support)  # where training begins, without a random draw
+        weights = tasks.class_means(support)  # deterministic initial weights
         bias = torch.zeros_like(weights[..., :1])
         if not self.cosine:
             weights = torch.zeros_like(weights)
@@ -49,7 +49,7 @@ class Finetune(Head):
         return self.logits(weights, bias, query).detach()
 
     def logits(self, weights: Tensor, bias: Tensor, features: Tensor) -> Tensor:
-        """Logits [T, B, N] of features [T, B, D], for weights [T, N, D] and biases [T, N, 1]."""
+        """Return logits [T, B, N] of features [T, B, D], for weights [T, N, D] and biases [T, N, 1]."""
         if self.cosine:
             return self.scale * features @ F.normalize(weights, dim=-1).mT
         return features @ weights.mT + bias.mT

@@ -1,4 +1,4 @@
-"""Nearest class mean, as Prototypical Networks classify (Snell et al., 2017), and SimpleShot's variant of it."""
+"""Nearest class mean, as in Prototypical Networks (Snell et al., 2017), and its variant in SimpleShot."""
 
 from torch import Tensor
 
@@ -9,7 +9,7 @@ from metacv.data.task import TaskBatch
 
 
 class NearestMean(Head):
-    """Squared distances to the means of the classes' features, which are scaled to length 1 if `normalize`."""
+    """Classify by squared distance to the class means of features, which are scaled to length 1 if `normalize`."""
 
     def __init__(self, normalize: bool = True, augment: Copies = 0, flip: bool = False) -> None:
         super().__init__(augment, flip)
@@ -20,7 +20,7 @@ class NearestMean(Head):
 
 
 class CL2N(NearestMean):
-    """SimpleShot (Wang et al., 2019), https://arxiv.org/abs/1911.04623: features minus their mean in training."""
+    """SimpleShot (Wang et al., 2019), https://arxiv.org/abs/1911.04623: subtract the mean training feature."""
 
     centred = True
 
@@ -29,5 +29,5 @@ class CL2N(NearestMean):
 
 
 def nearest_mean(tasks: TaskBatch) -> Tensor:
-    """Minus the squared distances [T, Q, N] of queries to class means, of tasks of features."""
+    """Return minus the squared distances [T, Q, N] of queries to class means, for tasks of features."""
     return negative_squared_distance(tasks.query_x, tasks.class_means(tasks.support_x))

@@ -10,7 +10,7 @@ from metacv.data.task import TaskBatch
 
 
 class Ridge(Head):
-    """W = X' (X X' + penalty I)^-1 Y, of features X of length 1 and one-hot labels Y: S equations, not D."""
+    """W = X' (X X' + penalty I)^-1 Y, for unit features X and one-hot labels Y: a system of S equations, not D."""
 
     def __init__(self, penalty: Positive = 1.0, augment: Copies = 0, flip: bool = False) -> None:
         super().__init__(augment, flip)
@@ -21,11 +21,11 @@ class Ridge(Head):
 
 
 def ridge(tasks: TaskBatch, penalty: float | Tensor) -> Tensor:
-    """Predictions [T, Q, N] for the queries of tasks of features; differentiable."""
+    """Return predictions [T, Q, N] for the queries of tasks of features; differentiable."""
     with torch.autocast(tasks.support_x.device.type, enabled=False):
         full = torch.promote_types(tasks.support_x.dtype, torch.float32)
         support, query = tasks.support_x.to(full), tasks.query_x.to(full)  # [T, S, D], [T, Q, D]
         targets = F.one_hot(tasks.support_y, tasks.way).to(support)
         products = support @ support.mT + penalty * torch.eye(support.shape[1], dtype=full, device=support.device)
-        # Without a check for errors, for which a GPU is waited for; products + penalty I can be inverted.
+        # solve_ex does not check for errors, which would wait for the GPU; products + penalty I is always invertible.
         return query @ support.mT @ torch.linalg.solve_ex(products, targets).result

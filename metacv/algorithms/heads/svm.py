@@ -1,4 +1,4 @@
-"""A linear support vector machine on the support set, scikit-learn's."""
+"""scikit-learn's linear support vector machine, fitted to the support set."""
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from metacv.data.task import TaskBatch
 
 
 class SVM(Head):
-    """One against the rest (LinearSVC), on features of length 1; the logits are distances to the margins."""
+    """One-vs-rest LinearSVC on unit features; logits are the decision function."""
 
     def __init__(self, C: Positive = 1.0, augment: Copies = 0, flip: bool = False) -> None:
         super().__init__(augment, flip)

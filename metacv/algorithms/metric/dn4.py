@@ -27,8 +27,8 @@ class DN4(MetricMethod):
         logits = []
         for own, labels, queries in zip(support, tasks.support_y, query, strict=True):  # [S, hw, D], [S], [Q, hw, D]
             cosines = (queries @ own.flatten(0, 1).mT).unflatten(-1, own.shape[:2])  # [Q, hw, S, hw]
-            # Equations 2 and 3: the sum of the cosines to the nearest places, over all places of the query. Those of a
-            # class are among the nearest of each image. Masks, not rows: the number of rows would be read from the GPU.
+            # Equations 2 and 3: sum the cosines to the nearest places over all places of the query. The nearest places
+            # of a class are among the nearest of each image. Masks, unlike indexing, do not wait for the GPU.
             nearest = cosines.topk(min(self.neighbours, cosines.shape[-1])).values  # [Q, hw, S, n]
             of_class = nearest.where(labels.unsqueeze(-1) == classes, -torch.inf).flatten(3)  # [N, Q, hw, S n]
             nearest = of_class.topk(min(self.neighbours, of_class.shape[-1])).values

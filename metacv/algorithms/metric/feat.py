@@ -12,9 +12,9 @@ from metacv.data.task import TaskBatch
 
 
 class FEAT(MetricMethod):
-    """Prototypical Networks whose prototypes are first adapted to each other by self-attention (section 3.3).
+    """Prototypical Networks with prototypes that are adapted to each other by self-attention (section 3.3).
 
-    In training, `balance` times a second loss draws the adapted features of all images of a class to their mean
+    In training, a second loss with weight `balance` pulls the adapted features of a class towards their mean
     (equation 8).
     """
 
@@ -33,7 +33,7 @@ class FEAT(MetricMethod):
         return negative_squared_distance(tasks.query_x, prototypes) / self.temperature
 
     def adapt(self, features: Tensor) -> Tensor:
-        """Features [..., N, D] after self-attention among the N of them (equations 4 and 5)."""
+        """Apply self-attention to features [..., N, D], among the N of them (equations 4 and 5)."""
         scores = self.query(features) @ self.key(features).mT / features.shape[-1] ** 0.5
         attended = self.dropout(self.output(scores.softmax(-1) @ self.value(features)))
         return self.norm(features + attended)
@@ -51,7 +51,7 @@ class FEAT(MetricMethod):
         return scalars
 
     def contrast(self, tasks: TaskBatch) -> Tensor:
-        """The loss of support and query images against the means of their classes, adapted within each class."""
+        """Return the loss of all images against the means of their classes, adapted within each class."""
         features = torch.cat([tasks.support_x, tasks.query_x], dim=1)
         labels = torch.cat([tasks.support_y, tasks.query_y], dim=1)
         order = labels.argsort(dim=1, stable=True)

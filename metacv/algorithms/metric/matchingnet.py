@@ -10,7 +10,7 @@ from metacv.data.task import TaskBatch
 
 
 class MatchingNet(MetricMethod):
-    """A query gets the labels of the support images, weighted by a softmax over its similarity to them."""
+    """Predict the average label of the support images, weighted by a softmax over their similarity to the query."""
 
     def __init__(self, backbone: Backbone, scale: Positive) -> None:
         super().__init__(backbone)

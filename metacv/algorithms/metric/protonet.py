@@ -15,7 +15,7 @@ from metacv.data.task import TaskBatch
 class ProtoNet(MetricMethod):
     """Classify each query by its distance to the mean embedding of every class.
 
-    With `learn_temperature` they are also multiplied by a trained scale (Chen et al. 2021, arXiv:2003.04390).
+    With `learn_temperature`, logits are multiplied by a trained scale (Chen et al. 2021, arXiv:2003.04390).
     """
 
     def __init__(
@@ -36,11 +36,11 @@ class ProtoNet(MetricMethod):
 
 
 def negative_squared_distance(query: Tensor, prototypes: Tensor) -> Tensor:
-    """Minus the squared distances, summed over D, of queries [T, Q, D] to prototypes [T, N, D]: [T, Q, N]."""
+    """Return minus the squared distances of queries [T, Q, D] to prototypes [T, N, D]: [T, Q, N]."""
     return -(query.unsqueeze(2) - prototypes.unsqueeze(1)).square().sum(dim=-1)
 
 
 def cosine_similarity(query: Tensor, prototypes: Tensor) -> Tensor:
-    """Cosines of the angles between queries [T, Q, D] and prototypes [T, N, D]: [T, Q, N]."""
+    """Return the cosines between queries [T, Q, D] and prototypes [T, N, D]: [T, Q, N]."""
     query, prototypes = F.normalize(query, dim=-1), F.normalize(prototypes, dim=-1)
     return (query.unsqueeze(2) * prototypes.unsqueeze(1)).sum(dim=-1)

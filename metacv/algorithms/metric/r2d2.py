@@ -1,4 +1,4 @@
-"""R2D2 (Bertinetto et al., 2019), https://arxiv.org/abs/1805.08136, and MetaOptNet's ridge form (Lee et al., 2019)."""
+"""R2D2 (Bertinetto et al., 2019), https://arxiv.org/abs/1805.08136; also MetaOptNet with ridge (Lee et al., 2019)."""
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +11,9 @@ from metacv.data.task import TaskBatch
 
 
 class R2D2(MetricMethod):
-    """Ridge regression from features to one-hot labels, solved in closed form, and trained through (section 3.2).
+    """Differentiable ridge regression from features to one-hot labels, in closed form (section 3.2).
 
-    Scale, shift and, if `learn_penalty`, the penalty are trained too.
+    Scale, shift and, if `learn_penalty`, the penalty are trained as well.
     """
 
     def __init__(self, backbone: Backbone, penalty: Positive, scale: Positive, learn_penalty: bool) -> None:

@@ -13,12 +13,12 @@ from metacv.data.task import TaskBatch
 
 
 class ConvRelation(nn.Module):
-    """The paper's relation module: from the sum of `first_layer` of two maps [B, D, h, w] to scores [B] from 0 to 1."""
+    """The paper's relation module: sums of `first_layer` of two maps [B, D, h, w] -> scores [B] from 0 to 1."""
 
     def __init__(self, out_shape: tuple[int, ...], hidden: int) -> None:
         super().__init__()
         depth, height, width = out_shape if len(out_shape) == 3 else (*out_shape, 1, 1)
-        # Two poolings need maps of 4x4 or more after two convolutions; smaller maps keep their border.
+        # Two convolutions without padding and two poolings need maps of 10x10; smaller maps are padded.
         self.padding = padding = 1 if min(height, width) < 10 else 0
         if min(height, width) < 4:
             raise ValueError(f"relation=conv needs feature maps of 4x4 or more, not {height}x{width}")
@@ -41,7 +41,7 @@ class ConvRelation(nn.Module):
 
 
 class MLPRelation(nn.Module):
-    """A two-layer perceptron: from the sum of `first_layer` of two vectors [B, D] to positive scores [B]."""
+    """A two-layer perceptron: sums of `first_layer` of two vectors [B, D] -> positive scores [B]."""
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class RelationNet(MetricMethod):
     def head(self, tasks: TaskBatch) -> Tensor:
         support, query = tasks.support_x, tasks.query_x
         if self.kind == "conv":
-            # The sum over the support of a class; if classes differ in size, as if all had the mean size.
+            # Sums over the support of a class; unequal classes are treated as if all had the mean size.
             sums = tasks.class_means(support) * (support.shape[1] / tasks.way)  # [T, N, D, h, w]
             return self.scores(sums, query)
         scores = self.scores(support.flatten(2), query.flatten(2))  # [T, Q, S]
@@ -87,8 +87,8 @@ class RelationNet(MetricMethod):
         return (per_class / per_class.sum(dim=-1, keepdim=True)).clamp_min(1e-12).log()
 
     def scores(self, left: Tensor, right: Tensor) -> Tensor:
-        """Relation scores of every pair of left [T, A, D, ...] and right [T, B, D, ...]: [T, B, A]."""
-        # The first layer is linear in the halves of a pair. So it runs once per image, for a fraction of the work.
+        """Return relation scores of every pair of left [T, A, D, ...] and right [T, B, D, ...]: [T, B, A]."""
+        # The first layer is linear in both halves of a pair, so it runs once per image instead of once per pair.
         depth = left.shape[2]
         lefts = self.relation.first_layer(left.flatten(0, 1), slice(depth)).unflatten(0, left.shape[:2])
         rights = self.relation.first_layer(right.flatten(0, 1), slice(depth, None)).unflatten(0, right.shape[:2])
