@@ -74,7 +74,7 @@ def _dispatch(arguments: list[str], reported: list[Exception]) -> int:
 
 
 def _run(command: str, words: list[str]) -> int:
-    """evaluate, predict, compare and report: compose the settings and call the function of the same name."""
+    """A command other than train: compose the settings and call the function of the same name."""
     from omegaconf import OmegaConf, open_dict
 
     from metacv import config
@@ -141,8 +141,10 @@ def _train(words: list[str], reported: list[Exception]) -> int:
         folder = next((found[1] for found in named if found and found[1] not in IN_ITS_FOLDER), "outputs")
         raise UserError(f"{folder}: Hydra cannot write the settings of the run there: {error.strerror}") from error
     finally:
-        if sweep.Folder.started and (table := sweep.ranking(sweep.Folder.started)):
-            print(f"\n{table}")
+        if folder := sweep.Folder.started:
+            if table := sweep.ranking(folder):
+                print(f"\n{table}")
+            sweep.remove_unused(folder)
     if failed:
         raise failed[0]
     return 0

@@ -10,7 +10,7 @@ from metacv.algorithms.base import Algorithm, MetricMethod
 from metacv.data.sampler import EpisodeList
 from metacv.evaluate import evaluate_episodes
 from metacv.run import Run
-from metacv.text import duration, in_bytes, plural
+from metacv.text import duration, in_bytes
 
 STEPS, TASKS = 2, 20
 
@@ -21,11 +21,12 @@ def dry_run(run: Run, tested: Algorithm, validation: EpisodeList, step: Callable
     few = validation.part(slice(TASKS))
     seconds = timed(lambda: evaluate_episodes(tested, few, mode), 1, device)
     each = seconds * images(tested, validation, mode) / images(tested, few, mode)
-    count, left = max(1, -(-(run.steps - run.step) // run.config.eval_every)), run.steps - run.step
+    left = run.steps - run.step
+    count = max(0 if run.finished else 1, -(-left // run.config.eval_every))
     of_step = timed(step, STEPS, device) if left else 0.0
     return [
         f"steps      {left:,} of {of_step:.3g} s: {duration(left * of_step)}",
-        f"validation {plural(count, 'time')} {duration(each)}: {duration(count * each)}",
+        f"validation {count:,} of {each:.3g} s: {duration(count * each)}",
         f"in all     {duration(left * of_step + count * each)}, {in_bytes(peak_memory(device))} of memory at most",
     ]
 
