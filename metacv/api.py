@@ -120,7 +120,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         head = dict(self.head_settings or {})
         if self.head is not None:
             if self.head not in (known := choices("head")):
-                raise UserError(f"head={self.head}: there is no such head{nearest(self.head, known)}")
+                raise UserError(f"head={self.head}: there is no such head{nearest(str(self.head), known)}")
             head = yaml.safe_load((CONFIG_DIR / "head" / f"{self.head}.yaml").read_text()) | head
         given = {"query": "", "batch_norm": self.batch_norm, "head": head, "device": self.device}
         try:
@@ -135,10 +135,11 @@ def supported(
     predictor: Predictor, images: Iterable[Any], labels: Iterable[Any], earlier: Support | None = None
 ) -> Support:
     """Build a support set from images and labels, added to an earlier one if given; UserError if they are invalid."""
-    added, names = (
-        prepared(images, predictor),
-        np.asarray(labels.tolist() if hasattr(labels, "tolist") else list(labels)),
-    )
+    added = prepared(images, predictor)
+    try:
+        names = np.asarray(listed("labels", labels))
+    except ValueError:  # lists of different lengths
+        raise UserError("labels: must be all text or all whole numbers") from None
     if names.shape != (len(added),):
         raise UserError(f"labels: shape {names.shape} for {len(added)} images: must be one label for each image")
     if names.dtype.kind not in "Uib":
@@ -157,6 +158,14 @@ def supported(
     return Support(added[rows.argsort(kind="stable")], tuple(shots.tolist()), support)
 
 
+def listed(what: str, values: Iterable[Any]) -> list[Any]:
+    """The values as a list, those of an array as plain ones; UserError for a single value."""
+    try:
+        return list(values.tolist() if what == "labels" and hasattr(values, "tolist") else values)
+    except TypeError:
+        raise UserError(f"{what}: {type(values).__name__}: must be a list") from None
+
+
 def prepared(images: Iterable[Any], predictor: Predictor) -> Tensor:
     """Prepare images for the model: uint8 [B, C, H, W]; UserError if one of them cannot be read."""
     path_or_image = isinstance(images, str | os.PathLike | Image.Image)
@@ -166,7 +175,7 @@ def prepared(images: Iterable[Any], predictor: Predictor) -> Tensor:
     )
     if path_or_image or one_tensor or one_array:
         raise UserError("images: must be a list of images, or an array of many; for a single image give [image]")
-    items = list(images)
+    items = listed("images", images)
     if not items:
         raise UserError("images: must not be empty")
 

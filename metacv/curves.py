@@ -29,12 +29,13 @@ def results_picture(lines: Sequence[dict[str, float]], title: str) -> bytes:
         if len(steps):
             axes.plot(steps, scale * values, color=BLUE, label="training")
     rate.set_ylim(bottom=0)
-    steps, values = curve(lines, "val/accuracy")
+    measured = [line for line in lines if {"val/accuracy", "val/ci95"} <= line.keys()]
+    steps, values = curve(measured, "val/accuracy")
     if len(steps):
-        _, half = curve(lines, "val/ci95")
-        best = int(values.argmax())
-        accuracy.errorbar(steps, 100 * values, 100 * half, color=ORANGE, marker="o", label="validation")
-        accuracy.axvline(steps[best], color=ORANGE, ls=":", label=f"best, step {steps[best]:g}")
+        _, half = curve(measured, "val/ci95")
+        best = max(measured, key=lambda line: line["val/accuracy"])["step"]
+        accuracy.errorbar(steps, 100 * values, 100 * half.clip(0), color=ORANGE, marker="o", label="validation")
+        accuracy.axvline(best, color=ORANGE, ls=":", label=f"best, step {best:.0f}")
         accuracy.legend(loc="lower right")
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=120)

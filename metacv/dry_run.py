@@ -10,7 +10,7 @@ from metacv.algorithms.base import Algorithm, MetricMethod
 from metacv.data.sampler import EpisodeList
 from metacv.evaluate import evaluate_episodes
 from metacv.run import Run
-from metacv.text import duration, in_bytes, plural
+from metacv.text import duration, in_bytes
 
 STEPS, TASKS = 2, 20
 
@@ -21,13 +21,13 @@ def dry_run(run: Run, tested: Algorithm, validation: EpisodeList, step: Callable
     few = validation.part(slice(TASKS))
     seconds = timed(lambda: evaluate_episodes(tested, few, mode), 1, device)
     per_validation = seconds * images(tested, validation, mode) / images(tested, few, mode)
-    count, left = max(1, -(-(run.steps - run.step) // run.config.eval_every)), run.steps - run.step
+    left = run.steps - run.step
+    count = max(0 if run.finished else 1, -(-left // run.config.eval_every))
     per_step = timed(step, STEPS, device) if left else 0.0
     return [
         f"steps      {left:,} of {per_step:.3g} s: {duration(left * per_step)}",
-        f"validation {plural(count, 'time')} {duration(per_validation)}: {duration(count * per_validation)}",
-        f"in all     {duration(left * per_step + count * per_validation)}, "
-        f"{in_bytes(peak_memory(device))} of memory at most",
+        f"validation {count:,} of {per_validation:.3g} s: {duration(count * per_validation)}",
+        f"in all     {duration(left * per_step + count * per_validation)}, {in_bytes(peak_memory(device))} of memory at most",
     ]
 
 

@@ -195,7 +195,7 @@ def ranking(measured: list[tuple[Checkpoint, str, Result]]) -> str:
         best: list[Any] = (
             [validation.get(name) for name in ("accuracy", "ci95")] if isinstance(validation, dict) else []
         )
-        known = [float(number) for number in best if type(number) in (int, float) and math.isfinite(number)]
+        known = [number for number in best if isinstance(number, float) and math.isfinite(number)]
         shown = f"{percent(*known)} %" if len(known) == 2 else ""
         numbers.append(known[0] if shown else math.nan)
         lines.append([printable(name), shown, f"{percent(result.accuracy, result.ci95)} %", result.batch_norm])

@@ -87,7 +87,7 @@ def embedding(predictions: Predictions, tested: str) -> Figure | None:
     own = own[torch.linspace(0, len(own) - 1, min(EMBEDDED, len(own))).long()]
     places = [(classes == c).nonzero()[:IMAGES_EACH, 0] for c in own]
     features = torch.cat([predictions.features[place].flatten(1).float().cpu() for place in places])
-    if len(features) < FEWEST or not features.var(dim=0).any():
+    if len(features) < FEWEST or features.shape[1] < 2 or not features.var(dim=0).any():
         return None
     with threadpool_limits(1):  # several threads would wait for each other at every small step
         points = TSNE(init="pca", perplexity=min(30, len(features) / 4), random_state=0).fit_transform(features.numpy())

@@ -1,6 +1,7 @@
 """Rank the runs of a sweep by validation accuracy, printed at its end."""
 
 import shlex
+import shutil
 from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
@@ -57,6 +58,13 @@ def ranking(folder: Path) -> str:
         tables.append("Runs of different tables were validated differently: metacv compare RUN RUN ... compares them.")
     test, report = setting("checkpoint", folder), shlex.quote(str(folder))
     return "\n\n".join([*tables, f"on test: metacv evaluate {test}\nreport:  metacv report {report}"])
+
+
+def remove_unused(folder: Path) -> None:
+    """Remove the folder of a sweep without a run: after a dry run, or where every run failed before it trained."""
+    with suppress(OSError):
+        if {path.name for path in folder.iterdir()} <= {"multirun.yaml"}:
+            shutil.rmtree(folder)
 
 
 def task(result: "Result") -> str:

@@ -10,6 +10,7 @@ import yaml
 
 from metacv import CONFIG_DIR
 from metacv.errors import UserError
+from metacv.text import printable
 from metacv.upgrade import RENAMED
 
 IN_ITS_FOLDER = ("true", "false", "auto")  # values of `resume` that are not paths
@@ -74,7 +75,7 @@ def hydra_overrides(command: str, words: list[str]) -> list[str]:
 
 def _named(words: list[str], sweep: bool) -> list[str]:
     """Replace `name=NAME` by the folder that it stands for."""
-    names = [word for word in words if word.startswith("name=") and word != "name=null"]
+    names = [word for word in words if word.lstrip("+").startswith("name=") and not word.endswith("name=null")]
     if not names:
         return words
     setting, folder = ("hydra.sweep.dir", "outputs/sweep") if sweep else ("hydra.run.dir", "outputs/train")
@@ -83,7 +84,11 @@ def _named(words: list[str], sweep: bool) -> list[str]:
         raise UserError(f"{names[0]} and {clash[0]}: give only one of them")
     if not (name := _unquoted(names[0].partition("=")[2])):
         raise UserError("name is empty; give a name for the run, or leave out name")
-    return [*others, f"{setting}={folder}/{name}"]
+    place = Path(name)
+    if not name.isprintable() or place.is_absolute() or not place.parts or ".." in place.parts:
+        raise UserError(f"name={printable(name)}: not a folder in {folder}; {setting}=FOLDER takes any folder")
+    whole = f"{folder}/{name}"
+    return [*others, f"{setting}={whole if '${' in whole else quoted(whole)}"]
 
 
 def _parsed(word: str) -> Any:

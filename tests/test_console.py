@@ -94,6 +94,13 @@ def test_name_sets_the_folder_of_a_run(metacv):
         (["name=a", "hydra.run.dir=b"], "name=a and hydra.run.dir=b: give only one of them"),
         (["name=a", "name=b"], "name=a and name=b: give only one of them"),
         (["name="], "name is empty; give a name for the run, or leave out name"),
+        (["name=.."], "name=..: not a folder in outputs/train; hydra.run.dir=FOLDER takes any folder"),
+        (["+name=a/../.."], "name=a/../..: not a folder in outputs/train; hydra.run.dir=FOLDER takes any folder"),
+        (["name=."], "name=.: not a folder in outputs/train; hydra.run.dir=FOLDER takes any folder"),
+        (["name=/a"], "name=/a: not a folder in outputs/train; hydra.run.dir=FOLDER takes any folder"),
+        (["name=a\nb"], "name=a?b: not a folder in outputs/train; hydra.run.dir=FOLDER takes any folder"),
+        (["-m", "name=.."], "name=..: not a folder in outputs/sweep; hydra.sweep.dir=FOLDER takes any folder"),
+        (["name=a", "+name=b"], "name=a and +name=b: give only one of them"),
         (["-m", "name=a", "hydra.sweep.dir=b"], "name=a and hydra.sweep.dir=b: give only one of them"),
     ],
 )
@@ -107,10 +114,22 @@ def test_a_dry_run_prints_time_and_memory_and_leaves_no_files(metacv):
     assert (code, err) == (0, "")
     steps, validation, whole = out.splitlines()[-3:]
     assert re.fullmatch(r"steps      1,000 of [\d.]+ s: \d+ (s|min)", steps)
-    assert re.fullmatch(r"validation 4 times \d+ s: \d+ s", validation)
+    assert re.fullmatch(r"validation 4 of [\d.]+ s: \d+ s", validation)
     assert re.fullmatch(r"in all     \d+ (s|min), [\d.]+ GB of memory at most", whole)
     assert not [path for path in Path("outputs").rglob("*") if path.is_file()]
     assert not Path("outputs/train/dry").exists()
+
+
+def test_a_dry_run_of_a_finished_run_has_nothing_left_to_do(metacv, trained):
+    code, out, _ = metacv("train", f"resume={trained('protonet')}", "dry_run=true")
+    assert code == 0
+    assert re.search(r"\nsteps      0 of 0 s: 0 s\nvalidation 0 of [\d.e-]+ s: 0 s\nin all     0 s, ", out)
+
+
+@pytest.mark.parametrize("word", ["dry_run=true", "way=99"])
+def test_a_sweep_without_a_run_leaves_no_folder(metacv, word):
+    metacv("train", "-m", *quick("protonet"), "seed=0,1", word, "name=no,run")
+    assert not Path("outputs/sweep/no,run").exists()
 
 
 def test_a_dry_run_does_not_change_an_existing_run(metacv, trained):
@@ -170,6 +189,11 @@ def test_the_picture_of_curves_shows_every_value():
     assert [*map(list, curve(lines, "no/such"))] == [[], []]
     with_points, without = (Image.open(__import__("io").BytesIO(results_picture(own, "a run"))) for own in (lines, []))
     assert (as_tensor(with_points.convert("RGB")) != as_tensor(without.convert("RGB"))).any()
+
+
+def test_lines_of_a_damaged_file_do_not_stop_the_drawing_of_curves():
+    lines = [{"step": 1.0, "val/accuracy": 0.5}, {"step": 2.0, "val/accuracy": 0.6, "val/ci95": -1.0}]
+    assert results_picture(lines, "a run").startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(

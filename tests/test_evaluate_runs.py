@@ -93,11 +93,11 @@ def test_if_no_run_can_be_built_no_result_is_written(metacv):
     assert evaluate(metacv) == (1, "", "metacv: sweep has no best.pt: it is not the folder of a run\n")
 
 
-@pytest.mark.parametrize("change", ["validation", "protocol"])
+@pytest.mark.parametrize("change", ["high", 10**400, "protocol"])
 def test_runs_without_comparable_validations_are_not_ranked(metacv, sweep, change):
     content = load_checkpoint("sweep/b/deep").content
     config = content["config"] | {"eval_episodes": 9} if change == "protocol" else content["config"]
-    validation = {"accuracy": "high"} if change == "validation" else content["validation"]
+    validation = content["validation"] if change == "protocol" else {"accuracy": change, "ci95": 0.01, "step": 2}
     save_checkpoint(sweep / "b/deep/best.pt", content | {"config": config, "validation": validation})
     _, out, _ = evaluate(metacv, "episodes=4")
     title, *names = rows_of_table(out)

@@ -142,6 +142,7 @@ def test_long_names_lose_their_middle_and_outer_folders():
 def test_too_few_or_equal_features_have_no_embedding_picture(known):
     rows = torch.arange(20)
     assert embedding(replace(known, rows=rows, features=torch.ones(20, 3)), "") is None
+    assert embedding(replace(known, rows=rows, features=torch.rand(20, 1)), "") is None
     assert embedding(replace(known, rows=rows[:9], features=torch.rand(9, 3)), "") is None
 
 

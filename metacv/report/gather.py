@@ -11,14 +11,13 @@ from typing import Any
 import yaml
 
 from metacv import CONFIG_DIR, limits
-from metacv.compare import shortened
 from metacv.config import LOCAL, TrainConfig, flat, to_dict
 from metacv.errors import UserError
 from metacv.files import read_text
 from metacv.model import load_checkpoint
 from metacv.pickles import check_extent
 from metacv.results import Result, ResultFile, read_results
-from metacv.text import plural, printable
+from metacv.text import plural, printable, shortened
 from metacv.upgrade import upgrade_override
 
 RUNNERS = {"hydra", "launcher", "sweeper"}  # settings for where runs are executed
