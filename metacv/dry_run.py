@@ -10,7 +10,7 @@ from metacv.algorithms.base import Algorithm, MetricMethod
 from metacv.data.sampler import EpisodeList
 from metacv.evaluate import evaluate_episodes
 from metacv.run import Run
-from metacv.text import duration, in_bytes, plural
+from metacv.text import duration, in_bytes
 
 STEPS, TASKS = 2, 20
 
@@ -24,9 +24,9 @@ def dry_run(run: Run, tested: Algorithm, validation: EpisodeList, step: Callable
     count, left = max(1, -(-(run.steps - run.step) // run.config.eval_every)), run.steps - run.step
     of_step = timed(step, STEPS, device) if left else 0.0
     return [
-        f"steps      {left:,} of {of_step:.3g} s: {duration(left * of_step)}",
-        f"validation {plural(count, 'time')} {duration(each)}: {duration(count * each)}",
-        f"in all     {duration(left * of_step + count * each)}, {in_bytes(peak_memory(device))} of memory at most",
+        f"training  {duration(left * of_step)}, {of_step:.3g} s per step",
+        f"val       {duration(count * each)}, {duration(each)} per validation",
+        f"total     {duration(left * of_step + count * each)}, at most {in_bytes(peak_memory(device))} of memory",
     ]
 
 

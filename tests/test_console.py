@@ -106,9 +106,9 @@ def test_a_dry_run_tells_time_and_memory_and_leaves_nothing(metacv):
     code, out, err = metacv(*PROTONET, "steps=1000", "eval_every=300", "dry_run=true", "name=dry")
     assert (code, err) == (0, "")
     steps, validation, whole = out.splitlines()[-3:]
-    assert re.fullmatch(r"steps      1,000 of [\d.]+ s: \d+ (s|min)", steps)
-    assert re.fullmatch(r"validation 4 times \d+ s: \d+ s", validation)
-    assert re.fullmatch(r"in all     \d+ (s|min), [\d.]+ GB of memory at most", whole)
+    assert re.fullmatch(r"training  \d+ (s|min), [\d.]+ s per step", steps)
+    assert re.fullmatch(r"val       \d+ s, \d+ s per validation", validation)
+    assert re.fullmatch(r"total     \d+ (s|min), at most [\d.]+ GB of memory", whole)
     assert not [path for path in Path("outputs").rglob("*") if path.is_file()]
     assert not Path("outputs/train/dry").exists()
 
@@ -134,8 +134,8 @@ def test_a_sweep_ends_with_its_runs_best_first_and_the_next_commands(metacv):
     assert all(re.search(r"seed=[01] train_way=[25]$", line) for line in table[1:5])
     assert table[5:] == [
         "",
-        "on test: metacv evaluate checkpoint=outputs/sweep/some",
-        "report:  metacv report outputs/sweep/some",
+        "to test:   metacv evaluate checkpoint=outputs/sweep/some",
+        "to report: metacv report outputs/sweep/some",
     ]
 
 
