@@ -25,9 +25,9 @@ def dry_run(run: Run, tested: Algorithm, validation: EpisodeList, step: Callable
     count = max(0 if run.finished else 1, -(-left // run.config.eval_every))
     per_step = timed(step, STEPS, device) if left else 0.0
     return [
-        f"steps      {left:,} of {per_step:.3g} s: {duration(left * per_step)}",
-        f"validation {count:,} of {per_validation:.3g} s: {duration(count * per_validation)}",
-        f"in all     {duration(left * per_step + count * per_validation)}, {in_bytes(peak_memory(device))} of memory at most",
+        f"training  {duration(left * per_step)}, {per_step:.3g} s per step",
+        f"val       {duration(count * per_validation)}, {per_validation:.3g} s per validation",
+        f"total     {duration(left * per_step + count * per_validation)}, at most {in_bytes(peak_memory(device))} of memory",
     ]
 
 

@@ -1,6 +1,8 @@
 """`metacv info RUN`: describe a run or a file with a model in about 15 lines."""
 
-from collections.abc import Iterator
+import shutil
+import textwrap
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +10,11 @@ from metacv.config import InfoConfig, class_name
 from metacv.errors import UserError
 from metacv.files import user_path
 from metacv.model import Checkpoint, Training, load_checkpoint
-from metacv.report.gather import is_number, metrics, overrides, printable_result, result_files
+from metacv.report.gather import EVALUATIONS, is_number, metrics, overrides, printable_result, result_files
 from metacv.text import aligned, duration, percent, plural, printable, short
 
-EVALUATIONS = ("outputs/evaluate", "outputs/compare")  # default output folders of the commands
 SHOWN = 8  # maximum of evaluations, earlier runs, classes and files
+NAMES = 12  # columns: the longest name of a line with the space after it
 
 
 def info(config: InfoConfig, folder: Path) -> None:
@@ -20,8 +22,15 @@ def info(config: InfoConfig, folder: Path) -> None:
     if not config.runs:
         raise UserError("runs=[]: name a run, or a file with a model")
     checkpoints = [load(place) for place in config.runs]
-    tables = [[[name, short(printable(text))] for name, text in lines(checkpoint)] for checkpoint in checkpoints]
-    print("\n\n".join(map(aligned, tables)))
+    print("\n\n".join(aligned([*wrapped(lines(checkpoint))]) for checkpoint in checkpoints))
+
+
+def wrapped(lines: Iterable[tuple[str, str]]) -> Iterator[list[str]]:
+    """The lines with printable texts, which continue in a line of their own at the end of a terminal's line."""
+    width = shutil.get_terminal_size((10_000, 24)).columns - NAMES
+    for name, text in lines:
+        parts = textwrap.wrap(short(printable(text)), max(width, 20), break_long_words=False, break_on_hyphens=False)
+        yield from ([shown, part] for shown, part in zip([name, *[""] * len(parts)], parts, strict=False))
 
 
 def load(place: str) -> Checkpoint:
@@ -61,9 +70,13 @@ def lines(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
 
 def history(training: Training) -> Iterator[tuple[str, str]]:
     """Yield classes, earlier runs and cost of training, as far as the checkpoint has them."""
-    if trained := len(training.trained_on) or training.classes:
-        validated = f", {len(training.validated_on):,} in validation" if training.validated_on else ""
-        yield "classes", f"{trained:,} in training{validated}"
+    trained, validated = (
+        sum(not name.startswith("pixels:") for name in names)  # a hash of images: another name of the same class
+        for names in (training.trained_on, training.validated_on)
+    )
+    if trained := trained or training.classes:
+        in_validation = f", {validated:,} in validation" if validated else ""
+        yield "classes", f"{trained:,} in training{in_validation}"
     for stage in training.stages[:SHOWN]:
         yield "after", stage
     if training.images:

@@ -1,6 +1,7 @@
 """`metacv list`: the available methods, data sets, networks, heads and experiments, with our results."""
 
 import json
+import shutil
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,10 +19,10 @@ from metacv.words import choices, nearest
 
 GROUPS = {"methods": "algo", "datasets": "dataset", "backbones": "backbone", "heads": "head"}  # folders in configs/
 GROUPS |= {"experiments": "experiment"}
-WIDTH = 100  # columns of a line
+WIDTH = 100  # columns of a line at most
 NOTE = """\
-ours: the accuracy of a kept model, often after fewer steps than the paper took (see RESULTS.md).
-metacv evaluate checkpoint=NAME gives it again."""
+ours: accuracy of the model that comes with metacv, often trained for fewer steps
+than the paper's (see RESULTS.md). metacv evaluate checkpoint=NAME repeats it."""
 
 
 def table_of(group: str) -> str:
@@ -29,7 +30,8 @@ def table_of(group: str) -> str:
     names = choices(group)
     indent = max(map(len, names)) + 2
     texts = ((name, about((CONFIG_DIR / group / f"{name}.yaml").read_text())) for name in names)
-    wrap = textwrap.TextWrapper(WIDTH, subsequent_indent=" " * indent, break_on_hyphens=False)
+    width = min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns)
+    wrap = textwrap.TextWrapper(max(width, indent + 20), subsequent_indent=" " * indent, break_on_hyphens=False)
     return "\n".join(wrap.fill(f"{name:<{indent}}{text}") for name, text in texts)
 
 

@@ -57,7 +57,7 @@ def ranking(folder: Path) -> str:
     if len(tables) > 1:
         tables.append("Runs of different tables were validated differently: metacv compare RUN RUN ... compares them.")
     test, report = setting("checkpoint", folder), shlex.quote(str(folder))
-    return "\n\n".join([*tables, f"on test: metacv evaluate {test}\nreport:  metacv report {report}"])
+    return "\n\n".join([*tables, f"to test:   metacv evaluate {test}\nto report: metacv report {report}"])
 
 
 def remove_unused(folder: Path) -> None:

@@ -127,7 +127,7 @@ def header(run: Run, validation: EpisodeList, folder: Path) -> list[str]:
     config, shape = run.config, "x".join(map(str, run.sampler.bank.image_shape))
     trained = f"on batches of {plural(config.meta_batch, 'image')}"
     if isinstance(run.sampler, EpisodeSampler):
-        trained = f"on {config.train_way}-way {config.train_shot}-shot tasks, {config.meta_batch} a step"
+        trained = f"on {config.train_way}-way {config.train_shot}-shot tasks, {config.meta_batch} per step"
     banks = {"train": run.sampler.bank, "val": validation.sampler.bank}
     splits = (f"{name} {len(b.sizes):,} classes ({len(b.images):,} images)" for name, b in banks.items())
     parameters = sum(parameter.numel() for parameter in run.algorithm.parameters())
@@ -135,7 +135,7 @@ def header(run: Run, validation: EpisodeList, folder: Path) -> list[str]:
     facts = {
         "method": f"{method(config)}, trained {trained}",
         "data": f"{class_name(config.dataset)}, {shape}: {', '.join(splits)}",
-        "network": f"{class_name(config.backbone)}, {parameters:,} parameters in all",
+        "network": f"{class_name(config.backbone)}, {parameters:,} parameters",
         "device": ", ".join([run.hardware, *([config.precision] if config.precision != "fp32" else [])]),
         "steps": f"{run.steps:,}{start}, validated every {config.eval_every:,} on {len(validation):,} "
         f"{config.way}-way {config.shot}-shot tasks",
@@ -194,8 +194,8 @@ def log_window(run: Run, logger: Logger, speed: float) -> str:
 def remaining(run: Run) -> str:
     """Estimate the time for the remaining steps and validations from the speed so far."""
     left = run.seconds * (run.steps - run.step) / max(1, run.step)
-    besides = " and validation" if run.validated < 0 else ""
-    return f", {duration(left)}{besides} left" if run.step < run.steps else ""
+    besides = " plus validation" if run.validated < 0 else ""
+    return f", {duration(left)} left{besides}" if run.step < run.steps else ""
 
 
 def validate(run: Run, episodes: EpisodeList, folder: Path, logger: Logger, signals: StopSignals, ranks: Ranks) -> None:
@@ -395,6 +395,6 @@ def report(run: Run, validation: EpisodeList, folder: Path, logger: Logger) -> N
         f"({config.way}-way {config.shot}-shot, {config.eval_episodes} episodes, {config.batch_norm})",
         f"checkpoint: {folder / 'best.pt'}",
         f"curves:     {folder / 'results.png'}, or: tensorboard --logdir {shlex.quote(str(folder))}",
-        f"on test:    metacv evaluate {setting('checkpoint', folder)}",
+        f"to test:    metacv evaluate {setting('checkpoint', folder)}",
     ):
         logger.line(line)

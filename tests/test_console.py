@@ -113,9 +113,9 @@ def test_a_dry_run_prints_time_and_memory_and_leaves_no_files(metacv):
     code, out, err = metacv(*PROTONET, "steps=1000", "eval_every=300", "dry_run=true", "name=dry")
     assert (code, err) == (0, "")
     steps, validation, whole = out.splitlines()[-3:]
-    assert re.fullmatch(r"steps      1,000 of [\d.]+ s: \d+ (s|min)", steps)
-    assert re.fullmatch(r"validation 4 of [\d.]+ s: \d+ s", validation)
-    assert re.fullmatch(r"in all     \d+ (s|min), [\d.]+ GB of memory at most", whole)
+    assert re.fullmatch(r"training  \d+ (s|min), [\d.]+ s per step", steps)
+    assert re.fullmatch(r"val       \d+ s, [\d.]+ s per validation", validation)
+    assert re.fullmatch(r"total     \d+ (s|min), at most [\d.]+ GB of memory", whole)
     assert not [path for path in Path("outputs").rglob("*") if path.is_file()]
     assert not Path("outputs/train/dry").exists()
 
@@ -123,7 +123,7 @@ def test_a_dry_run_prints_time_and_memory_and_leaves_no_files(metacv):
 def test_a_dry_run_of_a_finished_run_has_nothing_left_to_do(metacv, trained):
     code, out, _ = metacv("train", f"resume={trained('protonet')}", "dry_run=true")
     assert code == 0
-    assert re.search(r"\nsteps      0 of 0 s: 0 s\nvalidation 0 of [\d.e-]+ s: 0 s\nin all     0 s, ", out)
+    assert re.search(r"\ntraining  0 s, 0 s per step\nval       0 s, [\d.e-]+ s per validation\ntotal     0 s, ", out)
 
 
 @pytest.mark.parametrize("word", ["dry_run=true", "way=99"])
@@ -153,8 +153,8 @@ def test_a_sweep_ends_with_its_runs_best_first_and_the_next_commands(metacv):
     assert all(re.search(r"seed=[01] train_way=[25]$", line) for line in table[1:5])
     assert table[5:] == [
         "",
-        "on test: metacv evaluate checkpoint=outputs/sweep/some",
-        "report:  metacv report outputs/sweep/some",
+        "to test:   metacv evaluate checkpoint=outputs/sweep/some",
+        "to report: metacv report outputs/sweep/some",
     ]
 
 

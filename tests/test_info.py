@@ -1,6 +1,7 @@
 """`metacv info`: descriptions of runs, checkpoints, adapted models and kept models."""
 
 import dataclasses
+import re
 import shutil
 from pathlib import Path
 
@@ -85,6 +86,20 @@ def test_info_lists_earlier_runs_and_omits_fields_missing_in_older_checkpoints(m
     assert "(with earlier runs)" in out
     torch.save({name: value for name, value in content.items() if name != "training"}, run / "best.pt")
     assert not {"after", "cost", "classes"} & shown(metacv, "run").keys()
+
+
+def test_info_wraps_at_the_width_of_the_terminal(metacv, run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    out = metacv("info", "omniglot/protonet_5w1s")[1]
+    assert all(len(line) <= 60 or " " not in line[12:] for line in out.splitlines())  # a path is not broken
+    assert re.search(r"^task        5-way 1-shot, 15 queries per class; trained\n {12}60-way", out, re.MULTILINE)
+
+
+def test_info_counts_a_class_once_that_is_known_by_its_name_and_by_its_images(metacv, run):
+    content = torch.load(run / "best.pt", weights_only=True)
+    named = {"trained_on": ["a:1", "a:2", "pixels:11", "pixels:22"], "validated_on": ["a:3", "pixels:33"]}
+    torch.save(content | {"training": content["training"] | named}, run / "best.pt")
+    assert shown(metacv, "run")["classes"] == "2 in training, 1 in validation"
 
 
 def test_info_accepts_names_of_kept_models_and_several_runs(metacv, run):

@@ -31,6 +31,12 @@ def test_a_list_has_every_file_with_its_first_comment_in_100_columns(metacv, wha
             assert first.lstrip("# ") in text
 
 
+def test_the_lines_of_a_list_fit_the_terminal(metacv, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    out = metacv("list", "methods", "datasets", "backbones", "heads")[1]
+    assert 70 < max(map(columns, out.splitlines())) <= 80
+
+
 def test_experiments_have_the_papers_number_and_that_of_the_kept_model_in_the_same_mode(metacv):
     lines = metacv("list", "experiments")[1].splitlines()
     for name in choices("experiment"):

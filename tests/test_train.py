@@ -108,7 +108,7 @@ def test_train_log_has_the_printed_lines_and_progress_lines(metacv, monkeypatch)
     texts = [text for _, text in lines]
     training = [text for text in texts if "tasks/s" in text]
     assert [text.split(":")[0] for text in training] == ["step 2 of 4", "step 4 of 4"]
-    speed = r"step 2 of 4: loss [\d.]+, accuracy [\d.]+ %, [\d.]+ tasks/s, \d+ s and validation left"
+    speed = r"step 2 of 4: loss [\d.]+, accuracy [\d.]+ %, [\d.]+ tasks/s, \d+ s left plus validation"
     assert re.fullmatch(speed, training[0])
     assert sum(": validation" in text for text in texts) == 2
     assert after_first_line(out).splitlines() == texts  # without a terminal, the output has all of them
@@ -312,7 +312,7 @@ def test_a_run_in_a_folder_of_any_name_continues(metacv):
     name = "a run (lr=0.1, it's)"
     code, out, err = metacv(*PROTONET, f"hydra.run.dir={name}")
     assert (code, err) == (0, "")
-    (evaluate,) = [line for line in out.splitlines() if line.startswith("on test:")]
+    (evaluate,) = [line for line in out.splitlines() if line.startswith("to test:")]
     checkpoint = shlex.split(evaluate)[-1]
     assert metacv("evaluate", checkpoint)[0] == 0
     code, _, err = metacv("train", checkpoint.replace("checkpoint=", "resume="), "steps=6")
@@ -388,7 +388,7 @@ def test_in_a_pipe_the_header_and_validations_are_flushed_at_once(tmp_path, data
     ]
     assert {start and len(start[0]) for start in starts} == {10}
     assert "train 30 classes (600 images), val 8 classes (160 images)" in lines[2]
-    assert re.fullmatch(r"step 1 of 400: loss .* tasks/s, \d+ (s|min) and validation left\n", lines[7])
+    assert re.fullmatch(r"step 1 of 400: loss .* tasks/s, \d+ (s|min) left plus validation\n", lines[7])
     assert re.fullmatch(r"step 2 of 400: validation \d+\.\d\d ± \d+\.\d\d %, best so far, \d+ (s|min) left\n", lines[8])
     process.communicate(timeout=60)
 

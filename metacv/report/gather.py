@@ -20,6 +20,7 @@ from metacv.results import Result, ResultFile, read_results
 from metacv.text import plural, printable, shortened
 from metacv.upgrade import upgrade_override
 
+EVALUATIONS = ("outputs/evaluate", "outputs/compare")  # the folders that commands write to by default
 RUNNERS = {"hydra", "launcher", "sweeper"}  # settings for where runs are executed
 PROTOCOL = {"way", "shot", "query", "batch_norm", "algo", "backbone", "dataset", "paper"}  # an experiment sets them
 
@@ -92,7 +93,7 @@ def paper_of_experiment(name: str) -> list[dict[str, Any]]:
 
 
 def gather(places: list[Path]) -> tuple[list[RunRecord], list[str]]:
-    """Return the runs below `places` with all evaluations of their checkpoints, and notes on what is left out.
+    """Return the runs below `places`, with the evaluations of their checkpoints there and in EVALUATIONS, and notes.
 
     Prints a line for each damaged checkpoint. Other damaged files count as missing.
     """
@@ -101,9 +102,10 @@ def gather(places: list[Path]) -> tuple[list[RunRecord], list[str]]:
         return [path for place in places for path in sorted(place.rglob(pattern))]
 
     files, old = result_files(places)
+    elsewhere, _ = result_files([place for place in map(Path, EVALUATIONS) if place.is_dir()])
     tests = {
         (test.checkpoint_sha256, test.episodes_sha256, test.batch_norm, str(test.changes)): (test, path)
-        for path, file in files.items()
+        for path, file in (elsewhere | files).items()
         for test in map(printable_result, file.results)
         if test.checkpoint_sha256
     }
@@ -120,7 +122,7 @@ def gather(places: list[Path]) -> tuple[list[RunRecord], list[str]]:
     started |= {path.parent for path in below("metrics.jsonl")}
     failed = {folder for folder in started if not (folder / "best.pt").exists()}
     known = {run.sha256 for run in runs.values()}
-    unmatched = {path for test, path in tests.values() if test.checkpoint_sha256 not in known}
+    unmatched = {path for test, path in tests.values() if test.checkpoint_sha256 not in known and path in files}
     notes = [
         left_out("run", "without a best.pt (failed, or not validated yet)", failed),
         left_out("evaluation", "of a checkpoint that is missing or has changed since", unmatched),

@@ -83,7 +83,7 @@ class Row:
         parts = [self.run.name, self.method(varied)]
         parts.append(f"{percent(*self.run.validation)} % validation" if self.run.validation else "not validated")
         parts.append(f"{percent(self.test.accuracy, self.test.ci95)} % test" if self.test else "not tested yet")
-        todo = "" if self.test else f"; on test: metacv evaluate {printable(setting('checkpoint', self.run.folder))}"
+        todo = "" if self.test else f"; to test: metacv evaluate {printable(setting('checkpoint', self.run.folder))}"
         return ", ".join(parts) + (todo or ".")
 
     def cells(self, varied: list[str]) -> dict[str, str]:

@@ -478,9 +478,9 @@ def test_each_group_begins_with_the_run_selected_by_validation(folder, capsys):
         f"{tested}, transductive": "Best in validation: 1_maml, MAML with seed=1, 70.00 ± 1.00 % validation, "
         "10.00 ± 1.00 % test.",
         f"{untested}, inductive": "Only run: 5_proto, ProtoNet with seed=5, 99.00 ± 1.00 % validation, not tested yet; "
-        "on test: metacv evaluate checkpoint=own/5_proto",
+        "to test: metacv evaluate checkpoint=own/5_proto",
         f"{untested}, transductive": "Only run: 2_maml, MAML with seed=2, 88.00 ± 1.00 % validation, not tested yet; "
-        "on test: metacv evaluate checkpoint=own/2_maml",
+        "to test: metacv evaluate checkpoint=own/2_maml",
     }
     for heading, sentence in expected.items():
         assert re.search(rf"^{re.escape(heading)}(, rotation as_classes)?\n{re.escape(sentence)}$", out, re.MULTILINE)
@@ -647,6 +647,15 @@ def test_runs_and_evaluations_that_are_left_out_are_counted_and_named(folder, ca
     assert "left out: 1 run without a best.pt (failed, or not validated yet): own/failed\n" in out
     assert "left out: 1 evaluation of a checkpoint that is missing or has changed since: own/b/" in out
     assert "own/failed" in Path("out/report.html").read_text()
+
+
+def test_evaluations_in_the_default_folder_belong_to_runs_anywhere(folder, capsys):
+    run, other = make_run(folder / "a"), make_run(folder.with_name("other") / "b", seed=1)
+    make_test(run, Path("outputs/evaluate/1"), {"accuracy": 0.625})
+    make_test(other, Path("outputs/evaluate/2"), {"accuracy": 0.375})
+    (row,) = rows(folder)
+    assert row["test accuracy %"] == "62.50"
+    assert "left out" not in capsys.readouterr().out
 
 
 def test_a_report_that_cannot_be_written_is_reported_in_one_line(metacv):
