@@ -24,10 +24,11 @@ def dry_run(run: Run, tested: Algorithm, validation: EpisodeList, step: Callable
     left = run.steps - run.step
     count = max(0 if run.finished else 1, -(-left // run.config.eval_every))
     per_step = timed(step, STEPS, device) if left else 0.0
+    training, val = left * per_step, count * per_validation
     return [
-        f"training  {duration(left * per_step)}, {per_step:.3g} s per step",
-        f"val       {duration(count * per_validation)}, {per_validation:.3g} s per validation",
-        f"total     {duration(left * per_step + count * per_validation)}, at most {in_bytes(peak_memory(device))} of memory",
+        f"training  {duration(training)}, {per_step:.3g} s per step",
+        f"val       {duration(val)}, {per_validation:.3g} s per validation",
+        f"total     {duration(training + val)}, at most {in_bytes(peak_memory(device))} of memory",
     ]
 
 
