@@ -88,9 +88,7 @@ def _run(command: str, words: list[str]) -> int:
         print(OmegaConf.to_yaml(cfg), end="")
         return 0
     if any(folder.glob("*.pt")):
-        raise UserError(
-            f"hydra.run.dir={folder} holds a training run; set hydra.run.dir to another folder for {command}"
-        )
+        raise UserError(f"hydra.run.dir={folder} holds a training run; {command} needs another folder")
     settings = config.typed(cfg, getattr(config, f"{command.capitalize()}Config"))
     getattr(importlib.import_module(f"metacv.{command}"), command)(settings, folder)
     return 0
@@ -139,7 +137,7 @@ def _train(words: list[str], reported: list[Exception]) -> int:
     except OSError as error:
         if error.filename or not error.strerror or error in reported:
             raise
-        # Hydra's error does not name the file.
+        # Hydra's error names no file.
         named = (re.fullmatch(r"(?:hydra\.(?:run|sweep)\.dir|resume)=(.+)", word) for word in words)
         folder = next((found[1] for found in named if found and found[1] not in IN_ITS_FOLDER), "outputs")
         raise UserError(f"{folder}: Hydra cannot write the settings of the run there: {error.strerror}") from error

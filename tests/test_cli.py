@@ -321,7 +321,7 @@ def test_wrong_usage_gets_exit_code_2(metacv, arguments):
 
 def test_an_evaluation_does_not_overwrite_a_training_run(run):
     before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
-    message = "hydra.run.dir=run holds a training run; set hydra.run.dir to another folder for evaluate"
+    message = "hydra.run.dir=run holds a training run; evaluate needs another folder"
     assert_one_line(run("evaluate", "checkpoint=run", "hydra.run.dir=run"), message)
     assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()} == before
 

@@ -207,7 +207,9 @@ def test_weights_that_are_not_finite_are_refused_in_prediction(metacv, trained):
     save_checkpoint(Path("nan.pt"), saved)
     code, out, err = metacv("predict", "checkpoint=nan.pt", "support=own/support", "query=own/query")
     assert (code, out) == (1, "")
-    assert err == "metacv: nan.pt: the probabilities are not finite; the weights are not, or adaptation diverged\n"
+    assert (
+        err == "metacv: nan.pt: the probabilities are not finite: adaptation diverged, or the weights are not finite\n"
+    )
 
 
 def test_a_saved_model_of_a_run_with_listed_splits_can_be_used(metacv, trained):
@@ -259,7 +261,7 @@ def test_a_saved_model_contains_no_local_paths(metacv, trained):
             ["checkpoint=RUN", "support=alike"],
             "two class names look the same without unprintable characters; rename one",
         ),
-        (["checkpoint=odd.pt", "support=own/support"], r"support: .* \(1, 28, 28\), and odd.pt was .* \(1, 32, 32\)"),
+        (["checkpoint=odd.pt", "support=own/support"], r"support: .* \(1, 28, 28\), but odd.pt was .* \(1, 32, 32\)"),
         (["checkpoint=RUN", "support=own/support", "dataset.size=3"], "dataset.size: .* has no such setting"),
         (["checkpoint=RUN", "support=own/support", "algo.metric=near"], "algo.metric=near: must be one of sqeuclidean"),
     ],

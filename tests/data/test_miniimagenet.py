@@ -163,7 +163,7 @@ def test_a_file_of_another_size_is_refused_unless_resize_is_true(tmp_path, folde
     write_folders(folders, root := tmp_path / "miniimagenet")
     large = root / "val" / "n04" / file_name("n04", 1)
     Image.fromarray(pixels("n04", 1, size=100)[:90]).save(large, quality=90)
-    assert f"{large} is 100x90, not 84x84; dataset.resize=true" in error_of(tmp_path, "val")
+    assert f"{large} is 100x90, not 84x84; set dataset.resize=true" in error_of(tmp_path, "val")
     with Image.open(large) as image:
         expected = np.asarray(image.resize((84, 84), Image.Resampling.LANCZOS))
     bank = load(tmp_path, "val", resize=True)

@@ -225,8 +225,8 @@ def test_the_official_archives_are_downloaded_checked_and_unpacked(small, server
         ({"counts": {"train": 1, "val": 1}}, "counts must have train, val and test"),
         ({"train_rotation": "some"}, "dataset.train_rotation=some: must be one of none, per_class"),
         ({"val_alphabets": ["Klingon"]}, "Klingon is not one of the background alphabets, Greek, Korean, Latin"),
-        ({"val_alphabets": []}, "name some of the background alphabets"),
-        ({"val_alphabets": ["Greek", "Korean", "Latin"]}, "name some of the background alphabets"),
+        ({"val_alphabets": []}, "must have some of the background alphabets"),
+        ({"val_alphabets": ["Greek", "Korean", "Latin"]}, "must have some of the background alphabets"),
     ],
 )
 def test_invalid_settings_are_refused_with_the_allowed_values(small, changes, message):

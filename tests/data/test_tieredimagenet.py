@@ -189,7 +189,7 @@ def test_missing_data_are_reported_with_what_to_put_where(tmp_path):
 
 def test_a_folder_with_images_of_another_size_needs_resize(tmp_path):
     write_folders(tmp_path / "tieredimagenet", size=100)
-    assert "is 100x100, not 84x84; dataset.resize=true" in error_of(tmp_path)
+    assert "is 100x100, not 84x84; set dataset.resize=true" in error_of(tmp_path)
     assert load(tmp_path, resize=True).image_shape == (3, 84, 84)
 
 
@@ -221,8 +221,8 @@ class RunsCode:
         (lambda images, labels: images.__setitem__(1, png(pixels("train", 1, 83))), "its image 1 is 83x83, not 84x84"),
         (lambda images, labels: labels.pop("label_specific"), "train_labels.pkl is not a pickle of tieredImageNet"),
         (lambda images, labels: labels.update(label_specific=[0.5] * 6), "train_labels.pkl is not a pickle"),
-        (lambda images, labels: labels.update(label_specific=[0, 1, 2, 3, 0, 0]), "lie between 0 and 2"),
-        (lambda images, labels: labels.update(label_specific=[0, 1, 2, -1, 0, 0]), "lie between 0 and 2"),
+        (lambda images, labels: labels.update(label_specific=[0, 1, 2, 3, 0, 0]), "must be from 0 to 2"),
+        (lambda images, labels: labels.update(label_specific=[0, 1, 2, -1, 0, 0]), "must be from 0 to 2"),
         (lambda images, labels: labels.update(label_specific=[0, 1, 1, 1, 0, 0]), "train_labels.pkl: cat has no image"),
         (lambda images, labels: labels.update(label_specific_str=["ant", "ant", "cat"]), "list of different names"),
         (lambda images, labels: labels.update(label_specific_str=None), "train_labels.pkl is not a pickle"),
