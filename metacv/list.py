@@ -28,7 +28,7 @@ def table_of(group: str) -> str:
     """A line or two for each file of a group."""
     names = choices(group)
     indent = max(map(len, names)) + 2
-    texts = ((name, about((CONFIG_DIR / group / f"{name}.yaml").read_text())) for name in names)
+    texts = ((name, about((CONFIG_DIR / group / f"{name}.yaml").read_text("utf-8"))) for name in names)
     wrap = textwrap.TextWrapper(WIDTH, subsequent_indent=" " * indent, break_on_hyphens=False)
     return "\n".join(wrap.fill(f"{name:<{indent}}{text}") for name, text in texts)
 
@@ -36,9 +36,9 @@ def table_of(group: str) -> str:
 def experiment_rows() -> Iterator[tuple[str, ...]]:
     """Name, batch-norm mode, the paper's accuracy, ours and the paper of each published number."""
     for name in choices("experiment"):
-        paper = published(yaml.safe_load((CONFIG_DIR / f"experiment/{name}.yaml").read_text()).get("paper", []))
+        paper = published(yaml.safe_load((CONFIG_DIR / f"experiment/{name}.yaml").read_text("utf-8")).get("paper", []))
         kept = KEPT_DIR / name / "result.json"
-        records = json.loads(kept.read_text())["results"] if kept.is_file() else []
+        records = json.loads(kept.read_text("utf-8"))["results"] if kept.is_file() else []
         ours = under_its_protocol(SimpleNamespace(**record) for record in records)
         texts = {mode: percent(result.accuracy, result.ci95) for mode, result in ours.items()}
         if not paper:

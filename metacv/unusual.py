@@ -13,10 +13,10 @@ FAR = 10  # times as large, or as small
 def unusual(config: TrainConfig) -> Iterator[str]:
     """A sentence for each rate or batch that is FAR from every value of it in the method's files in configs/."""
     target = f"_target_: {config.algo['_target_']}\n"
-    methods = {path for path in (CONFIG_DIR / "algo").glob("*.yaml") if target in path.read_text()}
+    methods = {path for path in (CONFIG_DIR / "algo").glob("*.yaml") if target in path.read_text("utf-8")}
     chosen = [f"override /algo: {path.stem}\n" for path in methods]
     experiments = (CONFIG_DIR / "experiment").rglob("*.yaml")
-    own = {path for path in experiments if any(choice in path.read_text() for choice in chosen)}
+    own = {path for path in experiments if any(choice in path.read_text("utf-8") for choice in chosen)}
     files = [OmegaConf.load(path) for path in methods | own]
     for name, value in (("algo.inner_lr", config.algo.get("inner_lr")), ("meta_batch", config.meta_batch)):
         found = (OmegaConf.select(file, name) for file in files)
