@@ -121,7 +121,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         if self.head is not None:
             if self.head not in (known := choices("head")):
                 raise UserError(f"head={self.head}: there is no such head{nearest(str(self.head), known)}")
-            head = yaml.safe_load((CONFIG_DIR / "head" / f"{self.head}.yaml").read_text()) | head
+            head = yaml.safe_load((CONFIG_DIR / "head" / f"{self.head}.yaml").read_text("utf-8")) | head
         given = {"query": "", "batch_norm": self.batch_norm, "head": head, "device": self.device}
         try:
             predictor = Predictor.load(self.checkpoint, from_dict(PredictConfig, given))

@@ -52,7 +52,7 @@ def _dispatch(arguments: list[str], reported: list[Exception]) -> int:
     """Run a command and return the exit code."""
     command, words = (arguments[0], arguments[1:]) if arguments else ("", [])
     if command in ("-h", "--help", "help"):
-        print((CONFIG_DIR / "usage.txt").read_text(), end="")
+        print((CONFIG_DIR / "usage.txt").read_text("utf-8"), end="")
     elif command == "--version":
         print(f"metacv {__version__}")
     elif command in ("-sc", "--shell-completion"):

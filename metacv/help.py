@@ -13,7 +13,7 @@ COMMANDS = sorted(path.stem for path in CONFIG_DIR.glob("*.yaml"))  # each has a
 
 def help_text(command: str, words: list[str]) -> str:
     """Return a description of the command, a line for every choice, and the settings of the chosen files."""
-    text = (CONFIG_DIR / f"{command}.yaml").read_text()
+    text = (CONFIG_DIR / f"{command}.yaml").read_text("utf-8")
     content = yaml.safe_load(text)
     settings = [readable(text.partition("\n\n")[2].partition("\nhydra:")[0])]
     choices = []
@@ -21,11 +21,11 @@ def help_text(command: str, words: list[str]) -> str:
         files = {name: CONFIG_DIR / group / f"{name}.yaml" for name in choices_of(group)}
         width = len(group) + 2 + max(map(len, files))
         for name, path in files.items():
-            choices.append(f"  {f'{group}={name}':<{width}} {about(path.read_text())}")
+            choices.append(f"  {f'{group}={name}':<{width}} {about(path.read_text('utf-8'))}")
         choices.append("")
         if chosen not in files:
             continue
-        text = files[chosen].read_text()
+        text = files[chosen].read_text("utf-8")
         if text.startswith("# @package"):
             settings.append(f"# {group}={chosen}, which overrides the settings above\n{readable(text)}")
         else:

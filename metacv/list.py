@@ -29,7 +29,7 @@ def table_of(group: str) -> str:
     """Format the names and first comments of a group's files, one or two lines each."""
     names = choices(group)
     indent = max(map(len, names)) + 2
-    texts = ((name, about((CONFIG_DIR / group / f"{name}.yaml").read_text())) for name in names)
+    texts = ((name, about((CONFIG_DIR / group / f"{name}.yaml").read_text("utf-8"))) for name in names)
     width = min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns)
     wrap = textwrap.TextWrapper(max(width, indent + 20), subsequent_indent=" " * indent, break_on_hyphens=False)
     return "\n".join(wrap.fill(f"{name:<{indent}}{text}") for name, text in texts)
@@ -38,9 +38,9 @@ def table_of(group: str) -> str:
 def experiment_rows() -> Iterator[tuple[str, ...]]:
     """Yield name, batch-norm mode, published accuracy, our accuracy and paper, for each published number."""
     for name in choices("experiment"):
-        paper = published(yaml.safe_load((CONFIG_DIR / f"experiment/{name}.yaml").read_text()).get("paper", []))
+        paper = published(yaml.safe_load((CONFIG_DIR / f"experiment/{name}.yaml").read_text("utf-8")).get("paper", []))
         kept = KEPT_DIR / name / "result.json"
-        records = json.loads(kept.read_text())["results"] if kept.is_file() else []
+        records = json.loads(kept.read_text("utf-8"))["results"] if kept.is_file() else []
         ours = under_its_protocol(SimpleNamespace(**record) for record in records)
         texts = {mode: percent(result.accuracy, result.ci95) for mode, result in ours.items()}
         if not paper:

@@ -130,7 +130,7 @@ def _choice(command: str, word: str, own_files: bool) -> str:
 
 def groups(command: str) -> dict[str, str | None]:
     """Return the groups of configs/ that a command has, with the default choice of each."""
-    defaults = yaml.safe_load((CONFIG_DIR / f"{command}.yaml").read_text())["defaults"]
+    defaults = yaml.safe_load((CONFIG_DIR / f"{command}.yaml").read_text("utf-8"))["defaults"]
     pairs = [pair for default in defaults if isinstance(default, dict) for pair in default.items()]
     return {group: choice for group, choice in pairs if " " not in group}  # not `override ...`
 
@@ -154,7 +154,7 @@ def settings() -> list[str]:
     """Return the names of all settings in configs/."""
     names: dict[str, None] = {}
     for path in sorted(CONFIG_DIR.rglob("*.yaml")):
-        text, place = path.read_text(), path.relative_to(CONFIG_DIR).parent.as_posix()
+        text, place = path.read_text("utf-8"), path.relative_to(CONFIG_DIR).parent.as_posix()
         prefix = "" if place == "." or "@package _global_" in text else f"{place}."
         content = yaml.safe_load(text) or {}
         pairs = [(prefix + str(name), value) for name, value in content.items() if name not in ("defaults", "hydra")]

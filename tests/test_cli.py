@@ -562,3 +562,10 @@ def test_the_method_of_a_checkpoint_cannot_be_changed(metacv, trained):
     target = "algo._target_=metacv.algorithms.metric.protonet.ProtoNet"
     code, _, err = metacv("evaluate", f"checkpoint={trained('protonet')}", target)
     assert (code, err) == (1, "metacv: algo._target_: the method of a checkpoint cannot be changed\n")
+
+
+def test_help_needs_no_locale_of_utf8():
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-m", "metacv", "train", "--help"]
+    done = subprocess.run(command, env=environment, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")

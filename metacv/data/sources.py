@@ -51,7 +51,7 @@ ARCHIVE = re.compile(r"\.(zip|tar|tgz|tbz2?|txz|tar\.(gz|bz2|xz))$", re.IGNORECA
 
 def split_classes(name: str) -> dict[str, list[str]]:
     """Return the class names of train, val and test from the file splits/`name`.json."""
-    content = json.loads((Path(__file__).parent / "splits" / f"{name}.json").read_text())
+    content = json.loads((Path(__file__).parent / "splits" / f"{name}.json").read_text("utf-8"))
     return {split: content[split] for split in SPLITS}
 
 

@@ -76,7 +76,7 @@ def page(groups: list[Group], varied: list[str], tables: list[list[list[str]]], 
     """Render the HTML page; `tables` are those of the groups, each with a header row."""
     best_first = sorted((row for group in groups for row in group.rows), key=lambda row: -row.validated)
     runs = list({id(row.run): row.run for row in best_first}.values())
-    text = (Path(__file__).parent / "page.html.j2").read_text()
+    text = (Path(__file__).parent / "page.html.j2").read_text("utf-8")
     template = Template(text, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return template.render(
         version=__version__,

@@ -89,7 +89,7 @@ def paper_of_experiment(name: str) -> list[dict[str, Any]]:
     """Read the paper's numbers from the experiment's file, for older checkpoints whose settings lack them."""
     folder = CONFIG_DIR / "experiment"
     known = {path.relative_to(folder).with_suffix("").as_posix(): path for path in folder.rglob("*.yaml")}
-    return yaml.safe_load(known[name].read_text()).get("paper", []) if name in known else []
+    return yaml.safe_load(known[name].read_text("utf-8")).get("paper", []) if name in known else []
 
 
 def gather(places: list[Path]) -> tuple[list[RunRecord], list[str]]:
