@@ -387,7 +387,7 @@ def test_help_shows_the_settings_of_the_chosen_files(metacv):
     assert "# schedule=linear" in reptile
     for command in ("predict", "compare", "report"):
         assert f"metacv {command}: " in metacv(command, "--help")[1]
-    assert "adapted: null # a file that an earlier `save` wrote" in metacv("predict", "--help")[1]
+    assert "adapted: null # a file that `save` wrote, instead of checkpoint" in metacv("predict", "--help")[1]
 
 
 @pytest.mark.parametrize(
