@@ -266,7 +266,7 @@ def target_class(name: str, node: dict[str, Any], base: type[T]) -> type[T]:
         raise UserError(f"{name}._target_={target}: {text}")
     try:
         cls = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError) as error:  # TypeError: of METACV_METHODS=.
         raise UserError(f"{name}._target_={target}: there is no such class ({error})") from error
     if not (isinstance(cls, type) and issubclass(cls, base)):
         raise UserError(f"{name}._target_={target}: must be a subclass of {base.__name__}")

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from conftest import TRAIN
 
+from metacv.algorithms.base import Algorithm
 from metacv.errors import UserError
-from metacv.model import checkpoint_path, load_checkpoint
+from metacv.model import checkpoint_path, load_checkpoint, target_class
 
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = (
@@ -97,3 +98,9 @@ def test_the_wheel_contains_the_kept_models_and_runs_a_custom_method(tmp_path, d
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (0, "")
         assert not [line for line in done.stdout.splitlines() if str(ROOT) in line]
+
+
+def test_a_package_of_methods_that_is_no_name_has_one_line(monkeypatch):
+    monkeypatch.setenv("METACV_METHODS", ".")
+    with pytest.raises(UserError, match="there is no such class"):
+        target_class("algo", {"_target_": "..x.Own"}, Algorithm)
