@@ -142,10 +142,7 @@ def _train(words: list[str], reported: list[Exception]) -> int:
         folder = next((found[1] for found in named if found and found[1] not in IN_ITS_FOLDER), "outputs")
         raise UserError(f"{folder}: Hydra cannot write the settings of the run there: {error.strerror}") from error
     finally:
-        if folder := sweep.Folder.started:
-            if table := sweep.ranking(folder):
-                print(f"\n{table}")
-            sweep.remove_unused(folder)
+        sweep.finish()
     if failed:
         raise failed[0]
     return 0

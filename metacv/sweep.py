@@ -60,6 +60,14 @@ def ranking(folder: Path) -> str:
     return "\n\n".join([*tables, f"to test:   metacv evaluate {test}\nto report: metacv report {report}"])
 
 
+def finish() -> None:
+    """Print the ranking of the sweep that ran, if any, and remove its folder if it has no run."""
+    if folder := Folder.started:
+        if table := ranking(folder):
+            print(f"\n{table}")
+        remove_unused(folder)
+
+
 def remove_unused(folder: Path) -> None:
     """Remove the folder of a sweep without a run: after a dry run, or where every run failed before it trained."""
     with suppress(OSError):

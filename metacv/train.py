@@ -226,7 +226,6 @@ def validate(run: Run, episodes: EpisodeList, folder: Path, logger: Logger, sign
         logger.line(f"step {run.step} of {run.steps}: {text}{remaining(run)}")
         logger.points(run.step, {"val/best_accuracy": run.best["accuracy"]})
     logger.scalars(run.step, {f"val/{name}": value for name, value in measured.items()})
-    logger.curves(title(run.config))
     episode = next(episodes.batches(1))
     logger.picture(run.step, "val/episode", episode_picture(episode, tested.predict(episode, mode)))
     (some,) = episodes.part(slice(DIAGNOSED_TASKS)).batches(DIAGNOSED_TASKS)
@@ -234,6 +233,7 @@ def validate(run: Run, episodes: EpisodeList, folder: Path, logger: Logger, sign
     if finite := {name: value for name, value in diagnostics.items() if math.isfinite(value)}:
         logger.scalars(run.step, finite)
     run.save(folder, logger, better)
+    logger.curves(title(run.config))
 
 
 def model_to_test(run: Run) -> Algorithm:

@@ -195,7 +195,7 @@ def try_to(read: Callable[[Path], object], name: str, content: bytes | Callable[
 
 def test_the_security_page_states_the_limits_used_in_tests():
     page = " ".join((Path(__file__).parent.parent / "docs/security.md").read_text().split())
-    assert f"{ROOM // 2**30} GiB of memory and {SECONDS} seconds each" in page
+    assert f"{ROOM // 2**30} GiB of memory and {SECONDS} seconds." in page
     assert f"the same {FAST} files of each kind" in page
     assert f"more than about {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels" in page
 

@@ -23,7 +23,8 @@ def shown(metacv, *places: str) -> dict[str, str]:
 
 
 @pytest.fixture
-def run(metacv, trained) -> Path:
+def run(metacv, trained, monkeypatch) -> Path:
+    monkeypatch.setenv("COLUMNS", "1000")  # no line is wrapped
     return Path(shutil.copytree(trained("protonet"), "run"))
 
 
