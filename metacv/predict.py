@@ -2,7 +2,6 @@
 
 import io
 import json
-import sys
 from dataclasses import replace
 from itertools import chain
 from os.path import relpath
@@ -21,6 +20,7 @@ from metacv.files import user_path, write_bytes_atomically
 from metacv.look import unlike
 from metacv.model import Checkpoint
 from metacv.predictor import Predictor, Support, check_place_to_save, kept_support
+from metacv.terminal import warn
 from metacv.text import aligned, csv_bytes, printable, setting
 
 LINES = 40  # maximum of lines of the table on the terminal
@@ -51,11 +51,11 @@ def predict(cfg: PredictConfig, folder: Path) -> Predictions:
     report_copies("support", support.images.split(support.shots), {})
     known = {*pictures(support.images)}
     if copies := sum(picture in known for picture in pictures(images)):
-        text = "copies of images in support; their labels say nothing about the model"
-        print(f"metacv: query: {copies} of {len(images)} images are {text}", file=sys.stderr)
+        text = "copies of support images; their labels say nothing about the model"
+        warn(f"query: {copies} of {len(images)} images are {text}")
     kinds = {"the query images": images, "the support images": support.images}
     if odd := next(filter(None, (unlike(kind, own, checkpoint, dataset) for kind, own in kinds.items())), None):
-        print(f"metacv: warning: {odd}", file=sys.stderr)
+        warn(odd)
     probabilities = predictor.probabilities(support, images)
     names = tuple(map(str, support.classes))
     predictions: Predictions = [

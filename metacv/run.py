@@ -6,7 +6,6 @@ import errno
 import random
 import shutil
 import signal
-import sys
 import threading
 import time
 import warnings
@@ -56,6 +55,7 @@ from metacv.model import (
     settings,
 )
 from metacv.pickles import check_extent
+from metacv.terminal import warn
 from metacv.text import first_line, printable, setting
 from metacv.words import in_words
 
@@ -136,7 +136,7 @@ class Run:
         self.earlier = own.after(self.earlier)
         if both := {*first.training.trained_on} & {*self.validated_on}:
             text = f"{first.path} was trained on {len(both)} classes of this run's validation ({min(both)}, ...)"
-            print(f"metacv: {text}; accuracies on them are not those of new classes", file=sys.stderr)
+            warn(f"{text}; accuracies on them are not those of new classes")
 
     def weights(self) -> dict[str, Any]:
         """Return the part of a checkpoint that evaluation needs."""
@@ -384,4 +384,4 @@ def warn_of_few_test_classes(config: TrainConfig, splits: dict[str, list[str]] |
     rotations = 4 if config.dataset.get("test_rotation") == "as_classes" else 1
     if splits and (classes := rotations * len(splits["test"])) < config.way:
         text = f"way={config.way}, but the test split has only {classes} classes; dataset.fractions can give it more"
-        print(f"metacv: {text}", file=sys.stderr)
+        warn(text)

@@ -1,6 +1,9 @@
 """Output of a training run: header, progress bars, pictures, warnings, dry run, and the end of a sweep."""
 
+import contextlib
+import io
 import json
+import multiprocessing
 import os
 import pty
 import re
@@ -18,8 +21,10 @@ from PIL import Image
 from metacv.config import TrainConfig
 from metacv.curves import POINTS, curve, results_picture
 from metacv.drawing import as_tensor
+from metacv.logger import Logger
 from metacv.results import read_results
 from metacv.sweep import ranking
+from metacv.terminal import progress_bar
 from metacv.unusual import unusual
 
 PROTONET = ("train", *quick("protonet"))
@@ -61,6 +66,26 @@ def test_a_terminal_of_any_size_has_a_bar_that_fits_into_one_line(columns, rows,
         drawn = re.match(r"[\s█▏▎▍▌▋▊▉#\d]*? (?=\d+ of 60)", visible)
         assert drawn is not None
         assert len(drawn[0]) >= 9
+
+
+def test_runs_at_the_same_time_have_no_bars_and_name_themselves_in_each_line(tmp_path):
+    def run(place: Path) -> None:
+        sys.stderr = FakeTerminal()
+        bar = progress_bar(3, "step")
+        with Logger(place / "0_run", 0, -1) as logger, contextlib.redirect_stdout(io.StringIO()) as out:
+            logger.line("step 1")
+        (place / "seen").write_text(f"{bar.disable} {out.getvalue()}")
+
+    class FakeTerminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    (tmp_path / "0_run").mkdir()
+    process = multiprocessing.get_context("fork").Process(target=run, args=(tmp_path,))  # as joblib has for each run
+    process.start()
+    process.join(timeout=60)
+    assert (tmp_path / "seen").read_text() == "True 0_run: step 1\n"
+    assert (tmp_path / "0_run/train.log").read_text().endswith("  step 1\n")
 
 
 def test_the_first_line_is_printed_before_torch_is_imported(tmp_path, data_dir):

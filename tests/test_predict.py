@@ -379,6 +379,6 @@ def test_copies_within_support_and_between_support_and_query_are_reported(metacv
     code, _, err = metacv("predict", *words, "hydra.run.dir=two")
     assert code == 0
     assert err.splitlines() == [
-        "metacv: support: 1 of 7 images are copies: 1 of images in another class; accuracies may be too high",
-        "metacv: query: 1 of 7 images are copies of images in support; their labels say nothing about the model",
+        "metacv: warning: support: 1 of 7 images are copies: 1 of images in another class; accuracies may be too high",
+        "metacv: warning: query: 1 of 7 images are copies of support images; their labels say nothing about the model",
     ]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from metacv.errors import UserError
 from metacv.files import read_checked, write_atomically
-from metacv.text import printable
+from metacv.terminal import warn
 
 Rotation = Literal["none", "per_class", "per_episode", "as_classes"]  # explained in sampler.py
 SPLITS = ("train", "val", "test")
@@ -127,7 +127,7 @@ def report_copies(label: str, classes: Iterable[Tensor], others: Mapping[str, Te
     if found:
         places = ", ".join(f"{count} of images in {place}" for place, count in found.items())
         text = f"{label}: {found.total()} of {total} images are copies: {places}; accuracies may be too high"
-        print(printable(f"metacv: {text}"), file=sys.stderr)
+        warn(text)
 
 
 def cached_bank(data_dir: Path, name: str, settings: dict[str, Any], make: Callable[[], ImageBank]) -> ImageBank:

@@ -267,7 +267,7 @@ def test_copies_of_an_image_in_a_class_and_in_other_classes_are_counted(tmp_path
     noise(1).save(tmp_path / "own/class 3/copy.png")  # those of class 0/1.png
     message = copies(tmp_path, capsys, **ALL_FOR_TRAINING)
     counted = "2 of images in the same class, 1 of images in another class"
-    assert message == f"metacv: own train: 3 of 15 images are copies: {counted}; accuracies may be too high\n"
+    assert message == f"metacv: warning: own train: 3 of 15 images are copies: {counted}; accuracies may be too high\n"
 
 
 def test_copies_of_images_of_training_in_the_test_are_counted(tmp_path, capsys):
@@ -283,7 +283,7 @@ def test_copies_of_images_of_training_in_the_test_are_counted(tmp_path, capsys):
     assert copies(tmp_path, capsys, "train") == ""
     counted = "1 of images in train"
     message = copies(tmp_path, capsys, "test")
-    assert message == f"metacv: own test: 1 of 5 images are copies: {counted}; accuracies may be too high\n"
+    assert message == f"metacv: warning: own test: 1 of 5 images are copies: {counted}; accuracies may be too high\n"
 
 
 GIVEN = {"size": 20, "color": False, "fit": "stretch", "invert": True}
