@@ -36,6 +36,7 @@ METHODS = {
     "classifier": "Classifier",
     "meta_baseline": "Meta-Baseline",
     "r2d2": "R2D2",
+    "protonet_init": "ProtoNet after a classifier",
 }
 EXPERIMENTS = [
     name
