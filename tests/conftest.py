@@ -166,8 +166,9 @@ def metacv(monkeypatch, tmp_path, data_dir, capsys):
     """The command line in this process, in an empty folder: metacv("train", "steps=2") -> (exit code, out, err)."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("METACV_DATA_DIR", str(data_dir))
-    # They take most of the time of a short evaluation; tests/test_pictures.py draws them.
+    # They take most of the time of a short run; tests/test_pictures.py and tests/test_console.py draw them.
     monkeypatch.setattr("metacv.pictures.write_pictures", lambda *_: None)
+    monkeypatch.setattr("metacv.curves.results_picture", lambda *_: b"")
 
     def run(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["metacv", *arguments])

@@ -51,7 +51,7 @@ def on_a_terminal(columns: int, rows: int, *words: str, environment: dict[str, s
     return b"".join(pieces).decode()
 
 
-@pytest.mark.parametrize(("columns", "rows"), [(80, 24), (120, 40), (0, 0)])
+@pytest.mark.parametrize(("columns", "rows"), [(80, 24), pytest.param(120, 40, marks=pytest.mark.slow), (0, 0)])
 def test_a_terminal_of_any_size_has_a_bar_that_fits_into_one_line(columns, rows, tmp_path, data_dir, monkeypatch):
     monkeypatch.chdir(tmp_path)
     environment = {"METACV_DATA_DIR": str(data_dir), "OMP_NUM_THREADS": "1", "COLUMNS": "", "LINES": ""}
@@ -197,7 +197,8 @@ def test_runs_with_different_validation_have_separate_rankings(trained, tmp_path
     assert ranking(tmp_path / "damaged") == ""
 
 
-def test_a_run_writes_a_picture_of_its_curves(metacv):
+def test_a_run_writes_a_picture_of_its_curves(metacv, monkeypatch):
+    monkeypatch.setattr("metacv.curves.results_picture", results_picture)
     assert metacv(*PROTONET, "hydra.run.dir=run")[0] == 0
     with Image.open("run/results.png") as picture:
         assert picture.size == (1200, 360)

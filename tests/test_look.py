@@ -95,7 +95,7 @@ def test_photographs_for_a_model_of_glyphs_give_one_warning(metacv, trained):
     words = (f"checkpoint={trained('protonet')}", "support=photos", "hydra.run.dir=out")
     for query, kind in (("photos", "query"), ("photos/a/0.png", "support")):
         code, _, err = metacv("predict", *words, f"query={query}")
-        (line,) = (line for line in err.splitlines() if "warning" in line)
+        (line,) = (line for line in err.splitlines() if "unlike" in line)
         assert code == 0
         assert line.startswith(
             f"metacv: warning: the {kind} images are unlike those that the model was trained on: bri"
@@ -117,12 +117,12 @@ def test_inverted_images_give_a_warning_with_the_setting_to_change(metacv, train
     Path("own/support").rename("own/test")
     Path("own/train").mkdir()
     words = ("support=own/test", "query=own/test", "hydra.run.dir=out")
-    assert "warning" not in metacv("predict", "checkpoint=paper.pt", *words)[2]
+    assert "unlike" not in metacv("predict", "checkpoint=paper.pt", *words)[2]
     for path in Path("own/test").glob("*/*.png"):
         Image.fromarray(255 - np.array(Image.open(path))).save(path)
     advice = "inverted they would fit: try dataset.invert=true\n"
     assert metacv("predict", "checkpoint=paper.pt", *words)[2].endswith(advice)
-    assert "warning" not in metacv("predict", "checkpoint=paper.pt", "dataset.invert=true", *words)[2]
+    assert "unlike" not in metacv("predict", "checkpoint=paper.pt", "dataset.invert=true", *words)[2]
     test = ("evaluate", "checkpoint=paper.pt", "dataset.root=own", "query=2", "shot=1", "episodes=2")
     code, _, err = metacv(*test, "hydra.run.dir=test")
     assert (code, err.count("warning"), err.endswith(advice)) == (0, 1, True), err
