@@ -235,6 +235,13 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{name}", value
 
 
+def validation_protocol(config: TrainConfig) -> dict[str, Any]:
+    """Return the settings that determine the episodes of validation, by their full names."""
+    names = ("dataset", "way", "shot", "query", "batch_norm", "eval_episodes")
+    whole = flat({name: getattr(config, name) for name in names})
+    return {name: value for name, value in whole if name != "dataset.train_rotation"}
+
+
 def differences(one: Any, other: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
     """Yield the full name and both values of every setting in which two nested configs differ."""
     if isinstance(one, dict) and isinstance(other, dict):

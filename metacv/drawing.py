@@ -9,6 +9,7 @@ from torch import Tensor
 
 from metacv.data.image_files import as_tensor
 from metacv.data.task import TaskBatch
+from metacv.text import without_middle
 
 Colour = tuple[int, int, int]
 # A heading, which may be empty, and for each image: uint8 [C, H, W], all of one size, its caption, and the colour of
@@ -102,11 +103,8 @@ def _opened(font: str) -> ImageFont.FreeTypeFont:
 
 def _fitted(draw: ImageDraw.ImageDraw, caption: str, width: int) -> str:
     """Drop the middle of a caption that is wider than `width` pixels."""
-    text, kept, font = caption, len(caption), _font(caption)
-    while draw.textlength(text, font) > width:
-        kept -= 1
-        text = f"{caption[: kept // 2]}..{caption[len(caption) - (kept - kept // 2) :]}"
-    return text
+    font = _font(caption)
+    return without_middle(caption, lambda text: draw.textlength(text, font) <= width, "..")
 
 
 def _thumbnail(image: Tensor, width: int) -> Image.Image:

@@ -20,7 +20,16 @@ from torch.nn.utils.rnn import pad_sequence
 from metacv import seen, version
 from metacv.algorithms.base import Algorithm, MetricMethod, evaluating, predicted
 from metacv.algorithms.heads.base import WithHead
-from metacv.config import BatchNormMode, EvaluateConfig, TestConfig, TrainConfig, class_name, differences, merged
+from metacv.config import (
+    BatchNormMode,
+    EvaluateConfig,
+    TestConfig,
+    TrainConfig,
+    class_name,
+    differences,
+    merged,
+    validation_protocol,
+)
 from metacv.confusion import Predictions
 from metacv.data.bank import ImageBank
 from metacv.data.sampler import EpisodeList, EpisodeSampler
@@ -189,7 +198,7 @@ def ranking(measured: list[tuple[Checkpoint, str, Result]]) -> str:
     """Format a table of runs with their test accuracies, sorted by validation accuracy: the best of many test
     accuracies is high partly by chance. Runs that were validated in different ways are not sorted."""
     validations = [checkpoint.content.get("validation") for checkpoint, *_ in measured]
-    ways = {str(validated_in(checkpoint.config)) for checkpoint, *_ in measured}
+    ways = {str(validation_protocol(checkpoint.config)) for checkpoint, *_ in measured}
     lines, numbers = [["run", "validation", measured[0][2].split, ""]], []
     for validation, (_, name, result) in zip(validations, measured, strict=True):
         best: list[Any] = (
@@ -204,12 +213,6 @@ def ranking(measured: list[tuple[Checkpoint, str, Result]]) -> str:
     title = "runs, the best in validation first:" if ranked else "runs, in order of their names (not all were validated"
     title += "" if ranked else " on the same tasks):"
     return f"{title}\n{aligned([lines[0], *(lines[i + 1] for i in order)])}"
-
-
-def validated_in(config: TrainConfig) -> tuple[Any, ...]:
-    """Return a key that is equal for runs that were validated on the same episodes."""
-    images = {name: value for name, value in config.dataset.items() if name != "train_rotation"}
-    return images, config.way, config.shot, config.query, config.batch_norm, config.eval_episodes
 
 
 def runs_below(place: Path) -> list[Path]:

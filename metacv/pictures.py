@@ -13,12 +13,12 @@ from matplotlib.text import Text
 from threadpoolctl import threadpool_limits
 
 from metacv.confusion import Confusion, Predictions, class_names, confusion
+from metacv.curves import STYLE
 from metacv.drawing import font_for, legible
 from metacv.files import write_bytes_atomically, written_or_refused
-from metacv.results import Result
-from metacv.text import columns
+from metacv.results import Result, method_text
+from metacv.text import columns, without_middle
 
-STYLE = "metacv.report.figures"  # the file figures.mplstyle
 PRINTED = {"savefig.dpi": 150, "text.parse_math": False, "font.size": 9}  # a $ in a class name is no formula
 # Ten hues based on Tableau's, with a contrast of at least 3 on light and dark backgrounds.
 HUES = ("#4e79a7", "#d9730d", "#e15759", "#2a9d8f", "#59a14f", "#a8860f", "#b07aa1", "#d4738a", "#9c755f", "#8a8f98")
@@ -31,7 +31,7 @@ LETTER, LONGEST = 0.085, 30  # width of a letter in inches; maximum of letters i
 def write_pictures(folder: Path, predictions: Predictions, result: Result) -> None:
     """Write classes.csv, confusion.png and embedding.png; print the hardest pairs and the files written."""
     found = confusion(predictions)
-    method = f"{result.method} + {result.head}" if result.head else result.method
+    method = method_text(result.method, result.head)
     tested = f"{result.dataset} {result.split}, {method}, {result.way}-way {result.shot}-shot"
     files = {"classes.csv": found.csv(result.query), "confusion.png": png(confusion_matrix(found, tested))}
     if len(predictions.features) and (figure := embedding(predictions, tested)):
@@ -119,11 +119,7 @@ def legible_names(names: Sequence[str], classes: Sequence[int]) -> list[str]:
 
 def clipped(name: str) -> str:
     """Drop the middle of a name that takes more than LONGEST columns."""
-    text, kept = name, len(name)
-    while columns(text) > LONGEST:
-        kept -= 1
-        text = f"{name[: kept // 2]}…{name[len(name) - (kept - kept // 2) :]}"
-    return text
+    return without_middle(name, lambda text: columns(text) <= LONGEST, "…")
 
 
 def in_their_letters(texts: Sequence[Text]) -> None:

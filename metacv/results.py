@@ -119,10 +119,14 @@ def _result(record: dict[str, Any]) -> Result:
     return from_dict(Result, record)
 
 
+def method_text(method: str, head: str) -> str:
+    """`Classifier + Ridge`, or the method alone if no head replaces its classifier."""
+    return f"{method} + {head}" if head else method
+
+
 def task_text(method: str, head: str, way: int, shot: int, query: int) -> str:
     """Describe a method and a task: `Classifier + Ridge, 5-way 1-shot, 15 queries per class`."""
-    name = f"{method} + {head}" if head else method
-    return f"{name}, {way}-way {shot}-shot, {plural(query, 'query', 'queries')} per class"
+    return f"{method_text(method, head)}, {way}-way {shot}-shot, {plural(query, 'query', 'queries')} per class"
 
 
 def warn_at_chance(result: Result, name: str = "") -> None:

@@ -6,7 +6,7 @@ import os
 import re
 import shlex
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 
@@ -25,6 +25,15 @@ def shortened_in_the_middle(text: str, length: int) -> str:
     """Keep the beginning and the end of a text that is longer than `length` characters."""
     end = (length - 3) // 2
     return text if len(text) <= length else f"{text[: length - 3 - end]}...{text[len(text) - end :]}"
+
+
+def without_middle(text: str, fits: Callable[[str], bool], mark: str) -> str:
+    """Drop as few characters as needed from the middle, with `mark` in their place, until the text fits."""
+    shown, kept = text, len(text)
+    while not fits(shown):
+        kept -= 1
+        shown = f"{text[: kept // 2]}{mark}{text[len(text) - (kept - kept // 2) :]}"
+    return shown
 
 
 def csv_safe(text: str) -> str:

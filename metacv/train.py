@@ -42,7 +42,8 @@ from metacv.model import (
     with_head,
 )
 from metacv.precision import check_precision, keep_freed_memory, precision, random_state_kept
-from metacv.results import ResultFile, summary, warn_at_chance
+from metacv.progress import header
+from metacv.results import ResultFile, method_text, summary, warn_at_chance
 from metacv.run import Run, Stopped, StopSignals, lock_folder, remove_unused, start, warn_of_few_test_classes
 from metacv.terminal import progress_bar, warn
 from metacv.text import duration, in_bytes, percent, plural, setting, significant
@@ -68,7 +69,7 @@ def train(cfg: DictConfig, folder: Path, overrides: list[str]) -> float:
         if ranks.rank:  # random draws in training, such as DropBlock's masks, must differ between ranks
             torch.manual_seed(int(torch.randint(2**62, (ranks.rank,))[-1]))
         if config.dry_run:
-            print("\n".join(header(run, validation, folder)))
+            print(header([about(run, validation, folder)]))
             print("\n".join(dry_run(run, model_to_test(run), validation, lambda: training_step(run, ranks))))
             return math.nan
         stack.enter_context(errors_of_threads_once())
@@ -116,14 +117,14 @@ def train(cfg: DictConfig, folder: Path, overrides: list[str]) -> float:
 
 def announce(run: Run, validation: EpisodeList, folder: Path, logger: Logger) -> None:
     """Print the header, and a warning for each unusual setting."""
-    for line in header(run, validation, folder):
+    for line in header([about(run, validation, folder)]).splitlines():
         logger.line(line)
     for text in unusual(run.config):
         warn(text)
 
 
-def header(run: Run, validation: EpisodeList, folder: Path) -> list[str]:
-    """Return aligned lines with method, data, network, device, steps and folder."""
+def about(run: Run, validation: EpisodeList, folder: Path) -> dict[str, str]:
+    """Return method, data, network, device, steps and folder, for the header on the terminal."""
     config, shape = run.config, "x".join(map(str, run.sampler.bank.image_shape))
     trained = f"on batches of {plural(config.meta_batch, 'image')}"
     if isinstance(run.sampler, EpisodeSampler):
@@ -132,7 +133,7 @@ def header(run: Run, validation: EpisodeList, folder: Path) -> list[str]:
     splits = (f"{name} {len(b.sizes):,} classes ({len(b.images):,} images)" for name, b in banks.items())
     parameters = sum(parameter.numel() for parameter in run.algorithm.parameters())
     start = f", from step {run.step:,}" if run.step else ""
-    facts = {
+    return {
         "method": f"{method(config)}, trained {trained}",
         "data": f"{class_name(config.dataset)}, {shape}: {', '.join(splits)}",
         "network": f"{class_name(config.backbone)}, {parameters:,} parameters",
@@ -141,12 +142,10 @@ def header(run: Run, validation: EpisodeList, folder: Path) -> list[str]:
         f"{config.way}-way {config.shot}-shot tasks",
         "folder": str(folder),
     }
-    return [f"{name:<9} {fact}" for name, fact in facts.items()]
 
 
 def method(config: TrainConfig) -> str:
-    """Return the names of the algorithm and of the head that replaces its classifier, if any."""
-    return " + ".join(filter(None, map(class_name, (config.algo, config.head))))
+    return method_text(class_name(config.algo), class_name(config.head))
 
 
 def title(config: TrainConfig) -> str:

@@ -26,7 +26,7 @@ from metacv.files import size_of
 from metacv.pictures import HUES, STYLE
 from metacv.report.gather import RunRecord
 from metacv.report.table import Row
-from metacv.results import Result
+from metacv.results import Result, method_text
 from metacv.text import plural, printable
 
 CURVES, EPISODES, POINTS = 10, 6, 150  # at most: runs with curves, runs with a sample episode, points of a curve
@@ -100,8 +100,9 @@ def by_cost(rows: list[Row]) -> list[Chart]:
     groups: dict[Any, dict[str, list[Point]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         if (test := row.test) and test.train_flops:
-            name = f"{row.run.algorithm}{' + ' * bool(test.head)}{test.head}"
-            groups[row.heading][name].append((test.train_flops / 1e12, 100 * test.accuracy, 100 * test.ci95))
+            groups[row.heading][method_text(row.run.algorithm, test.head)].append(
+                (test.train_flops / 1e12, 100 * test.accuracy, 100 * test.ci95)
+            )
     charts = []
     for heading, lines in groups.items():
         if sum(map(len, lines.values())) > 1:

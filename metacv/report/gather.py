@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from metacv import CONFIG_DIR, limits
-from metacv.config import LOCAL, TrainConfig, flat, to_dict
+from metacv.config import LOCAL, TrainConfig, flat, to_dict, validation_protocol
 from metacv.errors import UserError
 from metacv.files import read_text
 from metacv.model import load_checkpoint
@@ -52,9 +52,7 @@ class RunRecord:
     @cached_property
     def protocol(self) -> dict[str, str]:
         """The settings that determine the episodes of validation, by their full names."""
-        names = ("dataset", "way", "shot", "query", "batch_norm", "eval_episodes")
-        whole = flat({name: getattr(self.config, name) for name in names})
-        return {name: printable(str(value)) for name, value in whole if name != "dataset.train_rotation"}
+        return {name: printable(str(value)) for name, value in validation_protocol(self.config).items()}
 
     @cached_property
     def validated_on(self) -> str:
