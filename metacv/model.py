@@ -39,6 +39,7 @@ T = TypeVar("T")
 FORMAT = 2
 WEIGHTS = {"config", "image_shape", "step", "algorithm"}
 EVALUATED = ("dataset", "backbone", "algo", "head", "way", "shot", "query", "episodes")  # settings for evaluation
+UNNAMED = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
 OPTIONAL = {"training", "centre"}  # may be missing: older checkpoints lack both, and not every head needs a centre
 
 
@@ -205,7 +206,7 @@ def build(config: TrainConfig, image_shape: tuple[int, int, int], classes: int =
         except ValueError as error:
             raise UserError(f"normalize: {error}") from None
     given: dict[str, Any] = {"backbone": backbone}
-    if "classes" in inspect.signature(target_class("algo", config.algo, Algorithm)).parameters:
+    if "classes" in parameters_of(target_class("algo", config.algo, Algorithm)):
         given["classes"] = classes
     return build_node("algo", config.algo, Algorithm, **given)
 
@@ -277,7 +278,7 @@ def settings(config: TrainConfig) -> dict[str, Any]:
     """Return the settings as plain values, with defaults for settings that are newer than the checkpoint."""
     content = to_dict(config)
     for group, base in (("algo", Algorithm), ("backbone", Backbone), ("schedule", LRScheduler)):
-        parameters = inspect.signature(target_class(group, content[group], base)).parameters.values()
+        parameters = parameters_of(target_class(group, content[group], base)).values()
         content[group] = {own.name: own.default for own in parameters if own.default is not own.empty} | content[group]
     return content
 
@@ -287,22 +288,37 @@ def execution_settings(algo: dict[str, Any]) -> set[str]:
     return {f"algo.{name}" for name in target_class("algo", algo, Algorithm).execution_settings}
 
 
+def parameters_of(cls: type) -> dict[str, inspect.Parameter]:
+    """Return the parameters of a class by name, with their types (Any if unknown).
+
+    A constructor with `**settings` passes them on to that of a base class, so it has the parameters of that class too.
+    """
+    found: dict[str, inspect.Parameter] = {}
+    for constructor in (vars(base)["__init__"] for base in cls.__mro__ if "__init__" in vars(base)):
+        own = inspect.signature(constructor).parameters
+        try:
+            hints = typing.get_type_hints(constructor, include_extras=True)
+        except NameError:  # some classes have annotations for type checkers only
+            hints = {}
+        if cls.__module__.startswith("torch."):
+            hints |= TORCH
+        named = {key: p.replace(annotation=hints.get(key, Any)) for key, p in own.items() if p.kind not in UNNAMED}
+        found = {key: p for key, p in named.items() if key != "self"} | found
+        if all(p.kind != inspect.Parameter.VAR_KEYWORD for p in own.values()):
+            break
+    return found
+
+
 def build_node(name: str, node: dict[str, Any], base: type[T], **given: Any) -> T:
     """Build the object that a config node describes: call its `_target_` with its other entries and `given`."""
     cls = target_class(name, node, base)
     settings = {key: value for key, value in node.items() if key != "_target_"}
-    try:
-        hints = typing.get_type_hints(cls.__init__, include_extras=True)
-    except NameError:  # some classes have annotations for type checkers only
-        hints = {}
-    if cls.__module__.startswith("torch."):
-        hints |= TORCH
-    parameters = inspect.signature(cls).parameters
+    parameters = parameters_of(cls)
     for key, value in settings.items():
         if key in given or key not in parameters:
             raise UserError(f"{name}.{key}: {cls.__name__} has no such setting")
         try:
-            settings[key] = checked(f"{name}.{key}", value, hints.get(key, Any))
+            settings[key] = checked(f"{name}.{key}", value, parameters[key].annotation)
         except ValueError as error:
             raise UserError(str(error)) from None
     try:

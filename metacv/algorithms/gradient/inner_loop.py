@@ -192,6 +192,11 @@ class InnerLoop(Algorithm):
         return values
 
 
+def key(name: str) -> str:
+    """Return the name of a parameter without dots, which nn.Module does not allow in names."""
+    return name.replace(".", "_")
+
+
 def of_each_task(params: Params) -> list[Params]:
     """Return the parameters of each task, without the leading [T]."""
     columns = zip(*(p.unbind() for p in params.values()), strict=True)  # unbind adds one node to the graph

@@ -1,11 +1,17 @@
-"""Model-Agnostic Meta-Learning (Finn et al., 2017), https://arxiv.org/abs/1703.03400"""
+"""Model-Agnostic Meta-Learning (Finn et al., 2017), https://arxiv.org/abs/1703.03400
 
+With `adapt` also ANIL (Raghu et al., 2020, arXiv:1909.09157), which adapts the last layer only, and BOIL (Oh et al.,
+2021, arXiv:2008.08882), which adapts all but the last layer.
+"""
+
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from metacv.algorithms.base import per_task
 from metacv.algorithms.gradient.inner_loop import InnerLoop, Params, TaskBatching
 from metacv.backbones.base import Backbone
 from metacv.backbones.batch_norm import BatchNorm, batch_norms, keeps_running_statistics
@@ -26,6 +32,7 @@ class MAML(InnerLoop):
         inner_steps: InnerSteps,
         eval_inner_steps: EvalInnerSteps,
         first_order: bool = False,  # FOMAML: inner gradients are constants
+        adapt: Literal["all", "head", "backbone"] = "all",  # the parameters that the inner loop adapts
         inner_loss: Literal["mean", "sum_per_shot"] = "mean",
         adapt_norm: bool = False,
         gradient_checkpointing: bool = False,  # recompute inner steps in the outer backward pass
@@ -40,31 +47,59 @@ class MAML(InnerLoop):
         self.first_order, self.inner_loss = first_order, inner_loss
         self.gradient_checkpointing = gradient_checkpointing
         self.one_task_in_training = gradient_checkpointing and task_batching == "auto"  # needs the least memory
-        norms = batch_norms(self.net)
-        for norm in norms:
+        self.adapts = adapt
+        self.set_order(first_order)
+        kept = set() if adapt_norm else {p for norm in batch_norms(self.net) for p in norm.parameters()}
+        part = "" if adapt == "all" else f"{adapt}."
+        trained = [(name, p) for name, p in self.net.named_parameters() if p.requires_grad and name.startswith(part)]
+        self.adapted = [name for name, p in trained if p not in kept]
+        if not self.adapted:
+            raise ValueError(f"adapt={adapt}: nothing to adapt, because the backbone is frozen")
+
+    def set_order(self, first_order: bool) -> None:
+        """Use gradients of first order only, or of second order too."""
+        self.first_order = first_order
+        for norm in batch_norms(self.net):
             if isinstance(norm, BatchNorm):
                 norm.second_order = not first_order
-        kept = set() if adapt_norm else {p for norm in norms for p in norm.parameters()}
-        self.adapted = [name for name, p in self.net.named_parameters() if p.requires_grad and p not in kept]
+
+    def adapt(self, tasks: TaskBatch) -> Params:
+        return super().adapt(self.with_features(tasks) if self.adapts == "head" else tasks)
+
+    def with_features(self, tasks: TaskBatch) -> TaskBatch:
+        """Replace the support images by their features [T, S, D], which no step of the head changes."""
+        backbone = self.net.backbone
+        with torch.set_grad_enabled(self.training):
+            return replace(tasks, support_x=per_task(backbone, backbone.features, tasks.support_x))
 
     def update(self, params: Params, tasks: TaskBatch, step: int) -> Params:
         """Make one gradient step on the support set (equation 1)."""
         if not (self.training and self.gradient_checkpointing and not self.first_order):
-            return self.gradient_step(params, tasks)
+            return self.gradient_step(params, tasks, step)
 
         def again(*values: Tensor) -> tuple[Tensor, ...]:
-            return tuple(self.gradient_step(dict(zip(params, values, strict=True)), tasks).values())
+            return tuple(self.gradient_step(dict(zip(params, values, strict=True)), tasks, step).values())
 
         return dict(zip(params, checkpoint(again, *params.values(), use_reentrant=True), strict=True))
 
-    def gradient_step(self, params: Params, tasks: TaskBatch) -> Params:
+    def gradient_step(self, params: Params, tasks: TaskBatch, step: int) -> Params:
         # Checkpointing disables gradients in its first pass, which keeps no graph.
         second_order = self.training and not self.first_order and torch.is_grad_enabled()
         with torch.enable_grad():
-            logits = self.classify(params, tasks.support_x)
+            logits = self.support_logits(params, tasks, step)
             loss = len(tasks) * self.loss(logits, tasks.support_y)  # the sum: each task gets the gradient of its mean
             if self.inner_loss == "sum_per_shot":
                 loss = loss * tasks.way
             grads = torch.autograd.grad(loss, [params[name] for name in self.adapted], create_graph=second_order)
         steps = zip(self.adapted, grads, strict=True)
-        return params | {name: params[name] - self.inner_lr * grad for name, grad in steps}
+        return params | {name: params[name] - self.rate(name, step, tasks.way) * grad for name, grad in steps}
+
+    def support_logits(self, params: Params, tasks: TaskBatch, step: int) -> Tensor:
+        """Return logits [T, S, N] of the support set with the parameters before inner step number `step`."""
+        if self.adapts == "head":
+            return torch.baddbmm(params["head.bias"].unsqueeze(1), tasks.support_x, params["head.weight"].mT)
+        return self.classify(params, tasks.support_x)
+
+    def rate(self, name: str, step: int, way: int) -> float | Tensor:
+        """Return the learning rate of a parameter at inner step number `step`, for tasks of `way` classes."""
+        return self.inner_lr

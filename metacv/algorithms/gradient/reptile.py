@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from metacv.algorithms.base import accuracies
-from metacv.algorithms.gradient.inner_loop import InnerLoop, Params, TaskBatching
+from metacv.algorithms.gradient.inner_loop import InnerLoop, Params, TaskBatching, key
 from metacv.backbones.base import Backbone
 from metacv.bounds import Count, EvalInnerSteps, Images, InnerSteps, Positive, Way
 from metacv.data.task import TaskBatch
@@ -129,4 +129,4 @@ def _batches(images: int, size: int, steps: int, seed: int) -> Tensor:
 
 
 def _buffer(name: str) -> str:
-    return "moment_" + name.replace(".", "_")
+    return "moment_" + key(name)
