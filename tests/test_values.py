@@ -25,10 +25,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from PIL import Image
 
 from metacv import CONFIG_DIR, config
-from metacv.bounds import TORCH, Positive, checked
+from metacv.bounds import Positive, checked
 from metacv.confusion import Predictions
 from metacv.distributed import Ranks
-from metacv.model import load_checkpoint, with_head
+from metacv.model import load_checkpoint, parameters_of, with_head
 from metacv.run import start
 from metacv.text import short
 from metacv.train import initialize, prepare
@@ -60,10 +60,12 @@ TEXT = "text, empty, long"
 ACCEPTED = {  # which of the values a setting may have by its type; a setting that is not here takes none of them
     "true": "augment.flip compile projector algo.rotations algo.cosine algo.first_order algo.adapt_norm "
     "algo.gradient_checkpointing algo.learn_temperature algo.learn_penalty algo.reset_moments backbone.ceil_pool "
+    "algo.learn_rates algo.per_step_norm "
     "backbone.global_pool backbone.norm_scale backbone.running_stats backbone.frozen dataset.crop dataset.color "
     "dataset.invert dataset.resize schedule.cycle_momentum head.flip head.cosine head.normalize resume dry_run "
     "evaluate:unseen_only compare:unseen_only",
-    "zero": "augment.crop backbone.padding head.augment schedule.total_iters",
+    "zero": "algo.multi_step_loss_steps algo.first_order_steps "
+    "augment.crop backbone.padding head.augment schedule.total_iters",
     "list": "normalize.mean normalize.std backbone.padding",
     "empty list": "normalize.mean normalize.std paper backbone.padding backbone.downsample dataset.val_alphabets "
     "compare:runs report:runs info:runs list:what",
@@ -139,8 +141,7 @@ def settings_of_classes() -> Iterator[Setting]:
             if "_target_" not in node:
                 continue  # another file's class, with other values
             cls = pydoc.locate(node.pop("_target_"))
-            hints = typing.get_type_hints(cls.__init__, include_extras=True)
-            hints |= TORCH if cls.__module__.startswith("torch.") else {}
+            hints = {name: parameter.annotation for name, parameter in parameters_of(cls).items()}
             words = (f"{group}={path.stem}", *["dataset.root=images"] * ("root" in node))
             for name in node:
                 yield from nested(Setting("train", words, f"{group}.{name}", hints[name]))

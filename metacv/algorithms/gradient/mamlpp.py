@@ -70,7 +70,8 @@ class MAMLPlusPlus(MAML):
 
     def training_step(self, tasks: TaskBatch) -> dict[str, Tensor]:
         self.set_order(self.always_first_order or self.done < self.first_order_steps)
-        self.loss_weights.copy_(torch.tensor(self.weights(self.done)))
+        for own, weight in zip(self.loss_weights, self.weights(self.done), strict=True):
+            own.fill_(weight)
         changes = self.done in (self.first_order_steps, self.multi_step_loss_steps)
         if changes and isinstance(self.gradient, CompiledGradient):
             self.compile_training()  # the graph is another one from now on
