@@ -44,7 +44,8 @@ class MAMLPlusPlus(MAML):
         super().__init__(*args, **settings)
         self.multi_step_loss_steps, self.first_order_steps = multi_step_loss_steps, first_order_steps
         self.always_first_order = self.first_order
-        self.done = 0  # outer steps
+        self.done = 0  # outer steps; the buffer is the same number in checkpoints
+        self.register_buffer("steps_done", torch.zeros((), dtype=torch.long))
         self.register_buffer("loss_weights", torch.zeros(self.inner_steps), persistent=False)
         self.rates, self.norms = nn.ParameterDict(), nn.ParameterDict()
         if learn_rates:
@@ -62,11 +63,9 @@ class MAMLPlusPlus(MAML):
                     self.norms[key(name)] = nn.Parameter(p.detach().repeat(self.inner_steps, 1))
                     p.requires_grad_(False)  # replaced by those of each step
 
-    def get_extra_state(self) -> Tensor:
-        return torch.tensor(self.done)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        self.done = int(state)
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *others: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *others)
+        self.done = int(state_dict.get(f"{prefix}steps_done", 0))
 
     def training_step(self, tasks: TaskBatch) -> dict[str, Tensor]:
         self.set_order(self.always_first_order or self.done < self.first_order_steps)
@@ -77,6 +76,7 @@ class MAMLPlusPlus(MAML):
             self.compile_training()  # the graph is another one from now on
         scalars = super().training_step(tasks)
         self.done += 1
+        self.get_buffer("steps_done").add_(1)
         return scalars
 
     def weights(self, done: int) -> list[float]:
