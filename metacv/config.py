@@ -220,7 +220,9 @@ def absolute(path: str) -> str:
 
 
 def class_name(node: Mapping[str, Any]) -> str:
-    """Return the name of the class that a config node builds; empty without one."""
+    """Return the name of the class that a config node builds, or the names in `sets`; empty without any."""
+    if isinstance(sets := node.get("sets"), dict):
+        return "+".join(class_name(own) for own in sets.values())
     return str(node.get("_target_", "")).rpartition(".")[2]
 
 

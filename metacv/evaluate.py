@@ -242,7 +242,8 @@ def prepare(checkpoint: Checkpoint, given: TestConfig, others: Iterable[Checkpoi
         raise UserError(f"{bank.name} has images of {own}, but {checkpoint.path} was trained on {trained}")
     unseen = seen.unseen(dataset, bank, given.split, (checkpoint, *others), given.unseen_only)
     left_out, bank = len(bank.class_names) - len(unseen.class_names), unseen
-    warn_if_unlike(f"the images of {bank.name}", bank.images, checkpoint, dataset)
+    if config.dataset != checkpoint.config.dataset:
+        warn_if_unlike(f"the images of {bank.name}", bank.images, checkpoint, dataset)
     task = config.way, config.shot, config.query, dataset.rotation(given.split)
     episodes = EpisodeList(EpisodeSampler(bank, *task, config.seed, device), config.episodes)
     algorithm = with_head(checkpoint.build(config), config, checkpoint.centre).to(device)

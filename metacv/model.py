@@ -232,7 +232,11 @@ def with_head(algorithm: Algorithm, config: TrainConfig, centre: Tensor | None =
 def build_dataset(node: dict[str, Any], data_dir: str) -> Dataset:
     if not data_dir:
         raise UserError("data_dir is empty; set data_dir=FOLDER, a folder for data sets and their cache")
-    return build_node("dataset", node, Dataset, data_dir=user_path(data_dir))
+    given: dict[str, Any] = {"data_dir": user_path(data_dir)}
+    if isinstance(sets := node.get("sets"), dict):
+        given["sets"] = {name: build_dataset(own, data_dir) for name, own in sets.items()}
+        node = {name: value for name, value in node.items() if name != "sets"}
+    return build_node("dataset", node, Dataset, **given)
 
 
 def build_optimizer(config: TrainConfig, algorithm: Algorithm) -> tuple[Optimizer, LRScheduler] | None:

@@ -16,7 +16,7 @@ from metacv.upgrade import RENAMED
 IN_ITS_FOLDER = ("true", "false", "auto")  # values of `resume` that are not paths
 # Paths that a run reads again when it is resumed or evaluated, perhaps from another folder. Does not match init, which
 # is read only once, nor dataset.split_dir, which is in data_dir unless absolute.
-KEPT_PATHS = re.compile(r"data_dir|\w+\.(teacher|root|\w+_file)")
+KEPT_PATHS = re.compile(r"data_dir|[\w.]+\.(teacher|root|\w+_file)")
 PATHS = re.compile(
     r"\+*(checkpoint|features|init|support|adapted|save|resume|hydra\.(run|sweep)\.dir|dataset\.\w+_dir"
     rf"|{KEPT_PATHS.pattern})"
@@ -59,7 +59,7 @@ def hydra_overrides(command: str, words: list[str]) -> list[str]:
         if "=" not in words[i] and not words[i].startswith("~"):
             raise UserError(f"{words[i]}: give settings as name=value")
     if command == "train":
-        words = _named(words, sweeps)
+        words = [own for word in _named(words, sweeps) for own in _mixed(word)]
     overrides = [_quoted_path(command, word, sweeps) for word in words]
     if command != "train" or any(
         word.startswith("resume=") and word not in ("resume=false", "resume=auto") for word in words
@@ -89,6 +89,13 @@ def _named(words: list[str], sweep: bool) -> list[str]:
         raise UserError(f"name={printable(name)}: not a folder in {folder}; {setting}=FOLDER takes any folder")
     whole = f"{folder}/{name}"
     return [*others, f"{setting}={whole if '${' in whole else quoted(whole)}"]
+
+
+def _mixed(word: str) -> list[str]:
+    """Return the words that mix data sets for `dataset=[A,B]`, and any other word itself."""
+    if not word.startswith("dataset=["):
+        return [word]
+    return ["dataset=mixture", *(f"+dataset@dataset.sets.{name}={name}" for name in _parsed(word))]
 
 
 def _parsed(word: str) -> Any:

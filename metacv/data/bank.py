@@ -7,11 +7,12 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -33,6 +34,8 @@ class ImageBank:
     images: Tensor  # uint8 [M, C, H, W]
     offsets: Tensor  # int64 [classes + 1]
     class_names: tuple[str, ...]
+    groups: tuple[int, ...] = ()  # of each class; those of a task are in one group. Empty: there is one group
+    chances: tuple[float, ...] = (1.0,)  # of a task to come from each group
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -43,6 +46,11 @@ class ImageBank:
     def sizes(self) -> Tensor:
         """The number of images of each class, int64 [classes]."""
         return self.offsets.diff()
+
+    @property
+    def classes_of_groups(self) -> list[int]:
+        """The number of classes of each group."""
+        return [self.groups.count(own) for own in range(len(self.chances))] if self.groups else [len(self.sizes)]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -56,7 +64,10 @@ class ImageBank:
         rows = [torch.arange(int(self.offsets[c]), int(self.offsets[c + 1])) for c in classes]
         offsets = torch.tensor([0, *map(len, rows)]).cumsum(0)
         images = self.images[torch.cat(rows)] if rows else self.images[:0]
-        return ImageBank(name, images, offsets, tuple(self.class_names[c] for c in classes))
+        names = tuple(self.class_names[c] for c in classes)
+        return ImageBank(
+            name, images, offsets, names, tuple(self.groups[c] for c in classes if self.groups), self.chances
+        )
 
 
 @dataclass
@@ -95,6 +106,24 @@ class Dataset(ABC):
 
     def rotation(self, split: str) -> Rotation:
         return self.train_rotation if split == "train" else self.test_rotation
+
+
+def fitted(images: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """Resize images, uint8 [M, C, H, W], to `shape` (bicubic); repeat grey to colour, or turn colour to grey."""
+    channels, height, width = shape
+    if images.shape[1] != channels:
+        grey = images if images.shape[1] == 1 else to_grey(images)
+        images = grey.expand(-1, channels, -1, -1)
+    if images.shape[2:] == (height, width):
+        return images
+    resize = partial(F.interpolate, size=(height, width), mode="bicubic", antialias=True)
+    return torch.cat([resize(some.float()).round_().clamp_(0, 255).byte() for some in images.split(1000)])
+
+
+def to_grey(images: Tensor) -> Tensor:
+    """Return the luma (ITU-R 601-2) of colour images, uint8 [M, 3, H, W] -> [M, 1, H, W]."""
+    weights = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
+    return torch.cat([(some * weights).sum(1, keepdim=True).round_().byte() for some in images.split(1000)])
 
 
 def pictures(images: Tensor) -> list[bytes]:

@@ -69,13 +69,16 @@ class EpisodeSampler(Sampler):
         """Copy the images of `bank` to `device`. `prefix` of settings in errors: train_ for train_way."""
         self.way, self.shot, self.query, self.device = way, shot, query, torch.device(device)
         self.bank, self.rotation, self.augment = bank, rotation, augment
-        self.classes = len(bank.sizes) * (4 if rotation == "as_classes" else 1)
+        turns = 4 if rotation == "as_classes" else 1
+        self.classes = len(bank.sizes) * turns
+        most = turns * min(bank.classes_of_groups)
+        place = f"{bank.name} has only {most} classes{' in one of its data sets' * (most < self.classes)}"
         size, name = min(zip(bank.sizes.tolist(), bank.class_names, strict=True), default=(0, ""))
         need = f"{prefix}shot={shot} + {prefix}query={query} needs {shot + query} images per class,"
         _, height, width = bank.image_shape
         check_crop(bank, augment)
         for wrong, message in (
-            (way > self.classes, f"{prefix}way={way}, but {bank.name} has only {self.classes} classes"),
+            (way > most, f"{prefix}way={way}, but {place}"),
             (shot + query > size, f"{need} but {name} of {bank.name} has {size}"),
             (rotation != "none" and height != width, f"rotation={rotation} needs square images, not {height}x{width}"),
         ):
@@ -92,6 +95,11 @@ class EpisodeSampler(Sampler):
         random = torch.rand(tasks, sum(widths), generator=self.generator, dtype=torch.float64)
         for_class, for_angle, for_image = random.split(widths, dim=1)
 
+        if len(self.bank.chances) > 1:
+            for_group = torch.rand(tasks, 1, generator=self.generator, dtype=torch.float64)
+            group = torch.searchsorted(torch.tensor(self.bank.chances).cumsum(0)[:-1], for_group, right=True)  # [T, 1]
+            own = torch.tensor(self.bank.groups).repeat(self.classes // len(sizes)) == group
+            for_class = for_class.masked_fill(~own, -1)
         classes = for_class.topk(self.way).indices  # [T, N] without replacement
         turns = torch.zeros_like(classes)
         if self.rotation == "as_classes":

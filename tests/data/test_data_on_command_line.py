@@ -197,3 +197,16 @@ def test_a_sweep_trains_on_files_in_every_job(metacv, small_miniimagenet):
     words = ("-m", *small_miniimagenet, "steps=1", "seed=0,1", "hydra.sweep.dir=sweep")
     assert metacv("train", *words)[0] == 0
     assert len(list(Path("sweep").glob("*/best.pt"))) == 2
+
+
+@pytest.mark.usefixtures("may_be_at_chance")
+def test_a_mixture_trains_and_is_evaluated_on_all_and_on_one_of_its_data_sets(metacv, own):
+    sets = "dataset=[glyphs,image_folder]", "dataset.sets.image_folder.root=own", "dataset.weights=[1,3]"
+    few = "dataset.sets.glyphs.classes={train:6,val:6,test:4}", "dataset.size=28", "way=3", "query=2"
+    code, out, err = metacv("train", "algo=protonet", *SHORT, *sets, *few, "hydra.run.dir=run")
+    assert (code, err) == (0, "")
+    assert "Glyphs+ImageFolder, 3x28x28: train 19 classes" in out
+    assert "Glyphs+ImageFolder test: 8 classes" in metacv("evaluate", "checkpoint=run", *EVALUATE)[1]
+    code, out, err = metacv("evaluate", "checkpoint=run", "dataset=image_folder", "dataset.root=own", *EVALUATE)
+    assert code == 1
+    assert "were used in training or validation of" in err
