@@ -207,6 +207,8 @@ def test_a_mixture_trains_and_is_evaluated_on_all_and_on_one_of_its_data_sets(me
     assert (code, err) == (0, "")
     assert "Glyphs+ImageFolder, 3x28x28: train 19 classes" in out
     assert "Glyphs+ImageFolder test: 8 classes" in metacv("evaluate", "checkpoint=run", *EVALUATE)[1]
-    code, out, err = metacv("evaluate", "checkpoint=run", "dataset=image_folder", "dataset.root=own", *EVALUATE)
+    one = "checkpoint=run", "dataset=image_folder", "dataset.root=own", *EVALUATE
+    assert "ImageFolder test: 4 classes" in metacv("evaluate", *one)[1]
+    code, _, err = metacv("evaluate", *one, "dataset.split_seed=1")
     assert code == 1
     assert "were used in training or validation of" in err
