@@ -2,7 +2,6 @@
 
 import importlib
 import io
-import math
 import os
 import re
 import shlex
@@ -11,7 +10,9 @@ from pathlib import Path
 
 from metacv import CONFIG_DIR, __version__
 from metacv.completion import complete
+from metacv.errors import UserError
 from metacv.help import COMMANDS, help_text
+from metacv.processes import processes_to_start, train_in_processes
 from metacv.terminal import report_error, silent_unless_rank_zero, world_size
 from metacv.words import IN_ITS_FOLDER, hydra_overrides, quoted
 
@@ -36,7 +37,6 @@ def main() -> None:
 def _with_errors_in_one_line(arguments: list[str]) -> int:
     """Run a command, print an error in one line unless a traceback is requested, and return the exit code."""
     traceback_wanted = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises its errors instead of printing them
     reported: list[Exception] = []
     try:
         return _dispatch(arguments, reported)
@@ -66,6 +66,8 @@ def _dispatch(arguments: list[str], reported: list[Exception]) -> int:
     elif command != "train" and world_size() > 1:
         print(f"metacv: {command} runs in one process; start it without torchrun", file=sys.stderr)
         return 1
+    elif command == "train" and processes_to_start(words) > 1:
+        return train_in_processes(words)
     else:
         with silent_unless_rank_zero() as folder:
             elsewhere = [f"hydra.{kind}.dir={quoted(folder)}" for kind in ("run", "sweep")] if folder else []
@@ -78,7 +80,6 @@ def _run(command: str, words: list[str]) -> int:
     from omegaconf import OmegaConf, open_dict
 
     from metacv import config
-    from metacv.errors import UserError
 
     cfg = config.composed(command, hydra_overrides(command, words))
     folder = Path(cfg.hydra.run.dir)
@@ -102,8 +103,8 @@ def _train(words: list[str], reported: list[Exception]) -> int:
     from omegaconf import DictConfig
 
     from metacv import sweep
-    from metacv.errors import UserError
 
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises its errors instead of printing them
     overrides = hydra_overrides("train", words)
     sweep.Folder.started = None
     overrides.sort(key=lambda word: word not in ("-m", "--multirun"))  # argparse rejects an option between settings
@@ -128,7 +129,7 @@ def _train(words: list[str], reported: list[Exception]) -> int:
                 report_error(error, hydra_config.overrides.task)
                 raise
             failed.append(error)  # re-raised below, so that Hydra does not print it too
-            return math.nan
+            return float("nan")
 
     if not any(word.startswith("-") and word not in ("-m", "--multirun") for word in overrides):
         print(f"metacv {__version__}: train {shlex.join(words)}", flush=True)  # importing torch takes seconds

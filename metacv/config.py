@@ -30,7 +30,7 @@ BatchNormMode = Literal["inductive", "transductive"]
 Precision = Literal["fp32", "tf32", "bf16"]
 Split = Literal["train", "val", "test"]
 # Settings that do not change what a run computes, and those that do not change what a step computes.
-LOCAL = {"device", "data_dir", "name", "resume", "dry_run", "log_every", "projector"}
+LOCAL = {"device", "processes", "data_dir", "name", "resume", "dry_run", "log_every", "projector"}
 RESUMABLE = LOCAL | {"steps", "compile", "eval_every", "patience", "paper"}
 
 
@@ -82,6 +82,7 @@ class TrainConfig:
     ema: ShareBelowOne | None = None
     seed: Seed = MISSING
     device: str = "auto"
+    processes: Count = 1
     data_dir: str = ""
     name: str | None = None
     resume: bool | str = False

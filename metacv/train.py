@@ -342,6 +342,8 @@ def averaged(algorithm: Algorithm, decay: float | None) -> AveragedModel | None:
 
 
 def check_counts(config: TrainConfig, ranks: Ranks) -> None:
+    if config.processes != 1:
+        raise UserError(f"processes={config.processes}: give it on the command line, not in a file")
     for name in ("meta_batch", "eval_episodes"):
         if getattr(config, name) < ranks.size:
             raise UserError(f"{name}={getattr(config, name)}: must be at least {ranks.size}, the number of processes")

@@ -59,7 +59,7 @@ def hydra_overrides(command: str, words: list[str]) -> list[str]:
         if "=" not in words[i] and not words[i].startswith("~"):
             raise UserError(f"{words[i]}: give settings as name=value")
     if command == "train":
-        words = [own for word in _named(words, sweeps) for own in _mixed(word)]
+        words = [own for word in _named(words, sweeps) for own in _mixed(word) if not own.startswith("processes=")]
     overrides = [_quoted_path(command, word, sweeps) for word in words]
     if command != "train" or any(
         word.startswith("resume=") and word not in ("resume=false", "resume=auto") for word in words

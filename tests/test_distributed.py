@@ -224,3 +224,35 @@ def test_each_process_uses_a_gpu_of_its_own(monkeypatch):
     assert Ranks().device("cuda:1") == "cuda:1"
     with pytest.raises(UserError, match="device=cuda:1: must be auto, cuda or cpu with 4 processes"):
         Ranks(3, 4, 1).device("cuda:1")
+
+
+def test_processes_on_the_command_line_train_as_torchrun_does(metacv, tmp_path):
+    words = ("algo=protonet", *STEADY, "steps=4", "eval_every=2")
+    for name, count in (("one", ()), ("two", ("processes=2",))):
+        command = [sys.executable, "-m", "metacv", "train", *words, *count, f"hydra.run.dir={name}"]
+        run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+        assert run.stderr == ""
+        assert run.stdout.count("best in validation") == 1
+    assert_same_training("one", "two")
+    assert metacv("train", "resume=two", "steps=6")[0] == 0
+
+
+def test_an_error_in_several_processes_is_one_line(metacv, tmp_path):
+    command = [sys.executable, "-m", "metacv", "train", "processes=2", "meta_batch=1", "hydra.run.dir=run"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert (run.returncode, run.stderr) == (1, "metacv: meta_batch=1: must be at least 2, the number of processes\n")
+
+
+@pytest.mark.parametrize("value", ["0", "two", "", "1.5", "100000"])
+def test_processes_must_be_a_whole_number(metacv, value):
+    assert metacv("train", f"processes={value}") == (
+        1, "", f"metacv: processes={value}: must be a whole number from 1 to 1000\n"
+    )  # fmt: skip
+
+
+def test_processes_in_a_file_are_refused(metacv, tmp_path):
+    (tmp_path / "own" / "experiment").mkdir(parents=True)
+    (tmp_path / "own" / "experiment" / "two.yaml").write_text("# @package _global_\nprocesses: 2\n")
+    code, _, err = metacv("train", "--config-dir", "own", "experiment=two")
+    assert code == 1
+    assert "processes=2: give it on the command line, not in a file" in err
