@@ -9,6 +9,7 @@ import typing
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from metacv.confusion import Predictions
 from metacv.data.bank import ImageBank
 from metacv.data.sampler import EpisodeList, EpisodeSampler
 from metacv.errors import UserError
-from metacv.features import evaluate_features
+from metacv.features import DEFAULT_HEAD, evaluate_features
 from metacv.files import user_path, write_bytes_atomically, written_or_refused
 from metacv.look import warn_if_unlike
 from metacv.model import (
@@ -43,11 +44,21 @@ from metacv.model import (
     describe_device,
     load_checkpoint,
     pick_device,
+    uses_query_set,
     with_head,
 )
 from metacv.precision import keep_freed_memory
 from metacv.progress import Progress, header
-from metacv.results import Result, ResultFile, check_accuracies, summary, task_text, warn_at_chance
+from metacv.results import (
+    UNBALANCED,
+    Result,
+    ResultFile,
+    check_accuracies,
+    method_text,
+    summary,
+    task_text,
+    warn_at_chance,
+)
 from metacv.terminal import say
 from metacv.text import aligned, percent, plural, printable, shortened
 
@@ -94,6 +105,21 @@ class Evaluation:
             "device": describe_device(sampler.device),
         }
 
+    def variants(self, given: EvaluateConfig) -> "list[Evaluation]":
+        """Return this evaluation for each balance of the queries and, for a head that uses the whole query set, also
+        for the nearest class mean, which does not."""
+        heads = [self]
+        if isinstance(self.algorithm, WithHead) and self.algorithm.uses_query_set:
+            node = DEFAULT_HEAD | {"augment": self.algorithm.copies, "flip": self.algorithm.classify.flip}
+            config = dataclasses.replace(self.config, head=node)
+            heads.append(dataclasses.replace(self, config=config, algorithm=with_head(self.algorithm, config)))
+        balances = given.balances(self.algorithm.uses_query_set)
+        return [
+            dataclasses.replace(one, episodes=one.episodes.balanced_as(balance))
+            for one in heads
+            for balance in balances
+        ]
+
     def run_and_print(self, batch_norm: str, name: str) -> tuple[Tensor, Result]:
         """Run the evaluation of the run called `name` and print its result; return accuracies [E] and the result."""
         predictions, result = self.run(batch_norm, f"evaluating {name}")
@@ -124,13 +150,15 @@ class Evaluation:
             **self.checkpoint.training.result_fields(),
             device=describe_device(self.episodes.sampler.device),
             tasks_per_second=len(accuracy) / seconds,
-            **summary(accuracy),
+            uses_query_set=self.algorithm.uses_query_set,
+            **summary(accuracy, self.episodes.disjoint),
         )
 
 
 def record(config: TrainConfig, episodes: EpisodeList, **measured: Any) -> Result:
     """Build the Result of an evaluation: `measured` fields, and those given by settings, episodes and versions."""
-    known = {name: getattr(episodes.sampler, name) for name in ("way", "shot", "query", "rotation")}
+    known = {name: getattr(episodes.sampler, name) for name in ("way", "shot", "query", "rotation", "query_balance")}
+    known["disjoint"] = episodes.disjoint
     known |= {name: class_name(getattr(config, group)) for name, group in CLASSES.items()}
     return Result(**known, **measured, episodes=len(episodes), torch=str(torch.__version__), metacv=version())
 
@@ -141,12 +169,14 @@ def evaluate(cfg: EvaluateConfig, folder: Path) -> None:
         raise UserError("checkpoint is missing; set checkpoint=RUN, or features=FILE.npz")
     if not cfg.features and (below := runs_below(user_path(str(cfg.checkpoint)))):
         return evaluate_runs(cfg, folder, below)
-    measured = [evaluate_features(cfg)] if cfg.features else evaluate_checkpoint(cfg)
+    measured = evaluate_features(cfg) if cfg.features else evaluate_checkpoint(cfg)
     write_evaluation(folder, [(predictions.accuracy, result) for predictions, result in measured])
     for _, result in measured:
         print(result.describe())
         warn_at_chance(result)
-    if len(measured) == 1:
+    if len({result.query_balance for _, result in measured}) > 1:
+        print(balances_side_by_side([result for _, result in measured]))
+    if len({result.batch_norm for _, result in measured}) == 1:
         from metacv.pictures import write_pictures  # matplotlib is slow to import, and training does not need it
 
         write_pictures(folder, *measured[0])
@@ -154,19 +184,20 @@ def evaluate(cfg: EvaluateConfig, folder: Path) -> None:
 
 
 def evaluate_checkpoint(cfg: EvaluateConfig) -> list[tuple[Predictions, Result]]:
-    """Evaluate one checkpoint; return predictions and the result for each requested batch-norm mode."""
+    """Evaluate one checkpoint; return predictions and results for each requested batch-norm mode and query balance."""
     modes = batch_norm_modes(cfg)
     given = dataclasses.replace(cfg, batch_norm=modes[0])
     evaluation = prepare(load_checkpoint(str(cfg.checkpoint)), given)
     say(header([evaluation.about]))
-    return [evaluation.run(mode or evaluation.config.batch_norm) for mode in modes]
+    cases = product(modes, evaluation.variants(cfg))
+    return [one.run(mode or evaluation.config.batch_norm) for mode, one in cases]
 
 
 def evaluate_runs(cfg: EvaluateConfig, folder: Path, places: list[Path]) -> None:
     """Evaluate the runs in `places` with the same settings; UserError at the end if some of them failed."""
     modes, failed = batch_norm_modes(cfg), []
     evaluations: dict[str, Evaluation] = {}
-    measured: dict[tuple[str, str], tuple[Tensor, Result]] = {}
+    measured: list[tuple[str, Tensor, Result]] = []
 
     @contextmanager
     def continue_after_error(name: str) -> Iterator[None]:
@@ -184,11 +215,11 @@ def evaluate_runs(cfg: EvaluateConfig, folder: Path, places: list[Path]) -> None
         say(header([evaluation.about for evaluation in evaluations.values()]))
     for name, evaluation in evaluations.items():
         with continue_after_error(name):
-            for mode in (mode or evaluation.config.batch_norm for mode in modes):
-                measured[name, mode] = evaluation.run_and_print(mode, name)
+            for mode, one in product(modes, evaluation.variants(cfg)):
+                measured.append((name, *one.run_and_print(mode or evaluation.config.batch_norm, name)))
     if measured:
-        write_evaluation(folder, [*measured.values()])
-        own = [(evaluations[name].checkpoint, name, result) for (name, _), (_, result) in measured.items()]
+        write_evaluation(folder, [(accuracy, result) for _, accuracy, result in measured])
+        own = [(evaluations[name].checkpoint, name, result) for name, _, result in measured]
         print(f"\n{ranking(own)}\nresult: {folder / 'result.json'}")
     if failed:
         raise UserError(f"{len(failed)} of {plural(len(places), 'run')} could not be evaluated: {', '.join(failed)}")
@@ -198,7 +229,7 @@ def ranking(measured: list[tuple[Checkpoint, str, Result]]) -> str:
     """Format a table of runs with their test accuracies, sorted by validation accuracy: the best of many test
     accuracies is high partly by chance. Runs that were validated in different ways are not sorted."""
     validations = [checkpoint.content.get("validation") for checkpoint, *_ in measured]
-    ways = {str(validation_protocol(checkpoint.config)) for checkpoint, *_ in measured}
+    ways = {str(validation_protocol(own.config)) + str(uses_query_set(own.config)) for own, *_ in measured}
     lines, numbers = [["run", "validation", measured[0][2].split, ""]], []
     for validation, (_, name, result) in zip(validations, measured, strict=True):
         best: list[Any] = (
@@ -207,12 +238,23 @@ def ranking(measured: list[tuple[Checkpoint, str, Result]]) -> str:
         known = [number for number in best if isinstance(number, float) and math.isfinite(number)]
         shown = f"{percent(*known)} %" if len(known) == 2 else ""
         numbers.append(known[0] if shown else math.nan)
-        lines.append([printable(name), shown, f"{percent(result.accuracy, result.ci95)} %", result.batch_norm])
+        lines.append([printable(name), shown, f"{percent(result.accuracy, result.ci95)} %", result.conditions])
     ranked = len(ways) == 1 and not any(map(math.isnan, numbers))
     order = sorted(range(len(numbers)), key=lambda i: -numbers[i]) if ranked else range(len(numbers))
     title = "runs, the best in validation first:" if ranked else "runs, in order of their names (not all were validated"
     title += "" if ranked else " on the same tasks):"
     return f"{title}\n{aligned([lines[0], *(lines[i + 1] for i in order)])}"
+
+
+def balances_side_by_side(results: list[Result]) -> str:
+    """Format a table with a line for each model, and a column for each balance of the queries."""
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for result in results:
+        model = method_text(result.method, result.head), result.conditions.removesuffix(UNBALANCED)
+        cells.setdefault(model, {})[result.query_balance] = f"{percent(result.accuracy, result.ci95)} %"
+    columns = [*next(iter(cells.values()))]
+    lines = [["queries:", *columns, ""], *([name, *own.values(), how] for (name, how), own in cells.items())]
+    return f"{aligned(lines)}\n(dirichlet: random numbers of queries per class, with the same support images)"
 
 
 def runs_below(place: Path) -> list[Path]:
