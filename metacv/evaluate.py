@@ -6,9 +6,9 @@ import math
 import sys
 import time
 import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,16 @@ FEATURES_KEPT = 2**29  # maximum of numbers in the cached features: 2 GB
 
 
 @dataclass(frozen=True)
+class Features:
+    """The features of images, each embedded once."""
+
+    rows: Tensor  # of EpisodeSampler.images, sorted, [R]
+    features: Tensor  # [R, ...]
+    supports: Tensor  # rows of support images, sorted, [S]
+    copied: Tensor | None  # features of their augmented copies, [S, copies, ...]
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """A checkpoint and the episodes to evaluate it on."""
 
@@ -80,6 +90,10 @@ class Evaluation:
     split: str
     algorithm: Algorithm
     left_out: int  # number of classes of the split that are left out
+    alike: tuple[EpisodeList, ...] = ()  # lists of episodes of evaluations of the same backbone on the same images
+    shared: dict[str, Features | None] = field(
+        default_factory=dict
+    )  # the features for all of these, by batch-norm mode
 
     @property
     def changes(self) -> dict[str, Any]:
@@ -114,11 +128,8 @@ class Evaluation:
             config = dataclasses.replace(self.config, head=node)
             heads.append(dataclasses.replace(self, config=config, algorithm=with_head(self.algorithm, config)))
         balances = given.balances(self.algorithm.uses_query_set)
-        return [
-            dataclasses.replace(one, episodes=one.episodes.balanced_as(balance))
-            for one in heads
-            for balance in balances
-        ]
+        lists = tuple(self.episodes.balanced_as(balance) for balance in balances)
+        return [dataclasses.replace(one, episodes=episodes, alike=lists) for one in heads for episodes in lists]
 
     def run_and_print(self, batch_norm: str, name: str) -> tuple[Tensor, Result]:
         """Run the evaluation of the run called `name` and print its result; return accuracies [E] and the result."""
@@ -130,7 +141,11 @@ class Evaluation:
     def run(self, batch_norm: str, label: str = "evaluating") -> tuple[Predictions, Result]:
         """Run the evaluation; return predictions and the result. UserError if predictions are not finite."""
         start = time.perf_counter()
-        predictions = predict_episodes(self.algorithm, self.episodes, batch_norm, Progress(label, lines=True))
+        progress, lists = Progress(label, lines=True), self.alike or (self.episodes,)
+        if batch_norm not in self.shared:
+            self.shared[batch_norm] = embedded_once(self.algorithm, lists, batch_norm, progress)
+        features = self.shared[batch_norm]
+        predictions = predict_episodes(self.algorithm, self.episodes, batch_norm, progress, features)
         seconds = time.perf_counter() - start
         accuracy = predictions.accuracy
         check_accuracies(accuracy, learning_rates(self.config))
@@ -315,12 +330,15 @@ def evaluate_episodes(
     return predict_episodes(algorithm, episodes, batch_norm, Progress(label, check)).accuracy
 
 
-def predict_episodes(algorithm: Algorithm, episodes: EpisodeList, batch_norm: str, progress: Progress) -> Predictions:
-    """Predict the class of each query. Each image is embedded only once if its features depend on no other image."""
-    if isinstance(algorithm, MetricMethod) and algorithm.embeds_each_image_alone(batch_norm):
-        cached = _from_features(algorithm, episodes, batch_norm, progress)
-        if cached is not None:
-            return cached
+def predict_episodes(
+    algorithm: Algorithm, episodes: EpisodeList, batch_norm: str, progress: Progress, features: Features | None = None
+) -> Predictions:
+    """Predict the class of each query, from the `features` of the images if they are known. Each image is embedded only
+    once if its features depend on no other image."""
+    features = features or embedded_once(algorithm, [episodes], batch_norm, progress)
+    if features:
+        assert isinstance(algorithm, MetricMethod)
+        return from_features(algorithm, episodes, batch_norm, progress, features)
     results = []
     with progress.track(len(episodes), "task") as done:
         for tasks in episodes.batches(max(1, IMAGES_AT_ONCE // episodes.rows[0].numel())):
@@ -329,15 +347,16 @@ def predict_episodes(algorithm: Algorithm, episodes: EpisodeList, batch_norm: st
     return Predictions(episodes, torch.cat(results).cpu())
 
 
-def _from_features(
-    algorithm: MetricMethod, episodes: EpisodeList, batch_norm: str, progress: Progress
-) -> Predictions | None:
-    """Predict as `predict_episodes`, with each image embedded once; None if features would take too much memory."""
-    sampler, device = episodes.sampler, episodes.sampler.device
-    rows, index = episodes.rows.unique(return_inverse=True)
-    supports, support_index = episodes.rows[:, :, : sampler.shot].unique(return_inverse=True)
-    passes = len(rows) + algorithm.copies * len(supports)
-    results = []
+def embedded_once(
+    algorithm: Algorithm, lists: Sequence[EpisodeList], batch_norm: str, progress: Progress
+) -> Features | None:
+    """Embed each image of some lists of episodes once; None if features depend on other images, or would take too much
+    memory."""
+    if not (isinstance(algorithm, MetricMethod) and algorithm.embeds_each_image_alone(batch_norm)):
+        return None
+    sampler = lists[0].sampler
+    rows = torch.cat([episodes.rows.unique() for episodes in lists]).unique()
+    supports = torch.cat([episodes.rows[:, :, : sampler.shot].unique() for episodes in lists]).unique()
 
     def embedded(rows: Tensor, copies: int) -> Tensor | None:
         """Embed the images at `rows` [R]: features [R, ...], or [R, copies, ...] of augmented copies."""
@@ -354,23 +373,31 @@ def _from_features(
             done(len(some) * max(1, copies))
         return features
 
-    with evaluating(algorithm, batch_norm, device):
-        with progress.track(passes, "image") as done:
-            features = embedded(rows, 0)
-            copied = embedded(supports, algorithm.copies) if algorithm.copies else None
-        if features is None or (algorithm.copies and copied is None):
-            return None
-        support = algorithm.copies * support_index[0].numel()  # augmented copies in an episode
-        numbers = max((index[0].numel() + support) * features[0].numel(), support**2)  # per episode
-        batches = (part.split(max(1, FEATURES_AT_ONCE // numbers)) for part in (episodes.rows, index, support_index))
-        with progress.track(len(episodes), "task") as done:
-            for some, places, support_places in zip(*batches, strict=True):
-                tasks = sampler.tasks(features, some, places.to(device))
-                if copied is not None:
-                    tasks = tasks.with_copies(copied[support_places.to(device)].flatten(1, 3))
-                results.append(predicted(algorithm.head(tasks)))
-                done(len(tasks))
-    return Predictions(episodes, torch.cat(results).cpu(), rows, features)
+    passes = len(rows) + algorithm.copies * len(supports)
+    with evaluating(algorithm, batch_norm, sampler.device), progress.track(passes, "image") as done:
+        features = embedded(rows, 0)
+        copied = embedded(supports, algorithm.copies) if algorithm.copies else None
+    if features is None or (algorithm.copies and copied is None):
+        return None
+    return Features(rows, features, supports, copied)
+
+
+def from_features(
+    algorithm: MetricMethod, episodes: EpisodeList, batch_norm: str, progress: Progress, known: Features
+) -> Predictions:
+    """Predict the class of each query from known features."""
+    sampler, device, results = episodes.sampler, episodes.sampler.device, []
+    support = algorithm.copies * sampler.way * sampler.shot  # augmented copies in an episode
+    numbers = max((episodes.rows[0].numel() + support) * known.features[0].numel(), support**2)  # per episode
+    with evaluating(algorithm, batch_norm, device), progress.track(len(episodes), "task") as done:
+        for rows in episodes.rows.split(max(1, FEATURES_AT_ONCE // numbers)):
+            tasks = sampler.tasks(known.features, rows, torch.searchsorted(known.rows, rows).to(device))
+            if known.copied is not None:
+                places = torch.searchsorted(known.supports, rows[:, :, : sampler.shot].contiguous())
+                tasks = tasks.with_copies(known.copied[places.to(device)].flatten(1, 3))
+            results.append(predicted(algorithm.head(tasks)))
+            done(len(tasks))
+    return Predictions(episodes, torch.cat(results).cpu(), known.rows, known.features)
 
 
 def learning_rates(config: TrainConfig) -> str:
