@@ -91,9 +91,7 @@ class Evaluation:
     algorithm: Algorithm
     left_out: int  # number of classes of the split that are left out
     alike: tuple[EpisodeList, ...] = ()  # lists of episodes of evaluations of the same backbone on the same images
-    shared: dict[str, Features | None] = field(
-        default_factory=dict
-    )  # the features for all of these, by batch-norm mode
+    shared: dict[str, Features | None] = field(default_factory=dict)  # the features for all of these, by mode
 
     @property
     def changes(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ class LaplacianShot(Head):
     uses_query_set = True
 
     def __init__(
-        self, weight: NotNegative = 1.0, neighbours: Images = 3, augment: Copies = 0, flip: bool = False
+        self, weight: NotNegative = 0.3, neighbours: Images = 3, augment: Copies = 0, flip: bool = False
     ) -> None:
         super().__init__(augment, flip)
         self.weight, self.neighbours = weight, neighbours

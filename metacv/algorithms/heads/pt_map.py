@@ -29,7 +29,7 @@ class PTMAP(Head):
         self,
         power: Positive = 0.5,
         sharpness: Sharpness = 10.0,
-        rate: Share = 0.2,
+        rate: Share = 0.4,
         steps: InnerSteps = 20,
         augment: Copies = 0,
         flip: bool = False,
