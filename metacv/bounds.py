@@ -6,7 +6,7 @@ import types
 import typing
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ Positive = Annotated[float, Range(0, 10**9, above=True)]
 NotNegative = Annotated[float, Range(0, 10**9)]
 Share = Annotated[float, Range(0, 1)]
 ShareBelowOne = Annotated[float, Range(0, 1, below=True)]
+
+QueryBalance = Literal["balanced", "dirichlet"]  # of the classes in a task's queries, explained in data/sampler.py
 
 # Parameters of torch's optimizers and schedules; torch checks only some of them, and later.
 TORCH: dict[str, Any] = {

@@ -4,7 +4,6 @@ from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
-from scipy import stats
 from torch import Tensor
 
 from metacv.config import CompareConfig
@@ -13,7 +12,7 @@ from metacv.evaluate import prepare, with_changes, write_evaluation
 from metacv.files import user_path
 from metacv.model import Checkpoint, load_checkpoint
 from metacv.progress import header
-from metacv.results import Result
+from metacv.results import Result, t_interval
 from metacv.terminal import say
 from metacv.text import plural, printable, shortened
 
@@ -69,12 +68,6 @@ def difference(one: Tensor, other: Tensor, pairs: int = 1) -> dict[str, float]:
     because the difficulty of an episode, which both models share, cancels out.
     """
     return {"mean": float((one - other).mean()), "ci95": t_interval(one - other, 0.05 / pairs)}
-
-
-def t_interval(values: Tensor, alpha: float = 0.05) -> float:
-    """Return half the (1 - `alpha`) confidence interval of the mean of values [E], by Student's t distribution."""
-    quantile = float(stats.t.ppf(1 - alpha / 2, len(values) - 1))
-    return quantile * float(values.std(correction=1)) / len(values) ** 0.5
 
 
 def without_plain_files(places: list[str]) -> list[str]:

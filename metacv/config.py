@@ -15,6 +15,7 @@ from metacv.bounds import (
     Episodes,
     Images,
     Positive,
+    QueryBalance,
     Range,
     Seed,
     Share,
@@ -101,7 +102,7 @@ class TestConfig:
     way: Way | None = None
     shot: Images | None = None
     query: Images | None = None
-    episodes: Episodes | None = None
+    episodes: Episodes | Literal["disjoint"] | None = None
     seed: Seed = MISSING
     device: str = MISSING
     data_dir: str = MISSING
@@ -113,8 +114,19 @@ class TestConfig:
 @dataclass
 class EvaluateConfig(TestConfig):
     batch_norm: Literal[BatchNormMode, "both"] | None = None
+    query_balance: Literal[QueryBalance, "both"] | None = None
     checkpoint: str | None = None
     features: str | None = None
+
+    def balances(self, uses_query_set: bool) -> tuple[QueryBalance, ...]:
+        """Return the balances of the queries to measure. null: both for a head that uses the whole query set, whose
+        accuracy depends on the balance."""
+        known: tuple[QueryBalance, ...] = typing.get_args(QueryBalance)
+        disjoint = self.episodes == "disjoint"
+        given = self.query_balance or ("both" if uses_query_set and not disjoint else "balanced")
+        if disjoint and given != "balanced":
+            raise UserError(f"query_balance={given}: cannot be set together with episodes=disjoint")
+        return tuple(one for one in known if given in (one, "both"))
 
 
 @dataclass

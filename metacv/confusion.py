@@ -28,15 +28,9 @@ class Predictions:
     features: Tensor = field(default_factory=lambda: torch.empty(0))  # [R, ...]
 
     @property
-    def labels(self) -> Tensor:
-        """The true class of each query, [Q], the same in every episode."""
-        sampler = self.episodes.sampler
-        return torch.arange(sampler.way).repeat_interleave(sampler.query)
-
-    @property
     def accuracy(self) -> Tensor:
         """The accuracy of each episode, float64 [E]; NaN for an episode with logits that are not finite."""
-        return correct_share(self.classes, self.labels).double()
+        return correct_share(self.classes, self.episodes.labels).double()
 
 
 @dataclass(frozen=True)
@@ -58,7 +52,7 @@ class Confusion:
     """Queries counted by true class and by predicted class. `pairs` are sorted, the most confused first."""
 
     names: list[str]
-    episodes: numpy.ndarray  # number of episodes with each class, [C]
+    episodes: numpy.ndarray  # number of episodes with queries of each class, [C]
     accuracy: numpy.ndarray  # mean over these episodes, [C]; NaN for a class in none
     ci95: numpy.ndarray  # half its 95 % interval, [C]; NaN for a class in fewer than two episodes
     taken: "sparse.csr_matrix"  # queries of the row's class that were predicted as the column's, [C, C]
@@ -87,18 +81,19 @@ class Confusion:
         ]
         return f"hardest pairs, in tasks with both classes:\n{aligned(lines)}" if lines else ""
 
-    def csv(self, query: int) -> bytes:
-        """Return a CSV table with a line for each class; `query`: queries per class of a task."""
+    def csv(self) -> bytes:
+        """Return a CSV table with a line for each class."""
         worst: dict[int, Pair] = {}
         for pair in self.pairs:
             worst[pair.true] = max(worst.get(pair.true, pair), pair, key=lambda own: own.wrong)
         lines: list[tuple[object, ...]] = [HEADING]
+        queries = self.together.diagonal()
         for c, name in enumerate(self.names):
             count, most = int(self.episodes[c]), worst.get(c)
             measured = self.accuracy[c], self.ci95[c]
             shown = ["" if numpy.isnan(value) else f"{100 * value:.2f}" for value in measured]
             other = (self.names[most.other], f"{100 * most.share:.2f}") if most else ("", "")
-            lines.append((name, count, count * query, *shown, *other))
+            lines.append((name, count, int(queries[c]), *shown, *other))
         return csv_bytes(lines)
 
 
@@ -106,27 +101,32 @@ def confusion(predictions: Predictions) -> Confusion:
     """Count the predictions for the queries of every class."""
     episodes, sampler = predictions.episodes, predictions.episodes.sampler
     classes = sampler.classes_of(episodes.rows[:, :, 0])  # [E, N]
-    count, queries = sampler.classes, sampler.query
-    hits = (predictions.classes == predictions.labels).unflatten(1, (sampler.way, queries)).double().mean(2)  # [E, N]
-    flat_classes, flat_hits = classes.flatten().numpy(), hits.flatten().numpy()
+    count, labels = sampler.classes, episodes.labels
+    asked, right = torch.zeros(2, *classes.shape, dtype=torch.long)  # queries of each class, and correct ones, [E, N]
+    asked.scatter_add_(1, labels, torch.ones_like(labels))
+    right.scatter_add_(1, labels, (predictions.classes == labels).long())
+    measured = asked > 0
+    flat_classes = classes[measured].numpy()
+    flat_hits = (right[measured].double() / asked[measured]).numpy()
     number = numpy.bincount(flat_classes, minlength=count)
     with numpy.errstate(divide="ignore", invalid="ignore"):
         mean = numpy.bincount(flat_classes, flat_hits, count) / number
         squares = numpy.bincount(flat_classes, (flat_hits - mean[flat_classes]) ** 2, count)
         ci95 = 1.96 * numpy.sqrt(squares / (number - 1) / number)
-    inside = table(torch.arange(len(classes)).unsqueeze(1).expand_as(classes), classes, (len(classes), count))
+    places = torch.arange(len(classes)).unsqueeze(1).expand_as(classes), classes
+    inside, queries = (table(*places, (len(classes), count), values) for values in (torch.ones_like(asked), asked))
     taken_for = classes.gather(1, predictions.classes.long())
-    taken = table(classes.repeat_interleave(queries, 1), taken_for, (count, count))
-    together = (inside.T @ inside).tocsr() * queries
+    taken = table(classes.gather(1, labels), taken_for, (count, count), torch.ones_like(labels))
+    together = (queries.T @ inside).tocsr()
     return Confusion(class_names(sampler), number, mean, ci95, taken, together, worst_pairs(taken, together))
 
 
-def table(rows: Tensor, columns: Tensor, shape: tuple[int, int]) -> "sparse.csr_matrix":
-    """Count how often each row occurs with each column."""
+def table(rows: Tensor, columns: Tensor, shape: tuple[int, int], values: Tensor) -> "sparse.csr_matrix":
+    """Sum the values for each pair of a row and a column."""
     from scipy import sparse
 
     places = rows.flatten().numpy(), columns.flatten().numpy()
-    return sparse.csr_matrix((numpy.ones(rows.numel(), dtype=numpy.int64), places), shape)
+    return sparse.csr_matrix((values.flatten().numpy(), places), shape)
 
 
 def worst_pairs(taken: "sparse.csr_matrix", together: "sparse.csr_matrix") -> list[Pair]:

@@ -6,9 +6,10 @@ import math
 import sys
 import time
 import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from metacv.confusion import Predictions
 from metacv.data.bank import ImageBank
 from metacv.data.sampler import EpisodeList, EpisodeSampler
 from metacv.errors import UserError
-from metacv.features import evaluate_features
+from metacv.features import DEFAULT_HEAD, evaluate_features
 from metacv.files import user_path, write_bytes_atomically, written_or_refused
 from metacv.look import warn_if_unlike
 from metacv.model import (
@@ -43,11 +44,21 @@ from metacv.model import (
     describe_device,
     load_checkpoint,
     pick_device,
+    uses_query_set,
     with_head,
 )
 from metacv.precision import keep_freed_memory
 from metacv.progress import Progress, header
-from metacv.results import Result, ResultFile, check_accuracies, summary, task_text, warn_at_chance
+from metacv.results import (
+    UNBALANCED,
+    Result,
+    ResultFile,
+    check_accuracies,
+    method_text,
+    summary,
+    task_text,
+    warn_at_chance,
+)
 from metacv.terminal import say
 from metacv.text import aligned, percent, plural, printable, shortened
 
@@ -60,6 +71,16 @@ FEATURES_KEPT = 2**29  # maximum of numbers in the cached features: 2 GB
 
 
 @dataclass(frozen=True)
+class Features:
+    """The features of images, each embedded once."""
+
+    rows: Tensor  # of EpisodeSampler.images, sorted, [R]
+    features: Tensor  # [R, ...]
+    supports: Tensor  # rows of support images, sorted, [S]
+    copied: Tensor | None  # features of their augmented copies, [S, copies, ...]
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """A checkpoint and the episodes to evaluate it on."""
 
@@ -69,6 +90,8 @@ class Evaluation:
     split: str
     algorithm: Algorithm
     left_out: int  # number of classes of the split that are left out
+    alike: tuple[EpisodeList, ...] = ()  # lists of episodes of evaluations of the same backbone on the same images
+    shared: dict[str, Features | None] = field(default_factory=dict)  # the features for all of these, by mode
 
     @property
     def changes(self) -> dict[str, Any]:
@@ -94,6 +117,18 @@ class Evaluation:
             "device": describe_device(sampler.device),
         }
 
+    def variants(self, given: EvaluateConfig) -> "list[Evaluation]":
+        """Return this evaluation for each balance of the queries and, for a head that uses the whole query set, also
+        for the nearest class mean, which does not."""
+        heads = [self]
+        if isinstance(self.algorithm, WithHead) and self.algorithm.uses_query_set:
+            node = DEFAULT_HEAD | {"augment": self.algorithm.copies, "flip": self.algorithm.classify.flip}
+            config = dataclasses.replace(self.config, head=node)
+            heads.append(dataclasses.replace(self, config=config, algorithm=with_head(self.algorithm, config)))
+        balances = given.balances(self.algorithm.uses_query_set)
+        lists = tuple(self.episodes.balanced_as(balance) for balance in balances)
+        return [dataclasses.replace(one, episodes=episodes, alike=lists) for one in heads for episodes in lists]
+
     def run_and_print(self, batch_norm: str, name: str) -> tuple[Tensor, Result]:
         """Run the evaluation of the run called `name` and print its result; return accuracies [E] and the result."""
         predictions, result = self.run(batch_norm, f"evaluating {name}")
@@ -104,7 +139,11 @@ class Evaluation:
     def run(self, batch_norm: str, label: str = "evaluating") -> tuple[Predictions, Result]:
         """Run the evaluation; return predictions and the result. UserError if predictions are not finite."""
         start = time.perf_counter()
-        predictions = predict_episodes(self.algorithm, self.episodes, batch_norm, Progress(label, lines=True))
+        progress, lists = Progress(label, lines=True), self.alike or (self.episodes,)
+        if batch_norm not in self.shared:
+            self.shared[batch_norm] = embedded_once(self.algorithm, lists, batch_norm, progress)
+        features = self.shared[batch_norm]
+        predictions = predict_episodes(self.algorithm, self.episodes, batch_norm, progress, features)
         seconds = time.perf_counter() - start
         accuracy = predictions.accuracy
         check_accuracies(accuracy, learning_rates(self.config))
@@ -124,13 +163,15 @@ class Evaluation:
             **self.checkpoint.training.result_fields(),
             device=describe_device(self.episodes.sampler.device),
             tasks_per_second=len(accuracy) / seconds,
-            **summary(accuracy),
+            uses_query_set=self.algorithm.uses_query_set,
+            **summary(accuracy, self.episodes.disjoint),
         )
 
 
 def record(config: TrainConfig, episodes: EpisodeList, **measured: Any) -> Result:
     """Build the Result of an evaluation: `measured` fields, and those given by settings, episodes and versions."""
-    known = {name: getattr(episodes.sampler, name) for name in ("way", "shot", "query", "rotation")}
+    known = {name: getattr(episodes.sampler, name) for name in ("way", "shot", "query", "rotation", "query_balance")}
+    known["disjoint"] = episodes.disjoint
     known |= {name: class_name(getattr(config, group)) for name, group in CLASSES.items()}
     return Result(**known, **measured, episodes=len(episodes), torch=str(torch.__version__), metacv=version())
 
@@ -141,12 +182,14 @@ def evaluate(cfg: EvaluateConfig, folder: Path) -> None:
         raise UserError("checkpoint is missing; set checkpoint=RUN, or features=FILE.npz")
     if not cfg.features and (below := runs_below(user_path(str(cfg.checkpoint)))):
         return evaluate_runs(cfg, folder, below)
-    measured = [evaluate_features(cfg)] if cfg.features else evaluate_checkpoint(cfg)
+    measured = evaluate_features(cfg) if cfg.features else evaluate_checkpoint(cfg)
     write_evaluation(folder, [(predictions.accuracy, result) for predictions, result in measured])
     for _, result in measured:
         print(result.describe())
         warn_at_chance(result)
-    if len(measured) == 1:
+    if len({result.query_balance for _, result in measured}) > 1:
+        print(balances_side_by_side([result for _, result in measured]))
+    if len({result.batch_norm for _, result in measured}) == 1:
         from metacv.pictures import write_pictures  # matplotlib is slow to import, and training does not need it
 
         write_pictures(folder, *measured[0])
@@ -154,19 +197,20 @@ def evaluate(cfg: EvaluateConfig, folder: Path) -> None:
 
 
 def evaluate_checkpoint(cfg: EvaluateConfig) -> list[tuple[Predictions, Result]]:
-    """Evaluate one checkpoint; return predictions and the result for each requested batch-norm mode."""
+    """Evaluate one checkpoint; return predictions and results for each requested batch-norm mode and query balance."""
     modes = batch_norm_modes(cfg)
     given = dataclasses.replace(cfg, batch_norm=modes[0])
     evaluation = prepare(load_checkpoint(str(cfg.checkpoint)), given)
     say(header([evaluation.about]))
-    return [evaluation.run(mode or evaluation.config.batch_norm) for mode in modes]
+    cases = product(modes, evaluation.variants(cfg))
+    return [one.run(mode or evaluation.config.batch_norm) for mode, one in cases]
 
 
 def evaluate_runs(cfg: EvaluateConfig, folder: Path, places: list[Path]) -> None:
     """Evaluate the runs in `places` with the same settings; UserError at the end if some of them failed."""
     modes, failed = batch_norm_modes(cfg), []
     evaluations: dict[str, Evaluation] = {}
-    measured: dict[tuple[str, str], tuple[Tensor, Result]] = {}
+    measured: list[tuple[str, Tensor, Result]] = []
 
     @contextmanager
     def continue_after_error(name: str) -> Iterator[None]:
@@ -184,11 +228,11 @@ def evaluate_runs(cfg: EvaluateConfig, folder: Path, places: list[Path]) -> None
         say(header([evaluation.about for evaluation in evaluations.values()]))
     for name, evaluation in evaluations.items():
         with continue_after_error(name):
-            for mode in (mode or evaluation.config.batch_norm for mode in modes):
-                measured[name, mode] = evaluation.run_and_print(mode, name)
+            for mode, one in product(modes, evaluation.variants(cfg)):
+                measured.append((name, *one.run_and_print(mode or evaluation.config.batch_norm, name)))
     if measured:
-        write_evaluation(folder, [*measured.values()])
-        own = [(evaluations[name].checkpoint, name, result) for (name, _), (_, result) in measured.items()]
+        write_evaluation(folder, [(accuracy, result) for _, accuracy, result in measured])
+        own = [(evaluations[name].checkpoint, name, result) for name, _, result in measured]
         print(f"\n{ranking(own)}\nresult: {folder / 'result.json'}")
     if failed:
         raise UserError(f"{len(failed)} of {plural(len(places), 'run')} could not be evaluated: {', '.join(failed)}")
@@ -198,7 +242,7 @@ def ranking(measured: list[tuple[Checkpoint, str, Result]]) -> str:
     """Format a table of runs with their test accuracies, sorted by validation accuracy: the best of many test
     accuracies is high partly by chance. Runs that were validated in different ways are not sorted."""
     validations = [checkpoint.content.get("validation") for checkpoint, *_ in measured]
-    ways = {str(validation_protocol(checkpoint.config)) for checkpoint, *_ in measured}
+    ways = {str(validation_protocol(own.config)) + str(uses_query_set(own.config)) for own, *_ in measured}
     lines, numbers = [["run", "validation", measured[0][2].split, ""]], []
     for validation, (_, name, result) in zip(validations, measured, strict=True):
         best: list[Any] = (
@@ -207,12 +251,23 @@ def ranking(measured: list[tuple[Checkpoint, str, Result]]) -> str:
         known = [number for number in best if isinstance(number, float) and math.isfinite(number)]
         shown = f"{percent(*known)} %" if len(known) == 2 else ""
         numbers.append(known[0] if shown else math.nan)
-        lines.append([printable(name), shown, f"{percent(result.accuracy, result.ci95)} %", result.batch_norm])
+        lines.append([printable(name), shown, f"{percent(result.accuracy, result.ci95)} %", result.conditions])
     ranked = len(ways) == 1 and not any(map(math.isnan, numbers))
     order = sorted(range(len(numbers)), key=lambda i: -numbers[i]) if ranked else range(len(numbers))
     title = "runs, the best in validation first:" if ranked else "runs, in order of their names (not all were validated"
     title += "" if ranked else " on the same tasks):"
     return f"{title}\n{aligned([lines[0], *(lines[i + 1] for i in order)])}"
+
+
+def balances_side_by_side(results: list[Result]) -> str:
+    """Format a table with a line for each model, and a column for each balance of the queries."""
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for result in results:
+        model = method_text(result.method, result.head), result.conditions.removesuffix(UNBALANCED)
+        cells.setdefault(model, {})[result.query_balance] = f"{percent(result.accuracy, result.ci95)} %"
+    columns = [*next(iter(cells.values()))]
+    lines = [["queries:", *columns, ""], *([name, *own.values(), how] for (name, how), own in cells.items())]
+    return f"{aligned(lines)}\n(dirichlet: random numbers of queries per class, with the same support images)"
 
 
 def runs_below(place: Path) -> list[Path]:
@@ -274,12 +329,15 @@ def evaluate_episodes(
     return predict_episodes(algorithm, episodes, batch_norm, Progress(label, check)).accuracy
 
 
-def predict_episodes(algorithm: Algorithm, episodes: EpisodeList, batch_norm: str, progress: Progress) -> Predictions:
-    """Predict the class of each query. Each image is embedded only once if its features depend on no other image."""
-    if isinstance(algorithm, MetricMethod) and algorithm.embeds_each_image_alone(batch_norm):
-        cached = _from_features(algorithm, episodes, batch_norm, progress)
-        if cached is not None:
-            return cached
+def predict_episodes(
+    algorithm: Algorithm, episodes: EpisodeList, batch_norm: str, progress: Progress, features: Features | None = None
+) -> Predictions:
+    """Predict the class of each query, from the `features` of the images if they are known. Each image is embedded only
+    once if its features depend on no other image."""
+    features = features or embedded_once(algorithm, [episodes], batch_norm, progress)
+    if features:
+        assert isinstance(algorithm, MetricMethod)
+        return from_features(algorithm, episodes, batch_norm, progress, features)
     results = []
     with progress.track(len(episodes), "task") as done:
         for tasks in episodes.batches(max(1, IMAGES_AT_ONCE // episodes.rows[0].numel())):
@@ -288,15 +346,16 @@ def predict_episodes(algorithm: Algorithm, episodes: EpisodeList, batch_norm: st
     return Predictions(episodes, torch.cat(results).cpu())
 
 
-def _from_features(
-    algorithm: MetricMethod, episodes: EpisodeList, batch_norm: str, progress: Progress
-) -> Predictions | None:
-    """Predict as `predict_episodes`, with each image embedded once; None if features would take too much memory."""
-    sampler, device = episodes.sampler, episodes.sampler.device
-    rows, index = episodes.rows.unique(return_inverse=True)
-    supports, support_index = episodes.rows[:, :, : sampler.shot].unique(return_inverse=True)
-    passes = len(rows) + algorithm.copies * len(supports)
-    results = []
+def embedded_once(
+    algorithm: Algorithm, lists: Sequence[EpisodeList], batch_norm: str, progress: Progress
+) -> Features | None:
+    """Embed each image of some lists of episodes once; None if features depend on other images, or would take too much
+    memory."""
+    if not (isinstance(algorithm, MetricMethod) and algorithm.embeds_each_image_alone(batch_norm)):
+        return None
+    sampler = lists[0].sampler
+    rows = torch.cat([episodes.rows.unique() for episodes in lists]).unique()
+    supports = torch.cat([episodes.rows[:, :, : sampler.shot].unique() for episodes in lists]).unique()
 
     def embedded(rows: Tensor, copies: int) -> Tensor | None:
         """Embed the images at `rows` [R]: features [R, ...], or [R, copies, ...] of augmented copies."""
@@ -313,23 +372,31 @@ def _from_features(
             done(len(some) * max(1, copies))
         return features
 
-    with evaluating(algorithm, batch_norm, device):
-        with progress.track(passes, "image") as done:
-            features = embedded(rows, 0)
-            copied = embedded(supports, algorithm.copies) if algorithm.copies else None
-        if features is None or (algorithm.copies and copied is None):
-            return None
-        support = algorithm.copies * support_index[0].numel()  # augmented copies in an episode
-        numbers = max((index[0].numel() + support) * features[0].numel(), support**2)  # per episode
-        batches = (part.split(max(1, FEATURES_AT_ONCE // numbers)) for part in (episodes.rows, index, support_index))
-        with progress.track(len(episodes), "task") as done:
-            for some, places, support_places in zip(*batches, strict=True):
-                tasks = sampler.tasks(features, some, places.to(device))
-                if copied is not None:
-                    tasks = tasks.with_copies(copied[support_places.to(device)].flatten(1, 3))
-                results.append(predicted(algorithm.head(tasks)))
-                done(len(tasks))
-    return Predictions(episodes, torch.cat(results).cpu(), rows, features)
+    passes = len(rows) + algorithm.copies * len(supports)
+    with evaluating(algorithm, batch_norm, sampler.device), progress.track(passes, "image") as done:
+        features = embedded(rows, 0)
+        copied = embedded(supports, algorithm.copies) if algorithm.copies else None
+    if features is None or (algorithm.copies and copied is None):
+        return None
+    return Features(rows, features, supports, copied)
+
+
+def from_features(
+    algorithm: MetricMethod, episodes: EpisodeList, batch_norm: str, progress: Progress, known: Features
+) -> Predictions:
+    """Predict the class of each query from known features."""
+    sampler, device, results = episodes.sampler, episodes.sampler.device, []
+    support = algorithm.copies * sampler.way * sampler.shot  # augmented copies in an episode
+    numbers = max((episodes.rows[0].numel() + support) * known.features[0].numel(), support**2)  # per episode
+    with evaluating(algorithm, batch_norm, device), progress.track(len(episodes), "task") as done:
+        for rows in episodes.rows.split(max(1, FEATURES_AT_ONCE // numbers)):
+            tasks = sampler.tasks(known.features, rows, torch.searchsorted(known.rows, rows).to(device))
+            if known.copied is not None:
+                places = torch.searchsorted(known.supports, rows[:, :, : sampler.shot].contiguous())
+                tasks = tasks.with_copies(known.copied[places.to(device)].flatten(1, 3))
+            results.append(predicted(algorithm.head(tasks)))
+            done(len(tasks))
+    return Predictions(episodes, torch.cat(results).cpu(), known.rows, known.features)
 
 
 def learning_rates(config: TrainConfig) -> str:

@@ -2,6 +2,7 @@
 
 import time
 import zipfile
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,9 @@ TASK = {"way": 5, "shot": 1, "query": 15, "episodes": 600}  # defaults of settin
 TASKS_AT_ONCE = 100
 
 
-def evaluate_features(cfg: EvaluateConfig) -> tuple[Predictions, Result]:
-    """Evaluate a head on a file of features; return predictions and the result. UserError if a setting is invalid."""
+def evaluate_features(cfg: EvaluateConfig) -> list[tuple[Predictions, Result]]:
+    """Evaluate a head on a file of features, as a checkpoint's features are; return predictions and results. UserError
+    if a setting is invalid."""
     given = {name: getattr(cfg, name) for name in ("checkpoint", "batch_norm", "algo", "dataset")}
     if wrong := [name for name, value in given.items() if value] + ["split"] * (cfg.split != "test"):
         raise UserError(f"{wrong[0]}: cannot be set together with features, which have no {wrong[0]}")
@@ -48,29 +50,41 @@ def evaluate_features(cfg: EvaluateConfig) -> tuple[Predictions, Result]:
         "device": describe_device(device),
     }
     say(header([about]))
+    nodes = [node, DEFAULT_HEAD] if head.uses_query_set else [node]
+    cases = product(nodes, cfg.balances(head.uses_query_set))
+    return [measure(own, episodes.balanced_as(balance), cfg) for own, balance in cases]
+
+
+def measure(node: dict[str, Any], episodes: EpisodeList, cfg: EvaluateConfig) -> tuple[Predictions, Result]:
+    """Evaluate the head that `node` describes; return predictions and the result."""
+    head, sampler = build_node("head", node, Head), episodes.sampler
     start = time.perf_counter()
     results = []
     with torch.no_grad(), Progress(lines=True).track(len(episodes), "task") as done:
         for tasks in episodes.batches(TASKS_AT_ONCE):
             results.append(predicted(head(tasks.map(lambda features: features.flatten(2)))))
             done(len(tasks))
-    rows = torch.arange(len(bank.images))
-    predictions = Predictions(episodes, torch.cat(results).cpu(), rows, bank.images)
+    rows = torch.arange(len(sampler.bank.images))
+    predictions = Predictions(episodes, torch.cat(results).cpu(), rows, sampler.bank.images)
     accuracy = predictions.accuracy
     check_accuracies(accuracy, f": {class_name(node)} diverged")
-    known: dict[str, Any] = task | summary(accuracy)
+    known = {name: getattr(sampler, name) for name in ("way", "shot", "query", "query_balance")}
+    known |= summary(accuracy, episodes.disjoint)
     return predictions, Result(
         **known,
+        episodes=len(episodes),
+        disjoint=episodes.disjoint,
+        uses_query_set=head.uses_query_set,
         dataset=str(cfg.features),
         split="test",
         rotation="none",
         seed=cfg.seed,
         batch_norm="inductive",
         episodes_sha256=episodes.fingerprint,
-        images_sha256=bank.fingerprint,
+        images_sha256=sampler.bank.fingerprint,
         method="features",
         head=class_name(node),
-        device=describe_device(device),
+        device=describe_device(sampler.device),
         tasks_per_second=len(accuracy) / (time.perf_counter() - start),
         torch=str(torch.__version__),
         metacv=version(),

@@ -25,8 +25,9 @@ from metacv import KEPT_DIR, limits
 from metacv.algorithms.base import Algorithm
 from metacv.algorithms.heads.base import Head, WithHead
 from metacv.backbones.base import Backbone
+from metacv.backbones.batch_norm import batch_norms
 from metacv.bounds import TORCH, checked
-from metacv.config import NormalizeConfig, TrainConfig, from_dict, to_dict
+from metacv.config import NormalizeConfig, TrainConfig, class_name, from_dict, to_dict
 from metacv.data.bank import Dataset, Look
 from metacv.errors import UserError
 from metacv.files import read_checked, sha256, user_path, write_atomically, written_or_refused
@@ -219,6 +220,10 @@ def with_head(algorithm: Algorithm, config: TrainConfig, centre: Tensor | None =
     if "_target_" not in config.head:  # head=null; an experiment may have left settings of its head
         return algorithm
     head = build_node("head", config.head, Head)
+    alone = config.batch_norm == "inductive" and any(n.running_mean is None for n in batch_norms(algorithm.embedding))
+    if head.uses_query_set and alone:  # features of the support set would differ for each query
+        text = "uses the whole query set, but batch_norm=inductive passes each query alone through a network without"
+        raise UserError(f"head={class_name(config.head)} {text} running statistics; set batch_norm=transductive")
     if centre is not None and head.centred:
         if len(centre) != algorithm.embedding.features_dim:
             raise UserError(f"head: the mean feature has {len(centre)} numbers: the checkpoint is damaged")
@@ -227,6 +232,14 @@ def with_head(algorithm: Algorithm, config: TrainConfig, centre: Tensor | None =
         return WithHead(algorithm, head, config.augment)
     except ValueError as error:
         raise UserError(f"head.{error}") from None
+
+
+def uses_query_set(config: TrainConfig) -> bool:
+    """Whether the head in the settings labels the queries of a task together; False for an unknown head."""
+    try:
+        return "_target_" in config.head and target_class("head", config.head, Head).uses_query_set
+    except UserError:
+        return False
 
 
 def build_dataset(node: dict[str, Any], data_dir: str) -> Dataset:

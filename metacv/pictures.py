@@ -33,7 +33,7 @@ def write_pictures(folder: Path, predictions: Predictions, result: Result) -> No
     found = confusion(predictions)
     method = method_text(result.method, result.head)
     tested = f"{result.dataset} {result.split}, {method}, {result.way}-way {result.shot}-shot"
-    files = {"classes.csv": found.csv(result.query), "confusion.png": png(confusion_matrix(found, tested))}
+    files = {"classes.csv": found.csv(), "confusion.png": png(confusion_matrix(found, tested))}
     if len(predictions.features) and (figure := embedding(predictions, tested)):
         files["embedding.png"] = png(figure)
     for name, content in files.items():

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metacv.config import PredictConfig
+from metacv.config import PredictConfig, class_name
 from metacv.data.bank import SPLITS, Dataset, pictures, report_copies
 from metacv.data.image_files import files_below, folders_in, has_only_folders, read_readable, report_skipped
 from metacv.drawing import LINE, RIGHT, WRONG, captioned_picture, legible
@@ -70,7 +70,7 @@ def predict(cfg: PredictConfig, folder: Path) -> Predictions:
     folder.mkdir(parents=True, exist_ok=True)
     write(folder, predictions, support, checkpoint, truth)
     write_bytes_atomically(folder / "predictions.png", picture(images, predictions, support, truth))
-    show(folder, predictions, truth, cfg, predictor.config.batch_norm)
+    show(folder, predictions, truth, cfg, predictor)
     return predictions
 
 
@@ -155,7 +155,7 @@ def write(folder: Path, predictions: Predictions, support: Support, checkpoint: 
     write_bytes_atomically(folder / "predictions.json", (json.dumps(content, indent=1) + "\n").encode())
 
 
-def show(folder: Path, predictions: Predictions, truth: list[str], cfg: PredictConfig, batch_norm: str) -> None:
+def show(folder: Path, predictions: Predictions, truth: list[str], cfg: PredictConfig, predictor: Predictor) -> None:
     """Print the labels, the accuracy if the true classes are known, and the files written."""
     base = user_path(cfg.query)
     names = [printable(relpath(one["file"], base) if base.is_dir() else one["file"]) for one in predictions]
@@ -166,7 +166,11 @@ def show(folder: Path, predictions: Predictions, truth: list[str], cfg: PredictC
     if truth:
         correct, count = count_correct(predictions, truth), len(truth)
         print(f"accuracy {100 * correct / count:.2f} %: {correct} of {count}, by the names of their folders")
-    if batch_norm == "transductive":
+    if predictor.algorithm.uses_query_set:
+        print(
+            f"head {class_name(predictor.config.head)}: each label depends on all query images, whatever batch_norm is"
+        )
+    if predictor.config.batch_norm == "transductive":
         print("batch_norm=transductive: each label depends on all query images; batch_norm=inductive labels each alone")
     for kind in ("csv", "json", "png"):
         print(f"{'written:' if kind == 'csv' else '':<8} {folder / f'predictions.{kind}'}")

@@ -108,8 +108,10 @@ class Predictor:
 
 
 def label(algorithm: Algorithm, support: Support, images: Tensor, batch_norm: str, device: torch.device) -> Tensor:
-    """Return logits [B, N] of query images [B, C, H, W] (uint8); if transductive, all are queries of one task."""
-    groups = images.split(QUERIES_AT_ONCE if batch_norm == "inductive" else len(images))
+    """Return logits [B, N] of query images [B, C, H, W] (uint8). If they depend on the other images, through batch norm
+    or the head, all are queries of one task."""
+    alone = batch_norm == "inductive" and not algorithm.uses_query_set
+    groups = images.split(QUERIES_AT_ONCE if alone else len(images))
     try:
         return torch.cat([algorithm.predict(support.task(group, device), batch_norm)[0] for group in groups])
     except (RuntimeError, ValueError) as error:  # out of memory, or batch statistics of a single query

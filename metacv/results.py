@@ -16,6 +16,7 @@ from metacv.terminal import warn
 from metacv.text import percent, plural, printable, significant
 
 SCHEMA = 2
+UNBALANCED = ", unbalanced queries"  # in descriptions
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,9 @@ class Result:
     episodes: int
     seed: int  # of the list of episodes
     batch_norm: str  # transductive or inductive
+    uses_query_set: bool = False  # whether the head labels the queries of a task together
+    query_balance: str = "balanced"  # dirichlet: numbers of queries per class are random
+    disjoint: bool = False  # whether no image is in two episodes
     episodes_sha256: str = ""  # of the images and of the list of episodes
     images_sha256: str = ""
 
@@ -60,13 +64,24 @@ class Result:
     @property
     def task(self) -> str:
         """The method and the task it is tested on, for people to read."""
-        return task_text(self.method, self.head, self.way, self.shot, self.query)
+        average = " on average" * (self.query_balance != "balanced")
+        return task_text(self.method, self.head, self.way, self.shot, self.query) + average
+
+    @property
+    def conditions(self) -> str:
+        """What a label depends on besides the support set and its query, for people to read."""
+        text = f"{self.batch_norm} batch norm, head uses all queries" if self.uses_query_set else self.batch_norm
+        return text + UNBALANCED * (self.query_balance != "balanced")
+
+    @property
+    def episodes_text(self) -> str:
+        return plural(self.episodes, "disjoint episode" if self.disjoint else "episode")
 
     @property
     def protocol(self) -> str:
         """The images and episodes of the test, for people to read."""
         query = plural(self.query, "query", "queries")
-        text = f"{plural(self.episodes, 'episode')} of {self.dataset} {self.split}, {query}, {self.batch_norm}"
+        text = f"{self.episodes_text} of {self.dataset} {self.split}, {query}, {self.conditions}"
         text += f", rotation {self.rotation}" if self.rotation not in ("", "none") else ""
         return text + (f", without {plural(self.left_out, 'class', 'classes')}" if self.left_out else "")
 
@@ -74,8 +89,8 @@ class Result:
         """Return a line for the terminal, and one for each earlier stage."""
         without = f" without {plural(self.left_out, 'class', 'classes')} of training" if self.left_out else ""
         line = (
-            f"accuracy {percent(self.accuracy, self.ci95)} %: {self.task}, {self.episodes} episodes of "
-            f"{self.dataset} {self.split}{without}, {self.batch_norm} ({significant(self.tasks_per_second)} tasks/s)"
+            f"accuracy {percent(self.accuracy, self.ci95)} %: {self.task}, {self.episodes_text} of "
+            f"{self.dataset} {self.split}{without}, {self.conditions} ({significant(self.tasks_per_second)} tasks/s)"
         )
         return "\n".join(map(printable, [line, *(f"  after: {stage}" for stage in self.stages)]))
 
@@ -137,10 +152,21 @@ def warn_at_chance(result: Result, name: str = "") -> None:
         warn(f"{run}{text}")
 
 
-def summary(accuracies: Tensor) -> dict[str, float]:
-    """Return the mean of accuracies [E] of E episodes, and half its 95 % interval, 1.96 * std(ddof=1) / sqrt(E)."""
-    ci95 = 1.96 * accuracies.std(correction=1) / len(accuracies) ** 0.5
-    return {"accuracy": float(accuracies.mean()), "ci95": float(ci95)}
+def summary(accuracies: Tensor, disjoint: bool = False) -> dict[str, float]:
+    """Return the mean of accuracies [E] of E episodes, and half its 95 % interval, 1.96 * std(ddof=1) / sqrt(E).
+
+    `disjoint` episodes may be few: the interval then uses Student's t instead of 1.96.
+    """
+    ci95 = t_interval(accuracies) if disjoint else 1.96 * float(accuracies.std(correction=1)) / len(accuracies) ** 0.5
+    return {"accuracy": float(accuracies.mean()), "ci95": ci95}
+
+
+def t_interval(values: Tensor, alpha: float = 0.05) -> float:
+    """Return half the (1 - `alpha`) confidence interval of the mean of values [E], by Student's t distribution."""
+    from scipy import stats  # takes a second to import, for which training need not wait
+
+    quantile = float(stats.t.ppf(1 - alpha / 2, len(values) - 1))
+    return quantile * float(values.std(correction=1)) / len(values) ** 0.5
 
 
 def check_accuracies(accuracy: Tensor, settings: str) -> None:

@@ -39,6 +39,7 @@ from metacv.model import (
     load_checkpoint,
     pick_device,
     target_class,
+    uses_query_set,
     with_head,
 )
 from metacv.precision import check_precision, keep_freed_memory, precision, random_state_kept
@@ -383,7 +384,10 @@ def report(run: Run, validation: EpisodeList, folder: Path, logger: Logger) -> N
     config, best = run.config, run.best
     images = validation.sampler.bank.fingerprint
     known = {"split": "val", "seed": 0, "batch_norm": config.batch_norm, "device": run.hardware}
-    result = record(config, validation, **known, **best, **run.training.result_fields(), images_sha256=images)
+    whole = uses_query_set(config)
+    result = record(
+        config, validation, **known, **best, **run.training.result_fields(), images_sha256=images, uses_query_set=whole
+    )
     training = {"steps": run.step, "seconds": round(run.seconds, 1), "seed": config.seed, "overrides": run.overrides}
     ResultFile([result], training).write(folder / "result.json")
     warn_at_chance(result)
@@ -393,7 +397,7 @@ def report(run: Run, validation: EpisodeList, folder: Path, logger: Logger) -> N
         logger.line(f"stopped at step {run.step}: no new best in {run.since_best} validations (patience)")
     for line in (
         f"best in validation: {percent(best['accuracy'], best['ci95'])} % at step {best['step']} "
-        f"({config.way}-way {config.shot}-shot, {config.eval_episodes} episodes, {config.batch_norm})",
+        f"({config.way}-way {config.shot}-shot, {config.eval_episodes} episodes, {result.conditions})",
         f"checkpoint: {folder / 'best.pt'}",
         f"curves:     {folder / 'results.png'}, or: tensorboard --logdir {shlex.quote(str(folder))}",
         f"to test:    metacv evaluate {setting('checkpoint', folder)}",

@@ -54,7 +54,7 @@ def test_queries_are_counted_by_true_and_predicted_class(known):
 
 
 def test_the_table_of_classes_has_a_line_for_each_class(known):
-    lines = list(csv.reader(confusion(known).csv(query=2).decode("utf-8-sig").splitlines()))
+    lines = list(csv.reader(confusion(known).csv().decode("utf-8-sig").splitlines()))
     assert lines == [
         ["class", "episodes", "queries", "accuracy in %", "ci95 in %", "most often taken for", "share in %"],
         ["ant", "3", "6", "50.00", "56.58", "bee", "75.00"],
@@ -66,7 +66,7 @@ def test_the_table_of_classes_has_a_line_for_each_class(known):
 
 def test_class_names_cannot_become_formulas_in_the_table(known):
     known.episodes.sampler.bank = replace(known.episodes.sampler.bank, class_names=("=1+1", "@b", "c\n", "d"))
-    text = confusion(known).csv(query=2).decode("utf-8-sig")
+    text = confusion(known).csv().decode("utf-8-sig")
     assert "\n'=1+1,3" in text
     assert ",'@b," in text
     assert "\nc?,1" in text

@@ -72,16 +72,16 @@ ACCEPTED = {  # which of the values a setting may have by its type; a setting th
     "half": "schedule.start_factor",
     "zero, 2e9": "seed dataset.seed dataset.split_seed evaluate:seed compare:seed",
     "zero, half": "augment.jitter ema algo.label_smoothing algo.dropout backbone.drop_block optimizer.momentum "
-    "schedule.factor schedule.end_factor schedule.pct_start",
+    "schedule.factor schedule.end_factor schedule.pct_start head.rate",
     "half, one and a half": "clip_norm clip_value algo.inner_lr algo.temperature algo.scale algo.penalty "
-    "schedule.max_lr head.lr head.scale head.C head.penalty",
+    "schedule.max_lr head.lr head.scale head.C head.penalty head.support head.power head.sharpness",
     "zero, half, one and a half": "algo.balance optimizer.lr optimizer.weight_decay schedule.eta_min schedule.gamma "
-    "dataset.fractions.train dataset.fractions.val dataset.fractions.test",
+    "dataset.fractions.train dataset.fractions.val dataset.fractions.test head.weight head.certainty",
     "null": "clip_norm clip_value patience ema name init algo.teacher algo.task_chunk backbone.weights dataset.root "
     "image_folder:dataset.size image_folder:dataset.color image_folder:dataset.fit image_folder:dataset.invert "
     "dataset.split_file evaluate:way evaluate:shot evaluate:query evaluate:episodes evaluate:batch_norm "
     "evaluate:checkpoint evaluate:features compare:way compare:shot compare:query compare:episodes compare:batch_norm "
-    "predict:checkpoint predict:support predict:adapted predict:save predict:batch_norm",
+    "predict:checkpoint predict:support predict:adapted predict:save predict:batch_norm evaluate:query_balance",
     TEXT: "init name device data_dir resume algo.teacher backbone.name backbone.weights dataset.root dataset.split_dir "
     "dataset.split_file dataset.split_files.train dataset.split_files.val dataset.split_files.test dataset.name "
     "evaluate:checkpoint evaluate:features evaluate:device evaluate:data_dir compare:device compare:data_dir "

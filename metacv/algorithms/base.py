@@ -23,6 +23,7 @@ class Algorithm(nn.Module, ABC):
 
     batches: ClassVar[Literal["episodes", "images"]] = "episodes"  # what `training_step` takes
     execution_settings: ClassVar[frozenset[str]] = frozenset()  # settings that change speed and memory only
+    uses_query_set = False  # whether logits depend on the other queries of the task, not only through batch norm
     sequential_because: str | None = None  # reason why processes cannot share the tasks of a step
 
     def __init__(self) -> None:

@@ -5,16 +5,20 @@ Rotations by multiples of 90 degrees, as in the papers' Omniglot experiments:
     per_class    each class of a task is rotated by its own random angle (MAML)
     per_episode  all classes of a task are rotated by the same random angle (Relation Networks)
     as_classes   each class becomes four, one for each angle (Vinyals et al. 2016, Prototypical Networks, Reptile)
+
+Queries are balanced, or unbalanced as in Veilleux et al. (2021), https://arxiv.org/abs/2204.11181: the shares of the
+classes in a task follow a Dirichlet distribution. Unbalanced tasks have the same support images as balanced ones.
 """
 
 import copy
 import hashlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from metacv.bounds import QueryBalance
 from metacv.data.bank import ImageBank, Rotation
 from metacv.data.task import ImageBatch, TaskBatch
 from metacv.data.transforms import Augment
@@ -65,10 +69,12 @@ class EpisodeSampler(Sampler):
         device: torch.device | str = "cpu",
         prefix: str = "",
         augment: Augment | None = None,
+        query_balance: QueryBalance = "balanced",
     ) -> None:
         """Copy the images of `bank` to `device`. `prefix` of settings in errors: train_ for train_way."""
         self.way, self.shot, self.query, self.device = way, shot, query, torch.device(device)
         self.bank, self.rotation, self.augment = bank, rotation, augment
+        self.seed, self.query_balance = seed, query_balance
         turns = 4 if rotation == "as_classes" else 1
         self.classes = len(bank.sizes) * turns
         most = turns * min(bank.classes_of_groups)
@@ -87,17 +93,22 @@ class EpisodeSampler(Sampler):
         self.images = placed(rotated(bank, rotation), self.device)
         self.images_each = way * (shot + query)  # images per task
         self.generator = torch.Generator().manual_seed(seed)
+        self.shares = torch.Generator().manual_seed((seed * 1_000_003 + 1) % 2**63)  # of the classes in the queries
 
     def draw(self, tasks: int) -> Tensor:
-        """Draw rows of `self.images` for the next tasks, int64 [T, N, K+Q]; the first K of a class are its support."""
-        sizes, largest = self.bank.sizes, int(self.bank.sizes.max())
-        widths = [self.classes, self.way, self.way * largest]  # a fixed number of random values per task
-        random = torch.rand(tasks, sum(widths), generator=self.generator, dtype=torch.float64)
-        for_class, for_angle, for_image = random.split(widths, dim=1)
+        """Draw rows of `self.images` for the next tasks, int64 [T, N, K+Q].
 
-        if len(self.bank.chances) > 1:
-            for_group = torch.rand(tasks, 1, generator=self.generator, dtype=torch.float64)
-            group = torch.searchsorted(torch.tensor(self.bank.chances).cumsum(0)[:-1], for_group, right=True)  # [T, 1]
+        The first K of a class are its support, and the others its queries. If unbalanced, the others are N * Q queries
+        of any of the task's classes, sorted by class.
+        """
+        sizes, largest = self.bank.sizes, int(self.bank.sizes.max())
+        groups = torch.tensor(self.bank.chances, dtype=torch.float64).cumsum(0)[:-1]
+        widths = [self.classes, self.way, self.way * largest, min(1, len(groups))]  # always as many values per task
+        random = torch.rand(tasks, sum(widths), generator=self.generator, dtype=torch.float64)
+        for_class, for_angle, for_image, for_group = random.split(widths, dim=1)
+
+        if len(groups):
+            group = torch.searchsorted(groups, for_group.contiguous(), right=True)  # [T, 1]
             own = torch.tensor(self.bank.groups).repeat(self.classes // len(sizes)) == group
             for_class = for_class.masked_fill(~own, -1)
         classes = for_class.topk(self.way).indices  # [T, N] without replacement
@@ -111,8 +122,52 @@ class EpisodeSampler(Sampler):
 
         for_image = for_image.unflatten(1, (self.way, largest))  # [T, N, largest class]
         absent = torch.arange(largest) >= sizes[classes].unsqueeze(-1)
-        images = for_image.masked_fill(absent, -1).topk(self.shot + self.query).indices  # [T, N, K+Q]
-        return images + (turns * len(self.bank.images) + self.bank.offsets[classes]).unsqueeze(-1)
+        balanced = self.query_balance == "balanced"
+        count = self.shot + self.query if balanced else min(largest, self.shot + self.way * self.query)
+        images = for_image.masked_fill(absent, -1).topk(count).indices
+        rows = images + (turns * len(self.bank.images) + self.bank.offsets[classes]).unsqueeze(-1)  # [T, N, count]
+        return rows if balanced else self.unbalanced(rows, sizes[classes] - self.shot)
+
+    def unbalanced(self, rows: Tensor, room: Tensor) -> Tensor:
+        """Keep N * Q queries of `rows` [T, N, K + any]: [T, N, K+Q]. A class has at most `room` [T, N] queries.
+
+        The sum of two exponential variables has a gamma distribution with shape 2; gamma variables divided by their sum
+        have a Dirichlet distribution, here with alpha 2. The queries are dealt by the method of Webster, which rounds
+        shares to whole numbers with a given sum: to the largest values of share / 0.5, share / 1.5, ...
+        """
+        uniform = torch.rand(len(rows), 2, self.way, generator=self.shares, dtype=torch.float64)
+        shares = -torch.log1p(-uniform).sum(1)  # [T, N]
+        places = torch.arange(rows.shape[2] - self.shot)
+        values = (shares.unsqueeze(2) / (places + 0.5)).masked_fill(places >= room.unsqueeze(2), -1)
+        chosen = values.flatten(1).topk(self.way * self.query).indices.sort().values
+        queries = rows[:, :, self.shot :].flatten(1).gather(1, chosen).unflatten(1, (self.way, self.query))
+        return torch.cat([rows[:, :, : self.shot], queries], dim=2)
+
+    def draw_disjoint(self) -> Tensor:
+        """Draw rows [E, N, K+Q] of as many tasks as possible, with each image in one task at most, and each class in
+        equally many, give or take one. UserError if there are fewer than two."""
+        if self.rotation != "none":
+            raise UserError("episodes=disjoint: uses each image once, so it needs dataset.test_rotation=none")
+        if self.bank.groups:
+            raise UserError("episodes=disjoint: test on one of the data sets, such as dataset=cifar_fs")
+        sizes, each = self.bank.sizes, self.shot + self.query
+        largest, parts = int(sizes.max()), int(sizes.min()) // each  # parts of a class, for a task each
+        absent = torch.arange(largest) >= sizes.unsqueeze(1)
+        random = torch.rand(len(sizes), largest, generator=self.generator, dtype=torch.float64).masked_fill(absent, -1)
+        rows = random.topk(parts * each).indices + self.bank.offsets[:-1].unsqueeze(1)
+        rows, left, tasks = rows.unflatten(1, (parts, each)), torch.full_like(sizes, parts), []
+        while len(left.nonzero()) >= self.way:
+            # The classes with most parts left, in random order: so as few as possible are left over.
+            classes = (
+                (left + torch.rand(len(sizes), generator=self.generator, dtype=torch.float64)).topk(self.way).indices
+            )
+            left[classes] -= 1
+            tasks.append(rows[classes, left[classes]])
+        if len(tasks) < 2:
+            raise UserError(
+                f"episodes=disjoint: {self.bank.name} has images for {len(tasks)} task, at least 2 are needed"
+            )
+        return torch.stack(tasks)
 
     def tasks(
         self, images: Tensor, rows: Tensor, index: Tensor | None = None, changes: Tensor | None = None
@@ -130,11 +185,18 @@ class EpisodeSampler(Sampler):
             support_x=values[:, :, : self.shot].flatten(1, 2),
             support_y=labels.repeat_interleave(self.shot).expand(len(rows), -1),
             query_x=values[:, :, self.shot :].flatten(1, 2),
-            query_y=labels.repeat_interleave(self.query).expand(len(rows), -1),
+            query_y=self.query_labels(rows).to(self.device, non_blocking=True),
             way=self.way,
             classes=self.classes_of(rows[:, :, 0]).to(self.device, non_blocking=True),
             seeds=rows.flatten(1) @ torch.arange(1, rows[0].numel() + 1),
         )
+
+    def query_labels(self, rows: Tensor) -> Tensor:
+        """Return the labels of the queries [T, N * Q] of tasks of rows [T, N, K+Q]."""
+        if self.query_balance == "balanced":
+            return torch.arange(self.way).repeat_interleave(self.query).expand(len(rows), -1)
+        classes, queries = self.classes_of(rows[:, :, :1]), self.classes_of(rows[:, :, self.shot :].flatten(1))
+        return (classes == queries.unsqueeze(1)).int().argmax(dim=1)
 
     def classes_of(self, rows: Tensor) -> Tensor:
         """Return the class of each row of `self.images`, from 0 to `self.classes` - 1, in the shape of `rows`."""
@@ -230,19 +292,36 @@ def rotated(bank: ImageBank, rotation: Rotation) -> Tensor:
 
 
 class EpisodeList:
-    """The first `episodes` tasks of a sampler's stream, to evaluate on the same tasks each time."""
+    """The first `episodes` tasks of a sampler's stream, to evaluate on the same tasks each time; or all its images in
+    tasks that share no image."""
 
-    def __init__(self, sampler: EpisodeSampler, episodes: int, setting: str = "episodes") -> None:
+    def __init__(self, sampler: EpisodeSampler, episodes: int | Literal["disjoint"], setting: str = "episodes") -> None:
         """`setting` is the name of `episodes` in errors."""
+        self.sampler, self.disjoint = sampler, episodes == "disjoint"
+        if episodes == "disjoint":
+            self.rows = sampler.draw_disjoint()
+            return
         if (size := 8 * episodes * sampler.images_each) > MOST:
             text = f"the list of episodes takes {in_bytes(size)}, above {in_bytes(MOST)}; reduce it"
             raise UserError(f"{setting}={episodes}: {text}")
-        self.sampler = sampler
         chunks = torch.arange(episodes).split(1000)  # limits memory: a draw has a value for each image of a class
         self.rows = torch.cat([sampler.draw(len(chunk)) for chunk in chunks])  # [E, N, K+Q]
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def balanced_as(self, query_balance: QueryBalance) -> "EpisodeList":
+        """Return the episodes with the same support images, and balanced or unbalanced queries."""
+        own = self.sampler
+        if query_balance == own.query_balance:
+            return self
+        task = own.bank, own.way, own.shot, own.query, own.rotation, own.seed, own.device
+        return EpisodeList(EpisodeSampler(*task, query_balance=query_balance), len(self))
+
+    @property
+    def labels(self) -> Tensor:
+        """The true class of each query, from 0 to N - 1, [E, N * Q]."""
+        return self.sampler.query_labels(self.rows)
 
     def part(self, which: slice) -> "EpisodeList":
         """Return some of the episodes as a list."""

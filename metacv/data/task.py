@@ -40,6 +40,10 @@ class TaskBatch:
         """Scale each feature vector to length 1."""
         return self.map(lambda features: F.normalize(features, dim=-1))
 
+    def at_least_fp32(self) -> "TaskBatch":
+        """Convert features of lower precision to fp32."""
+        return self.map(lambda features: features.to(torch.promote_types(features.dtype, torch.float32)))
+
     def with_copies(self, copies: Tensor) -> "TaskBatch":
         """Add V copies of each support image, [T, S * V, ...], with the copies of an image next to each other."""
         labels = self.support_y.repeat_interleave(copies.shape[1] // self.support_y.shape[1], dim=1)

@@ -19,14 +19,13 @@ from matplotlib.figure import Figure
 from matplotlib.style import context
 
 from metacv import limits
-from metacv.compare import t_interval
 from metacv.config import flat, to_dict
 from metacv.errors import UserError
 from metacv.files import size_of
 from metacv.pictures import HUES, STYLE
 from metacv.report.gather import RunRecord
 from metacv.report.table import Row
-from metacv.results import Result, method_text
+from metacv.results import Result, method_text, t_interval
 from metacv.text import plural, printable
 
 CURVES, EPISODES, POINTS = 10, 6, 150  # at most: runs with curves, runs with a sample episode, points of a curve
@@ -69,7 +68,7 @@ def by_task(rows: list[Row], varied: list[str]) -> list[Chart]:
         groups: dict[Any, Any] = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
         for row in rows:
             if test := row.test:
-                shown = (test.dataset, test.split, test.batch_norm, test.rotation)
+                shown = (test.dataset, test.split, test.conditions, test.rotation)
                 protocol = (
                     getattr(test, fixed),
                     *shown,
@@ -80,7 +79,7 @@ def by_task(rows: list[Row], varied: list[str]) -> list[Chart]:
                 )
                 for line in lines_of(row, test, varied):
                     groups[protocol][line][getattr(test, x_axis)][row.run.sha256] = test
-        for (value, dataset, split, batch_norm, rotation, *_), group in groups.items():
+        for (value, dataset, split, conditions, rotation, *_), group in groups.items():
             lines = [(name, points) for (name, _), points in group.items() if len(points) > 1]
             if not lines:
                 continue
@@ -89,7 +88,7 @@ def by_task(rows: list[Row], varied: list[str]) -> list[Chart]:
                 few, *_, many = sorted(len(tests) for tests in points.values())
                 names.append(f"{name}: {plural(few, 'run') if few == many else f'{few} to {many} runs'}")
                 drawn.append([point(x, list(tests.values())) for x, tests in sorted(points.items())])
-            caption = f"{value}-{fixed} accuracy by {x_axis}: {dataset} {split}, {batch_norm}, rotation {rotation}"
+            caption = f"{value}-{fixed} accuracy by {x_axis}: {dataset} {split}, {conditions}, rotation {rotation}"
             caption += f"; the first {len(names)} of {len(lines)} lines" * (len(names) < len(lines))
             charts.append(Chart(caption, names, svg(draw(drawn, x_axis))))
     return charts

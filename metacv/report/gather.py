@@ -14,7 +14,7 @@ from metacv import CONFIG_DIR, limits
 from metacv.config import LOCAL, TrainConfig, flat, to_dict, validation_protocol
 from metacv.errors import UserError
 from metacv.files import read_text
-from metacv.model import load_checkpoint
+from metacv.model import load_checkpoint, uses_query_set
 from metacv.pickles import check_extent
 from metacv.results import Result, ResultFile, read_results
 from metacv.text import plural, printable, shortened
@@ -51,8 +51,11 @@ class RunRecord:
 
     @cached_property
     def protocol(self) -> dict[str, str]:
-        """The settings that determine the episodes of validation, by their full names."""
-        return {name: printable(str(value)) for name, value in validation_protocol(self.config).items()}
+        """The settings that determine the episodes of validation, by their full names, and a head that uses all
+        queries of a task, with which the accuracy is of another kind."""
+        known = validation_protocol(self.config)
+        known |= {"head": class_name(self.config.head)} if uses_query_set(self.config) else {}
+        return {name: printable(str(value)) for name, value in known.items()}
 
     @cached_property
     def validated_on(self) -> str:
@@ -64,7 +67,8 @@ class RunRecord:
         """The images and episodes of validation, for people to read."""
         config = self.config
         where = f"{plural(config.eval_episodes, 'episode')} of {class_name(config.dataset)} val"
-        return f"{where}, {plural(config.query, 'query', 'queries')}, {config.batch_norm}"
+        whole = " batch norm, head uses all queries" * uses_query_set(config)
+        return f"{where}, {plural(config.query, 'query', 'queries')}, {config.batch_norm}{whole}"
 
     def paper(self, test: Result) -> str:
         """Return the paper's accuracy in % if `test` follows the protocol of the run's experiment, otherwise empty."""
@@ -72,7 +76,8 @@ class RunRecord:
         images = class_name(config.dataset), config.dataset.get("test_rotation", "none"), "test"
         followed = (config.way, config.shot, config.query, *images)
         own = (test.way, test.shot, test.query, test.dataset, test.rotation, test.split)
-        if "experiment" not in self.overrides or PROTOCOL & changed or test.changes or own != followed:
+        other = test.disjoint or test.query_balance != "balanced"
+        if "experiment" not in self.overrides or PROTOCOL & changed or test.changes or own != followed or other:
             return ""
         for entry in config.paper or paper_of_experiment(self.overrides["experiment"]):
             accuracy, ci95 = entry.get("accuracy"), entry.get("ci95")

@@ -10,9 +10,8 @@ from itertools import groupby
 
 import torch
 
-from metacv.compare import t_interval
 from metacv.report.gather import RunRecord
-from metacv.results import Result
+from metacv.results import Result, t_interval
 from metacv.text import percent, printable, setting, shortened_in_the_middle
 
 BEST, SIMILAR = "best", "similar"

@@ -41,6 +41,12 @@ def test_all_classes_of_a_task_come_from_one_data_set_in_proportion_to_its_weigh
     assert per_class[3:].min() > 0.8 * per_class[3:].max()
 
 
+def test_tasks_do_not_depend_on_how_many_are_drawn_at_once(tmp_path):
+    bank = mixture(tmp_path, {"a": {}, "b": {}}).load("train")
+    one, other = (EpisodeSampler(bank, way=2, shot=1, query=1) for _ in range(2))
+    assert torch.equal(one.draw(10), torch.cat([other.draw(1) for _ in range(10)]))
+
+
 def test_with_rotations_as_classes_a_task_stays_within_one_data_set(tmp_path):
     bank = mixture(tmp_path, {"a": {}, "b": {}}).load("train")
     sampler = EpisodeSampler(bank, way=10, shot=1, query=1, rotation="as_classes")

@@ -14,6 +14,10 @@ def sampler() -> EpisodeSampler:
     return EpisodeSampler(bank_of([20] * 12), way=5, shot=2, query=3)
 
 
+def unbalanced(sizes=(200,) * 6, way=5, shot=2, query=20, **settings) -> EpisodeSampler:
+    return EpisodeSampler(bank_of([*sizes]), way, shot, query, query_balance="dirichlet", **settings)
+
+
 def identities(images: torch.Tensor) -> torch.Tensor:
     """(class, image) of the images of bank_of, [T, B, 1, 4, 4] -> [T, B, 2]"""
     return (images[:, :, 0, 0, :2] * 255).round().long()
@@ -225,3 +229,81 @@ def test_an_episode_list_gives_the_same_tasks_every_time_in_batches_of_any_size(
 def test_a_long_episode_list_is_the_start_of_the_same_stream():
     one, other = (EpisodeSampler(bank_of([3] * 3), 2, 1, 1) for _ in range(2))
     assert torch.equal(EpisodeList(one, 1500).rows, other.draw(1500))
+
+
+def counts_of(tasks) -> torch.Tensor:
+    """The number of queries of each class, [T, N]."""
+    return torch.nn.functional.one_hot(tasks.query_y, tasks.way).sum(1)
+
+
+def test_unbalanced_queries_have_the_labels_of_their_classes_and_are_no_support_images():
+    tasks = unbalanced(rotation="per_class").sample(20)
+    plain = EpisodeSampler(bank_of([200] * 6), 5, 2, 20).sample(20)
+    assert torch.equal(tasks.classes, plain.classes)
+    unturned = unbalanced().sample(20)
+    assert torch.equal(unturned.support_x, plain.support_x)
+    assert unturned.query_x.shape == plain.query_x.shape
+    assert torch.equal(tasks.classes.gather(1, unturned.query_y), identities(unturned.query_x)[:, :, 0])
+    for t in range(20):
+        images = torch.cat([identities(unturned.support_x)[t], identities(unturned.query_x)[t]])
+        assert len(set(map(tuple, images.tolist()))) == 5 * 22
+
+
+def test_the_shares_of_unbalanced_queries_have_mean_and_variance_of_a_dirichlet_distribution_with_alpha_2():
+    counts = counts_of(unbalanced().sample(4000))
+    assert counts.sum(1).unique().tolist() == [100]
+    shares = counts / 100
+    # Mean 1/5; variance (1/5) (4/5) / (2 * 5 + 1) = 0.01455, with a standard deviation of 0.0004 for 4000 tasks
+    assert (shares.mean(0) - 0.2).abs().max() < 5 * (0.01455 / 4000) ** 0.5
+    assert (shares.var(0) - 0.01455).abs().max() < 0.002
+
+
+def test_numbers_of_unbalanced_queries_are_shares_rounded_one_query_at_a_time():
+    """Dealt by a loop: each query goes to the class with the largest share per query, counting half a query more."""
+    sampler = unbalanced(sizes=[200, 200, 25, 200, 200], seed=3)
+    state = sampler.shares.get_state()
+    shares = -(1 - torch.rand(50, 2, 5, generator=sampler.shares, dtype=torch.float64)).log().sum(1)
+    sampler.shares.set_state(state)
+    tasks = sampler.sample(50)
+    for own, counted, classes in zip(shares.tolist(), counts_of(tasks).tolist(), tasks.classes.tolist(), strict=True):
+        expected = [0] * 5
+        room = [23 if c == 2 else 198 for c in classes]
+        for _ in range(100):
+            free = [n for n in range(5) if expected[n] < room[n]]
+            expected[max(free, key=lambda n: own[n] / (expected[n] + 0.5))] += 1
+        assert counted == expected
+
+
+def test_unbalanced_tasks_do_not_depend_on_how_many_are_drawn_at_a_time_and_have_their_own_fingerprint():
+    whole, parts = unbalanced(seed=3), unbalanced(seed=3)
+    assert torch.equal(whole.draw(16), torch.cat([parts.draw(n) for n in (1, 2, 5, 1, 7)]))
+    balanced = EpisodeList(EpisodeSampler(bank_of([200] * 6), 5, 2, 20, seed=3), 16)
+    other = balanced.balanced_as("dirichlet")
+    assert torch.equal(other.rows, EpisodeList(unbalanced(seed=3), 16).rows)
+    assert other.fingerprint != balanced.fingerprint
+    assert other.balanced_as("balanced").fingerprint == balanced.fingerprint
+
+
+def test_classes_without_more_images_leave_their_queries_to_others():
+    tasks = unbalanced(sizes=[4, 4, 4], way=3, shot=1, query=3).sample(10)
+    assert counts_of(tasks).unique().tolist() == [3]
+
+
+@pytest.mark.parametrize(("sizes", "way", "tasks"), [([20] * 12, 5, 9), ([10, 30, 14, 10], 3, 2), ([10] * 5, 5, 2)])
+def test_disjoint_episodes_use_no_image_twice_and_every_class_equally_often(sizes, way, tasks):
+    episodes = EpisodeList(EpisodeSampler(bank_of(sizes), way, shot=2, query=3), "disjoint")
+    assert len(episodes) == tasks  # as many as there are parts of 5 images of each class, divided by way
+    assert len(episodes.rows.unique()) == episodes.rows.numel()
+    (batch,) = episodes.batches(100)
+    assert torch.equal(batch.classes.gather(1, batch.query_y), identities(batch.query_x)[:, :, 0])
+    used = torch.bincount(batch.classes.flatten(), minlength=len(sizes))
+    assert used.max() - used.min() <= 1
+    other = EpisodeList(EpisodeSampler(bank_of(sizes), way, shot=2, query=3, seed=1), "disjoint")
+    assert other.fingerprint != episodes.fingerprint
+
+
+def test_disjoint_episodes_need_two_tasks_without_rotations():
+    with pytest.raises(UserError, match=r"^episodes=disjoint: toy train has images for 1 task, at least 2 are needed$"):
+        EpisodeList(EpisodeSampler(bank_of([9] * 5), 5, 2, 3), "disjoint")
+    with pytest.raises(UserError, match=r"^episodes=disjoint: .* needs dataset\.test_rotation=none$"):
+        EpisodeList(EpisodeSampler(bank_of([20] * 5), 5, 2, 3, "per_class"), "disjoint")

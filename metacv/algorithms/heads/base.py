@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metacv.algorithms.base import Algorithm, MetricMethod
@@ -21,6 +22,7 @@ class Head(nn.Module, ABC):
     """
 
     centred = False  # whether it subtracts `centre`, the mean feature of training images
+    uses_query_set = False  # whether the logits of a query depend on the other queries of its task
     centre: Tensor
 
     def __init__(self, augment: Copies = 0, flip: bool = False) -> None:
@@ -39,6 +41,7 @@ class WithHead(MetricMethod):
     def __init__(self, algorithm: Algorithm, head: Head, augment: AugmentConfig) -> None:
         super().__init__(algorithm.embedding)
         self.classify, self.augment, self.copies = head, augment, head.augment
+        self.uses_query_set = head.uses_query_set
         if self.copies and not Augment(**vars(augment)):
             raise ValueError(f"augment={self.copies}: needs a model that was trained with augment.*; use augment=0")
 
@@ -75,3 +78,16 @@ class WithHead(MetricMethod):
         with torch.no_grad():
             self.classify.centre = torch.cat([self.embed(some) for some in images.split(200)]).mean(0)
         return self.classify.centre
+
+
+def closeness(features: Tensor, centres: Tensor) -> Tensor:
+    """Return minus half the squared distances of features [T, B, D] to centres [T, N, D], up to a number for each
+    feature, which no softmax over classes depends on: [T, B, N]."""
+    return features @ centres.mT - centres.square().sum(-1).unsqueeze(1) / 2
+
+
+def means_with_queries(tasks: TaskBatch, shares: Tensor) -> Tensor:
+    """Return the mean feature of each class [T, N, D] over its support images and all queries, of which the class has
+    `shares` [T, Q, N]."""
+    weights = torch.cat([F.one_hot(tasks.support_y, tasks.way).to(shares), shares], dim=1)  # [T, S + Q, N]
+    return weights.mT @ torch.cat([tasks.support_x, tasks.query_x], dim=1) / weights.sum(1).unsqueeze(2)
