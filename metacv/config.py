@@ -114,6 +114,8 @@ class EvaluateConfig(TestConfig):
     batch_norm: Literal[BatchNormMode, "both"] | None = None
     checkpoint: str | None = None
     features: str | None = None
+    backbone: dict[str, Any] = field(default_factory=dict)
+    normalize: NormalizeConfig = field(default_factory=NormalizeConfig)
 
 
 @dataclass
@@ -140,6 +142,8 @@ class InfoConfig:
 @dataclass
 class PredictConfig:
     checkpoint: str | None = None
+    backbone: dict[str, Any] = field(default_factory=dict)
+    normalize: NormalizeConfig = field(default_factory=NormalizeConfig)
     support: str | None = None
     adapted: str | None = None
     query: str = MISSING
@@ -222,6 +226,11 @@ def absolute(path: str) -> str:
 def class_name(node: Mapping[str, Any]) -> str:
     """Return the name of the class that a config node builds; empty without one."""
     return str(node.get("_target_", "")).rpartition(".")[2]
+
+
+def network_name(node: Mapping[str, Any]) -> str:
+    """`ResNet12`, or with the name of a network in a library: `Timm resnet18`."""
+    return " ".join([class_name(node), *([str(node["name"])] if "name" in node else [])])
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

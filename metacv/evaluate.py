@@ -28,12 +28,14 @@ from metacv.config import (
     class_name,
     differences,
     merged,
+    network_name,
     validation_protocol,
 )
 from metacv.confusion import Predictions
 from metacv.data.bank import ImageBank
 from metacv.data.sampler import EpisodeList, EpisodeSampler
 from metacv.errors import UserError
+from metacv.feature_cache import FeatureCache, feature_cache
 from metacv.features import evaluate_features
 from metacv.files import user_path, write_bytes_atomically, written_or_refused
 from metacv.look import warn_if_unlike
@@ -46,6 +48,7 @@ from metacv.model import (
     with_head,
 )
 from metacv.precision import keep_freed_memory
+from metacv.pretrained import checkpoint_or_pretrained
 from metacv.progress import Progress, header
 from metacv.results import Result, ResultFile, check_accuracies, summary, task_text, warn_at_chance
 from metacv.terminal import say
@@ -69,6 +72,7 @@ class Evaluation:
     split: str
     algorithm: Algorithm
     left_out: int  # number of classes of the split that are left out
+    cache: FeatureCache | None  # of a frozen network
 
     @property
     def changes(self) -> dict[str, Any]:
@@ -87,8 +91,11 @@ class Evaluation:
         method, head, data = (class_name(getattr(config, group)) for group in ("algo", "head", "dataset"))
         bank, rotation = sampler.bank, f", rotation {sampler.rotation}" * (sampler.rotation != "none")
         images = f"{len(bank.class_names):,} classes, {len(bank.images):,} images"
+        height, size = bank.image_shape[1], getattr(self.algorithm.embedding, "size", None)
+        resized = f"; images resized from {height} to {size} pixels" * (size not in (None, height))
         return {
             "method": task_text(method, head, sampler.way, sampler.shot, sampler.query),
+            "network": f"{network_name(config.backbone)}{resized}",
             "data": f"{data} {self.split}: {images}; {'x'.join(map(str, bank.image_shape))}{rotation}",
             "episodes": f"{len(self.episodes):,}",
             "device": describe_device(sampler.device),
@@ -104,7 +111,8 @@ class Evaluation:
     def run(self, batch_norm: str, label: str = "evaluating") -> tuple[Predictions, Result]:
         """Run the evaluation; return predictions and the result. UserError if predictions are not finite."""
         start = time.perf_counter()
-        predictions = predict_episodes(self.algorithm, self.episodes, batch_norm, Progress(label, lines=True))
+        progress = Progress(label, lines=True)
+        predictions = predict_episodes(self.algorithm, self.episodes, batch_norm, progress, self.cache)
         seconds = time.perf_counter() - start
         accuracy = predictions.accuracy
         check_accuracies(accuracy, learning_rates(self.config))
@@ -132,14 +140,16 @@ def record(config: TrainConfig, episodes: EpisodeList, **measured: Any) -> Resul
     """Build the Result of an evaluation: `measured` fields, and those given by settings, episodes and versions."""
     known = {name: getattr(episodes.sampler, name) for name in ("way", "shot", "query", "rotation")}
     known |= {name: class_name(getattr(config, group)) for name, group in CLASSES.items()}
-    return Result(**known, **measured, episodes=len(episodes), torch=str(torch.__version__), metacv=version())
+    known |= {"backbone": network_name(config.backbone), "torch": str(torch.__version__), "metacv": version()}
+    return Result(**known, **measured, episodes=len(episodes))
 
 
 def evaluate(cfg: EvaluateConfig, folder: Path) -> None:
     """Evaluate a checkpoint, all runs below a folder, or features; and write the results into `folder`."""
-    if not cfg.checkpoint and not cfg.features:
-        raise UserError("checkpoint is missing; set checkpoint=RUN, or features=FILE.npz")
-    if not cfg.features and (below := runs_below(user_path(str(cfg.checkpoint)))):
+    if not cfg.checkpoint and not cfg.features and not cfg.backbone:
+        advice = "set checkpoint=RUN, backbone=NAME for a pre-trained network, or features=FILE.npz"
+        raise UserError(f"checkpoint is missing; {advice}")
+    if not cfg.features and not cfg.backbone and (below := runs_below(user_path(str(cfg.checkpoint)))):
         return evaluate_runs(cfg, folder, below)
     measured = [evaluate_features(cfg)] if cfg.features else evaluate_checkpoint(cfg)
     write_evaluation(folder, [(predictions.accuracy, result) for predictions, result in measured])
@@ -157,7 +167,7 @@ def evaluate_checkpoint(cfg: EvaluateConfig) -> list[tuple[Predictions, Result]]
     """Evaluate one checkpoint; return predictions and the result for each requested batch-norm mode."""
     modes = batch_norm_modes(cfg)
     given = dataclasses.replace(cfg, batch_norm=modes[0])
-    evaluation = prepare(load_checkpoint(str(cfg.checkpoint)), given)
+    evaluation = prepare(checkpoint_or_pretrained(cfg, cfg.checkpoint), given)
     say(header([evaluation.about]))
     return [evaluation.run(mode or evaluation.config.batch_norm) for mode in modes]
 
@@ -252,7 +262,8 @@ def prepare(checkpoint: Checkpoint, given: TestConfig, others: Iterable[Checkpoi
         centre(algorithm, source.load("train"), device)
     if device.type == "cpu":
         keep_freed_memory()
-    return Evaluation(checkpoint, config, episodes, given.split, algorithm, left_out)
+    cache = feature_cache(user_path(given.data_dir), algorithm, config, episodes.sampler)
+    return Evaluation(checkpoint, config, episodes, given.split, algorithm, left_out, cache)
 
 
 def centre(algorithm: WithHead, bank: ImageBank, device: torch.device) -> Tensor:
@@ -273,10 +284,16 @@ def evaluate_episodes(
     return predict_episodes(algorithm, episodes, batch_norm, Progress(label, check)).accuracy
 
 
-def predict_episodes(algorithm: Algorithm, episodes: EpisodeList, batch_norm: str, progress: Progress) -> Predictions:
+def predict_episodes(
+    algorithm: Algorithm,
+    episodes: EpisodeList,
+    batch_norm: str,
+    progress: Progress,
+    cache: FeatureCache | None = None,
+) -> Predictions:
     """Predict the class of each query. Each image is embedded only once if its features depend on no other image."""
     if isinstance(algorithm, MetricMethod) and algorithm.embeds_each_image_alone(batch_norm):
-        cached = _from_features(algorithm, episodes, batch_norm, progress)
+        cached = _from_features(algorithm, episodes, batch_norm, progress, cache)
         if cached is not None:
             return cached
     results = []
@@ -288,34 +305,37 @@ def predict_episodes(algorithm: Algorithm, episodes: EpisodeList, batch_norm: st
 
 
 def _from_features(
-    algorithm: MetricMethod, episodes: EpisodeList, batch_norm: str, progress: Progress
+    algorithm: MetricMethod,
+    episodes: EpisodeList,
+    batch_norm: str,
+    progress: Progress,
+    cache: FeatureCache | None,
 ) -> Predictions | None:
     """Predict as `predict_episodes`, with each image embedded once; None if features would take too much memory."""
     sampler, device = episodes.sampler, episodes.sampler.device
     rows, index = episodes.rows.unique(return_inverse=True)
     supports, support_index = episodes.rows[:, :, : sampler.shot].unique(return_inverse=True)
-    passes = len(rows) + algorithm.copies * len(supports)
     results = []
 
-    def embedded(rows: Tensor, copies: int) -> Tensor | None:
+    def embedded(rows: Tensor, copies: int = 0) -> Tensor | None:
         """Embed the images at `rows` [R]: features [R, ...], or [R, copies, ...] of augmented copies."""
         features, step = torch.empty(0), max(1, IMAGES_AT_ONCE // (4 + 4 * copies))
-        for start in range(0, len(rows), step):
-            some = rows[start : start + step]
-            images = sampler.images_at(some)
-            own = algorithm.embed_copies(images, some.tolist()) if copies else algorithm.embed(images)
-            if start == 0:
-                if len(rows) * own[0].numel() > FEATURES_KEPT:
-                    return None
-                features = own.new_empty(len(rows), *own.shape[1:])
-            features[start : start + len(some)] = own
-            done(len(some) * max(1, copies))
+        with progress.track(len(rows) * max(1, copies), "image") as done:
+            for start in range(0, len(rows), step):
+                some = rows[start : start + step]
+                images = sampler.images_at(some)
+                own = algorithm.embed_copies(images, some.tolist()) if copies else algorithm.embed(images)
+                if start == 0:
+                    if len(rows) * own[0].numel() > FEATURES_KEPT:
+                        return None
+                    features = own.new_empty(len(rows), *own.shape[1:])
+                features[start : start + len(some)] = own
+                done(len(some) * max(1, copies))
         return features
 
     with evaluating(algorithm, batch_norm, device):
-        with progress.track(passes, "image") as done:
-            features = embedded(rows, 0)
-            copied = embedded(supports, algorithm.copies) if algorithm.copies else None
+        features = cache.embedded(rows, embedded) if cache else embedded(rows)
+        copied = embedded(supports, algorithm.copies) if algorithm.copies else None
         if features is None or (algorithm.copies and copied is None):
             return None
         support = algorithm.copies * support_index[0].numel()  # augmented copies in an episode
@@ -323,7 +343,7 @@ def _from_features(
         batches = (part.split(max(1, FEATURES_AT_ONCE // numbers)) for part in (episodes.rows, index, support_index))
         with progress.track(len(episodes), "task") as done:
             for some, places, support_places in zip(*batches, strict=True):
-                tasks = sampler.tasks(features, some, places.to(device))
+                tasks = sampler.tasks(features, some, places.to(features.device))
                 if copied is not None:
                     tasks = tasks.with_copies(copied[support_places.to(device)].flatten(1, 3))
                 results.append(predicted(algorithm.head(tasks)))
