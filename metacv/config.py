@@ -117,6 +117,8 @@ class EvaluateConfig(TestConfig):
     query_balance: Literal[QueryBalance, "both"] | None = None
     checkpoint: str | None = None
     features: str | None = None
+    backbone: dict[str, Any] = field(default_factory=dict)
+    normalize: NormalizeConfig = field(default_factory=NormalizeConfig)
 
     def balances(self, uses_query_set: bool) -> tuple[QueryBalance, ...]:
         """Return the balances of the queries to measure. null: both for a head that uses the whole query set, whose
@@ -153,6 +155,8 @@ class InfoConfig:
 @dataclass
 class PredictConfig:
     checkpoint: str | None = None
+    backbone: dict[str, Any] = field(default_factory=dict)
+    normalize: NormalizeConfig = field(default_factory=NormalizeConfig)
     support: str | None = None
     adapted: str | None = None
     query: str = MISSING
@@ -237,6 +241,11 @@ def class_name(node: Mapping[str, Any]) -> str:
     if isinstance(sets := node.get("sets"), dict):
         return "+".join(class_name(own) for own in sets.values())
     return str(node.get("_target_", "")).rpartition(".")[2]
+
+
+def network_name(node: Mapping[str, Any]) -> str:
+    """`ResNet12`, or with the name of a network in a library: `Timm resnet18`."""
+    return " ".join([class_name(node), *([str(node["name"])] if "name" in node else [])])
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -29,12 +29,14 @@ from metacv.config import (
     class_name,
     differences,
     merged,
+    network_name,
     validation_protocol,
 )
 from metacv.confusion import Predictions
 from metacv.data.bank import ImageBank
 from metacv.data.sampler import EpisodeList, EpisodeSampler
 from metacv.errors import UserError
+from metacv.feature_cache import FeatureCache, feature_cache
 from metacv.features import DEFAULT_HEAD, evaluate_features
 from metacv.files import user_path, write_bytes_atomically, written_or_refused
 from metacv.look import warn_if_unlike
@@ -48,6 +50,7 @@ from metacv.model import (
     with_head,
 )
 from metacv.precision import keep_freed_memory
+from metacv.pretrained import checkpoint_or_pretrained
 from metacv.progress import Progress, header
 from metacv.results import (
     UNBALANCED,
@@ -90,6 +93,7 @@ class Evaluation:
     split: str
     algorithm: Algorithm
     left_out: int  # number of classes of the split that are left out
+    cache: FeatureCache | None = None  # of a frozen network
     alike: tuple[EpisodeList, ...] = ()  # lists of episodes of evaluations of the same backbone on the same images
     shared: dict[str, Features | None] = field(default_factory=dict)  # the features for all of these, by mode
 
@@ -110,8 +114,11 @@ class Evaluation:
         method, head, data = (class_name(getattr(config, group)) for group in ("algo", "head", "dataset"))
         bank, rotation = sampler.bank, f", rotation {sampler.rotation}" * (sampler.rotation != "none")
         images = f"{len(bank.class_names):,} classes, {len(bank.images):,} images"
+        height, size = bank.image_shape[1], getattr(self.algorithm.embedding, "size", None)
+        resized = f"; images resized from {height} to {size} pixels" * (size not in (None, height))
         return {
             "method": task_text(method, head, sampler.way, sampler.shot, sampler.query),
+            "network": f"{network_name(config.backbone)}{resized}",
             "data": f"{data} {self.split}: {images}; {'x'.join(map(str, bank.image_shape))}{rotation}",
             "episodes": f"{len(self.episodes):,}",
             "device": describe_device(sampler.device),
@@ -141,7 +148,7 @@ class Evaluation:
         start = time.perf_counter()
         progress, lists = Progress(label, lines=True), self.alike or (self.episodes,)
         if batch_norm not in self.shared:
-            self.shared[batch_norm] = embedded_once(self.algorithm, lists, batch_norm, progress)
+            self.shared[batch_norm] = embedded_once(self.algorithm, lists, batch_norm, progress, self.cache)
         features = self.shared[batch_norm]
         predictions = predict_episodes(self.algorithm, self.episodes, batch_norm, progress, features)
         seconds = time.perf_counter() - start
@@ -173,14 +180,16 @@ def record(config: TrainConfig, episodes: EpisodeList, **measured: Any) -> Resul
     known = {name: getattr(episodes.sampler, name) for name in ("way", "shot", "query", "rotation", "query_balance")}
     known["disjoint"] = episodes.disjoint
     known |= {name: class_name(getattr(config, group)) for name, group in CLASSES.items()}
-    return Result(**known, **measured, episodes=len(episodes), torch=str(torch.__version__), metacv=version())
+    known |= {"backbone": network_name(config.backbone), "torch": str(torch.__version__), "metacv": version()}
+    return Result(**known, **measured, episodes=len(episodes))
 
 
 def evaluate(cfg: EvaluateConfig, folder: Path) -> None:
     """Evaluate a checkpoint, all runs below a folder, or features; and write the results into `folder`."""
-    if not cfg.checkpoint and not cfg.features:
-        raise UserError("checkpoint is missing; set checkpoint=RUN, or features=FILE.npz")
-    if not cfg.features and (below := runs_below(user_path(str(cfg.checkpoint)))):
+    if not cfg.checkpoint and not cfg.features and not cfg.backbone:
+        advice = "set checkpoint=RUN, backbone=NAME for a pre-trained network, or features=FILE.npz"
+        raise UserError(f"checkpoint is missing; {advice}")
+    if not cfg.features and not cfg.backbone and (below := runs_below(user_path(str(cfg.checkpoint)))):
         return evaluate_runs(cfg, folder, below)
     measured = evaluate_features(cfg) if cfg.features else evaluate_checkpoint(cfg)
     write_evaluation(folder, [(predictions.accuracy, result) for predictions, result in measured])
@@ -200,7 +209,7 @@ def evaluate_checkpoint(cfg: EvaluateConfig) -> list[tuple[Predictions, Result]]
     """Evaluate one checkpoint; return predictions and results for each requested batch-norm mode and query balance."""
     modes = batch_norm_modes(cfg)
     given = dataclasses.replace(cfg, batch_norm=modes[0])
-    evaluation = prepare(load_checkpoint(str(cfg.checkpoint)), given)
+    evaluation = prepare(checkpoint_or_pretrained(cfg, cfg.checkpoint), given)
     say(header([evaluation.about]))
     cases = product(modes, evaluation.variants(cfg))
     return [one.run(mode or evaluation.config.batch_norm) for mode, one in cases]
@@ -308,7 +317,8 @@ def prepare(checkpoint: Checkpoint, given: TestConfig, others: Iterable[Checkpoi
         centre(algorithm, source.load("train"), device)
     if device.type == "cpu":
         keep_freed_memory()
-    return Evaluation(checkpoint, config, episodes, given.split, algorithm, left_out)
+    cache = feature_cache(user_path(given.data_dir), algorithm, config, episodes.sampler)
+    return Evaluation(checkpoint, config, episodes, given.split, algorithm, left_out, cache)
 
 
 def centre(algorithm: WithHead, bank: ImageBank, device: torch.device) -> Tensor:
@@ -347,34 +357,38 @@ def predict_episodes(
 
 
 def embedded_once(
-    algorithm: Algorithm, lists: Sequence[EpisodeList], batch_norm: str, progress: Progress
+    algorithm: Algorithm,
+    lists: Sequence[EpisodeList],
+    batch_norm: str,
+    progress: Progress,
+    cache: FeatureCache | None = None,
 ) -> Features | None:
     """Embed each image of some lists of episodes once; None if features depend on other images, or would take too much
-    memory."""
+    memory. Features in the cache are not computed."""
     if not (isinstance(algorithm, MetricMethod) and algorithm.embeds_each_image_alone(batch_norm)):
         return None
     sampler = lists[0].sampler
     rows = torch.cat([episodes.rows.unique() for episodes in lists]).unique()
     supports = torch.cat([episodes.rows[:, :, : sampler.shot].unique() for episodes in lists]).unique()
 
-    def embedded(rows: Tensor, copies: int) -> Tensor | None:
+    def embedded(rows: Tensor, copies: int = 0) -> Tensor | None:
         """Embed the images at `rows` [R]: features [R, ...], or [R, copies, ...] of augmented copies."""
         features, step = torch.empty(0), max(1, IMAGES_AT_ONCE // (4 + 4 * copies))
-        for start in range(0, len(rows), step):
-            some = rows[start : start + step]
-            images = sampler.images_at(some)
-            own = algorithm.embed_copies(images, some.tolist()) if copies else algorithm.embed(images)
-            if start == 0:
-                if len(rows) * own[0].numel() > FEATURES_KEPT:
-                    return None
-                features = own.new_empty(len(rows), *own.shape[1:])
-            features[start : start + len(some)] = own
-            done(len(some) * max(1, copies))
+        with progress.track(len(rows) * max(1, copies), "image") as done:
+            for start in range(0, len(rows), step):
+                some = rows[start : start + step]
+                images = sampler.images_at(some)
+                own = algorithm.embed_copies(images, some.tolist()) if copies else algorithm.embed(images)
+                if start == 0:
+                    if len(rows) * own[0].numel() > FEATURES_KEPT:
+                        return None
+                    features = own.new_empty(len(rows), *own.shape[1:])
+                features[start : start + len(some)] = own
+                done(len(some) * max(1, copies))
         return features
 
-    passes = len(rows) + algorithm.copies * len(supports)
-    with evaluating(algorithm, batch_norm, sampler.device), progress.track(passes, "image") as done:
-        features = embedded(rows, 0)
+    with evaluating(algorithm, batch_norm, sampler.device):
+        features = cache.embedded(rows, embedded) if cache else embedded(rows)
         copied = embedded(supports, algorithm.copies) if algorithm.copies else None
     if features is None or (algorithm.copies and copied is None):
         return None

@@ -6,6 +6,8 @@ Each limit is far above what metacv and the published data sets need, and low en
 TEXT = 10**7  # bytes of a JSON, YAML or text file: about a log of 100,000 lines
 LIST = 2**26  # bytes of a CSV list: that of tieredImageNet, the longest, has 20 MB
 
+WEIGHTS = 2**34  # bytes of a file with pre-trained weights: a network of 4 billion numbers
+
 GROWTH, SMALL = 20, 10**8  # an archive may unpack to GROWTH times its size + SMALL bytes: images hardly shrink
 
 PICKLE = 2**22  # bytes of the pickle in a checkpoint or a cache, without tensors: that of ResNet-12 has 20 kB

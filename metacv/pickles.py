@@ -82,6 +82,7 @@ class CheckpointUnpickler(PlainUnpickler):
     stand_ins: ClassVar = {
         ("collections", "OrderedDict"): _Ordered,
         ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+        ("torch._utils", "_rebuild_parameter"): lambda data, *_: None,
         **{("torch", f"{name}Storage"): width for width, names in WIDTHS.items() for name in names},
     }
 

@@ -34,11 +34,12 @@ def predict(cfg: PredictConfig, folder: Path) -> Predictions:
     save = user_path(cfg.save) if cfg.save else None
     if save:
         check_place_to_save(save)
-    if (cfg.adapted is None) == (cfg.checkpoint is None and cfg.support is None):
-        raise UserError("give either checkpoint=RUN and support=FOLDER, or adapted=FILE")
-    if cfg.adapted is None and (cfg.checkpoint is None or cfg.support is None):
-        raise UserError(f"{'checkpoint' if cfg.checkpoint is None else 'support'}=... is missing")
-    predictor = Predictor.load(str(cfg.adapted or cfg.checkpoint), cfg)
+    network = cfg.checkpoint is not None or bool(cfg.backbone)
+    if (cfg.adapted is None) == (not network and cfg.support is None):
+        raise UserError("give either checkpoint=RUN (or backbone=NAME) and support=FOLDER, or adapted=FILE")
+    if cfg.adapted is None and (not network or cfg.support is None):
+        raise UserError(f"{'support' if network else 'checkpoint'}=... is missing")
+    predictor = Predictor.load(cfg.adapted or cfg.checkpoint, cfg)
     checkpoint, dataset = predictor.checkpoint, predictor.dataset
     support = kept_support(checkpoint) if cfg.adapted else read_support(user_path(str(cfg.support)), dataset)
     place = user_path(cfg.query)

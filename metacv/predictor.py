@@ -27,6 +27,7 @@ from metacv.model import (
     save_checkpoint,
     with_head,
 )
+from metacv.pretrained import checkpoint_or_pretrained
 from metacv.text import first_line, printable, short
 
 QUERIES_AT_ONCE = 100
@@ -64,9 +65,9 @@ class Predictor:
     device: torch.device
 
     @classmethod
-    def load(cls, place: str | Path, given: PredictConfig) -> "Predictor":
+    def load(cls, place: str | None, given: PredictConfig) -> "Predictor":
         """Load the model at `place`, with the settings of `given` that are not null; UserError if one is invalid."""
-        checkpoint = load_checkpoint(place)
+        checkpoint = checkpoint_or_pretrained(given, place)
         config = with_changes(checkpoint, given, ("batch_norm",))  # query is a path here
         return cls(checkpoint, config, pick_device(given.device))
 
@@ -100,7 +101,9 @@ class Predictor:
 
     def save(self, path: Path, support: Support) -> None:
         """Write one file with the model and its support set, without paths of this machine."""
-        portable = with_paths(to_dict(self.config), lambda *_: None) | {"init": None}
+        # The name of a weights file stays: normalization may depend on whether there was one.
+        names = with_paths(to_dict(self.config), lambda name, path: Path(path).name if "weights" in name else None)
+        portable = names | {"init": None}
         kept = {"images": support.images, "shots": list(support.shots), "classes": list(support.classes)}
         content = self.checkpoint.content
         content = {name: content[name] for name in (*WEIGHTS, *OPTIONAL) if name in content}

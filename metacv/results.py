@@ -45,6 +45,7 @@ class Result:
 
     # Model.
     method: str = ""  # class name of the algorithm
+    backbone: str = ""  # class name of the network, and its name in a library
     head: str = ""  # class name of the head that classified instead of the algorithm, if any
     changes: dict[str, Any] = field(default_factory=dict)  # algo settings that differ from those of training
     checkpoint: str = ""

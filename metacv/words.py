@@ -65,7 +65,8 @@ def hydra_overrides(command: str, words: list[str]) -> list[str]:
         word.startswith("resume=") and word not in ("resume=false", "resume=auto") for word in words
     ):
         # ++ since Hydra does not know the keys in algo, dataset and head of a trained model
-        overrides = [f"++{word}" if word.startswith(("algo.", "dataset.", "head.")) else word for word in overrides]
+        kept = ("algo.", "dataset.", "head.", *(("backbone.",) if command != "train" else ()))
+        overrides = [f"++{word}" if word.startswith(kept) else word for word in overrides]
     if command == "train" and not any(word.startswith("hydra.run.dir=") for word in words):
         overrides += [f"hydra.run.dir={quoted(folder)}" for word in words if (folder := _resumed_folder(word))]
     for i in _plain(overrides):

@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,10 @@ ROOM = 3 * 2**30  # bytes
 ALGORITHMS = sorted(path.stem for path in (CONFIG_DIR / "algo").glob("*.yaml"))
 # One for each way through the core: inner loops with and without moments, vectors, maps, training on images.
 KINDS = ["maml", "reptile", "protonet", "relationnet", "classifier"]
-BACKBONES = sorted(path.stem for path in (CONFIG_DIR / "backbone").glob("*.yaml"))
+# timm is optional.
+BACKBONES = [
+    path.stem for path in sorted((CONFIG_DIR / "backbone").glob("*.yaml")) if path.stem != "timm" or find_spec("timm")
+]
 DATASETS = sorted(path.stem for path in (CONFIG_DIR / "dataset").glob("*.yaml"))
 
 

@@ -38,7 +38,7 @@ from metacv.train import prepare, training_step
 T = TypeVar("T")
 TINY = ("dataset.classes={train:6,val:6,test:4}", "way=3", "query=3", "steps=4", "meta_batch=2", "eval_episodes=4")
 # Where a class has the setting.
-FAST = {"backbone": {"channels": 8}, "algo": {"eval_inner_steps": 2}}
+FAST = {"backbone": {"channels": 8, "width": 1}, "algo": {"eval_inner_steps": 2}}
 MODES = typing.get_args(config.BatchNormMode)
 GROUPS = {"algo": Algorithm, "backbone": Backbone, "dataset": Dataset}
 ALL = [*(("algo", name) for name in ALGORITHMS), *(("backbone", name) for name in BACKBONES)]

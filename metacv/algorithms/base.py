@@ -117,6 +117,11 @@ class MetricMethod(Algorithm):
     def embed(self, images: Tensor) -> Tensor:
         return self.backbone.features(images) if self.features == "vectors" else self.backbone.maps(images)
 
+    @property
+    def embedding_key(self) -> list[Any]:
+        """What besides the backbone and the image determines the result of `embed`."""
+        return [type(self).embed.__qualname__, self.features]
+
     def embed_copies(self, images: Tensor, seeds: Iterable[int]) -> Tensor:
         """Embed augmented copies of images [B, C, H, W]: features [B, copies, ...]; `seeds`: one for each image."""
         raise NotImplementedError

@@ -6,6 +6,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from metacv.backbones.weights import load_weights
+
 ImageShape = tuple[int, int, int]  # C, H, W
 
 
@@ -15,6 +17,7 @@ class Backbone(nn.Module):
     out_shape: tuple[int, ...]  # (C, H, W) of maps, or (D,) of vectors
     mean: Tensor | None  # normalization of images, with `std`: from the settings, not saved with the weights
     std: Tensor
+    weights_file: str | None = None  # pre-trained weights, for networks with this setting
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,8 +53,8 @@ class Backbone(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
 
     def load_pretrained(self) -> str | None:
-        """Load pre-trained weights for a new training run, if the network has any; return their source, or None."""
-        return None
+        """Load pre-trained weights for a new training run, if the settings name any; return their source, or None."""
+        return load_weights(self, self.weights_file) if self.weights_file else None
 
 
 class GlobalMean(nn.Module):

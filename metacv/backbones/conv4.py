@@ -26,8 +26,10 @@ class Conv4(Backbone):
         global_pool: bool = False,
         norm_scale: bool = True,
         running_stats: bool = True,
+        weights_file: str | None = None,
     ) -> None:
         super().__init__()
+        self.weights_file = weights_file
         downsamples = downsample if isinstance(downsample, list) else [downsample] * BLOCKS
         paddings = padding if isinstance(padding, list) else [padding] * BLOCKS
         if len(downsamples) != BLOCKS or len(paddings) != BLOCKS:

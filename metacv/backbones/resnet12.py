@@ -22,8 +22,10 @@ class ResNet12(Backbone):
         drop_block: ShareBelowOne = 0.0,
         global_pool: bool = True,
         running_stats: bool = True,
+        weights_file: str | None = None,
     ) -> None:
         super().__init__()
+        self.weights_file = weights_file
         inputs, height, width = image_shape
         if min(height, width) < 16:
             raise ValueError(f"images of {height}x{width} are too small to be halved four times")

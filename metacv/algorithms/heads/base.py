@@ -2,16 +2,19 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metacv.algorithms.base import Algorithm, MetricMethod
+from metacv.backbones.base import Backbone
 from metacv.bounds import Copies
 from metacv.config import AugmentConfig
 from metacv.data.task import TaskBatch
 from metacv.data.transforms import Augment
+from metacv.errors import UserError
 
 
 class Head(nn.Module, ABC):
@@ -33,6 +36,17 @@ class Head(nn.Module, ABC):
     @abstractmethod
     def forward(self, tasks: TaskBatch) -> Tensor:
         """Return query logits [T, Q, N] of tasks whose images are features [T, S, D]."""
+
+
+class Embedding(Algorithm):
+    """A pre-trained network without a classifier of its own, for use with a head."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, tasks: TaskBatch) -> Tensor:
+        raise UserError("head=null: this network has no classifier of its own; set head=ncm or another head")
 
 
 class WithHead(MetricMethod):
@@ -67,6 +81,10 @@ class WithHead(MetricMethod):
         """Return augmented copies [B * copies, C, H, W] of images [B, C, H, W]; `seeds`: one for each image."""
         changes = [Augment(**vars(self.augment), seed=seed).draw(self.copies) for seed in seeds]
         return Augment(**vars(self.augment))(images.repeat_interleave(self.copies, 0), torch.cat(changes))
+
+    @property
+    def embedding_key(self) -> list[Any]:
+        return [*super().embedding_key, self.classify.flip]
 
     @property
     def needs_centre(self) -> bool:
