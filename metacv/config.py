@@ -115,7 +115,8 @@ class TestConfig:
 class EvaluateConfig(TestConfig):
     batch_norm: Literal[BatchNormMode, "both"] | None = None
     query_balance: Literal[QueryBalance, "both"] | None = None
-    checkpoint: str | None = None
+    checkpoint: str | list[str] | None = None
+    datasets: dict[str, dict[str, Any]] = field(default_factory=dict)
     features: str | None = None
     backbone: dict[str, Any] = field(default_factory=dict)
     normalize: NormalizeConfig = field(default_factory=NormalizeConfig)

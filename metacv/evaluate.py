@@ -33,7 +33,7 @@ from metacv.config import (
     validation_protocol,
 )
 from metacv.confusion import Predictions
-from metacv.data.bank import ImageBank
+from metacv.data.bank import ImageBank, fitted
 from metacv.data.sampler import EpisodeList, EpisodeSampler
 from metacv.errors import UserError
 from metacv.feature_cache import FeatureCache, feature_cache
@@ -62,7 +62,7 @@ from metacv.results import (
     task_text,
     warn_at_chance,
 )
-from metacv.terminal import say
+from metacv.terminal import say, warn
 from metacv.text import aligned, percent, plural, printable, shortened
 
 CHANGEABLE = ("way", "shot", "query", "episodes", "batch_norm", "seed")
@@ -185,12 +185,20 @@ def record(config: TrainConfig, episodes: EpisodeList, **measured: Any) -> Resul
 
 
 def evaluate(cfg: EvaluateConfig, folder: Path) -> None:
-    """Evaluate a checkpoint, all runs below a folder, or features; and write the results into `folder`."""
+    """Evaluate checkpoints, all runs below a folder, a network or features; and write the results into `folder`."""
     if not cfg.checkpoint and not cfg.features and not cfg.backbone:
         advice = "set checkpoint=RUN, backbone=NAME for a pre-trained network, or features=FILE.npz"
         raise UserError(f"checkpoint is missing; {advice}")
-    if not cfg.features and not cfg.backbone and (below := runs_below(user_path(str(cfg.checkpoint)))):
-        return evaluate_runs(cfg, folder, below)
+    if cfg.datasets and (cfg.features or cfg.backbone or cfg.dataset):
+        text = f"dataset.{next(iter(cfg.dataset))}" if cfg.dataset else "features" if cfg.features else "backbone"
+        raise UserError(f"{text}: cannot be set together with several data sets")
+    if not cfg.features and not cfg.backbone:
+        given = cfg.checkpoint if isinstance(cfg.checkpoint, list) else [cfg.checkpoint]
+        folders = [(place, runs_below(place)) for place in map(user_path, map(str, given))]
+        if len(given) > 1 or cfg.datasets or any(below for _, below in folders):
+            places = dict.fromkeys(path for place, below in folders for path in below or [place])
+            return evaluate_runs(cfg, folder, [*places])
+        cfg = dataclasses.replace(cfg, checkpoint=given[0])
     measured = evaluate_features(cfg) if cfg.features else evaluate_checkpoint(cfg)
     write_evaluation(folder, [(predictions.accuracy, result) for predictions, result in measured])
     for _, result in measured:
@@ -216,35 +224,53 @@ def evaluate_checkpoint(cfg: EvaluateConfig) -> list[tuple[Predictions, Result]]
 
 
 def evaluate_runs(cfg: EvaluateConfig, folder: Path, places: list[Path]) -> None:
-    """Evaluate the runs in `places` with the same settings; UserError at the end if some of them failed."""
+    """Evaluate the runs in `places` with the same settings, on each data set; UserError at the end if some failed."""
     modes, failed = batch_norm_modes(cfg), []
-    evaluations: dict[str, Evaluation] = {}
-    measured: list[tuple[str, Tensor, Result]] = []
+    evaluations: dict[tuple[str, str], Evaluation] = {}
+    measured: list[tuple[str, str, Tensor, Result]] = []
+    runs = [*zip(places, shortened(places), strict=True)]
 
     @contextmanager
-    def continue_after_error(name: str) -> Iterator[None]:
-        """Print the error of a run instead of raising it."""
+    def continue_after_error(name: str, data: str) -> Iterator[str]:
+        """Yield the name of a run on a data set; print its error instead of raising it."""
+        whole = f"{name} on {data}" if data else name
         try:
-            yield
+            yield whole
         except UserError as error:
-            failed.append(name)
-            print(f"metacv: {printable(f'{name}: {error}')}", file=sys.stderr)
+            failed.append(whole)
+            print(f"metacv: {printable(f'{whole}: {error}')}", file=sys.stderr)
 
-    for place, name in zip(places, shortened(places), strict=True):
-        with continue_after_error(name):
-            evaluations[name] = prepare(load_checkpoint(place), dataclasses.replace(cfg, batch_norm=modes[0]))
+    for (place, name), (data, node) in product(runs, (cfg.datasets or {"": cfg.dataset}).items()):
+        with continue_after_error(name, data):
+            checkpoint = load_checkpoint(place)
+            if data and node.get("_target_") == checkpoint.config.dataset.get("_target_"):
+                node = {}  # its own data set, prepared as in training
+            given = dataclasses.replace(cfg, batch_norm=modes[0], dataset=node)
+            evaluations[name, data] = prepare(checkpoint, given)
     if evaluations:
         say(header([evaluation.about for evaluation in evaluations.values()]))
-    for name, evaluation in evaluations.items():
-        with continue_after_error(name):
+    for (name, data), evaluation in evaluations.items():
+        with continue_after_error(name, data) as whole:
             for mode, one in product(modes, evaluation.variants(cfg)):
-                measured.append((name, *one.run_and_print(mode or evaluation.config.batch_norm, name)))
+                measured.append((name, data, *one.run_and_print(mode or evaluation.config.batch_norm, whole)))
     if measured:
-        write_evaluation(folder, [(accuracy, result) for _, accuracy, result in measured])
-        own = [(evaluations[name].checkpoint, name, result) for name, _, result in measured]
-        print(f"\n{ranking(own)}\nresult: {folder / 'result.json'}")
+        write_evaluation(folder, [(accuracy, result) for *_, accuracy, result in measured])
+        own = [(evaluations[name, data].checkpoint, name, result) for name, data, _, result in measured]
+        table = across_data_sets([*cfg.datasets], measured) if cfg.datasets else ranking(own)
+        print(f"\n{table}\nresult: {folder / 'result.json'}")
     if failed:
-        raise UserError(f"{len(failed)} of {plural(len(places), 'run')} could not be evaluated: {', '.join(failed)}")
+        count = len(runs) * max(1, len(cfg.datasets))
+        raise UserError(f"{len(failed)} of {plural(count, 'run')} could not be evaluated: {', '.join(failed)}")
+
+
+def across_data_sets(datasets: list[str], measured: list[tuple[str, str, Tensor, Result]]) -> str:
+    """Format a table of accuracies with a line for each run and way to evaluate it, and a column for each data set."""
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for name, data, _, result in measured:
+        row = cells.setdefault((printable(name), result.conditions), {})
+        row[data] = f"{percent(result.accuracy, result.ci95)} %"
+    lines = [[name, *(own.get(data, "") for data in datasets), how] for (name, how), own in cells.items()]
+    return aligned([[measured[0][3].split, *datasets, ""], *lines])
 
 
 def ranking(measured: list[tuple[Checkpoint, str, Result]]) -> str:
@@ -301,6 +327,10 @@ def prepare(checkpoint: Checkpoint, given: TestConfig, others: Iterable[Checkpoi
     if given.dataset.get("_target_"):
         dataset.prepare_like(build_dataset(checkpoint.config.dataset, given.data_dir))
     bank = dataset.load(given.split)
+    if given.dataset.get("_target_") and bank.image_shape != checkpoint.image_shape:
+        own, trained = ("x".join(map(str, shape)) for shape in (bank.image_shape, checkpoint.image_shape))
+        warn(f"the images of {bank.name} are resized from {own} to {trained}, as the model takes them")
+        bank = dataclasses.replace(bank, images=fitted(bank.images, checkpoint.image_shape))
     if bank.image_shape != checkpoint.image_shape:
         own, trained = ("x".join(map(str, shape)) for shape in (bank.image_shape, checkpoint.image_shape))
         raise UserError(f"{bank.name} has images of {own}, but {checkpoint.path} was trained on {trained}")

@@ -43,7 +43,7 @@ class Unsaved(Checkpoint):
         return super().build(config).requires_grad_(False)
 
 
-def checkpoint_or_pretrained(given: EvaluateConfig | PredictConfig, place: str | None) -> Checkpoint:
+def checkpoint_or_pretrained(given: EvaluateConfig | PredictConfig, place: object) -> Checkpoint:
     """Load the checkpoint at `place`, or build the network of `given.backbone`; UserError unless one of them is set."""
     if not given.backbone:
         if given.normalize != NormalizeConfig():

@@ -58,8 +58,9 @@ def hydra_overrides(command: str, words: list[str]) -> list[str]:
     for i in _plain(words):
         if "=" not in words[i] and not words[i].startswith("~"):
             raise UserError(f"{words[i]}: give settings as name=value")
+    words = [own for word in words for own in _several_data_sets(command, word)]
     if command == "train":
-        words = [own for word in _named(words, sweeps) for own in _mixed(word) if not own.startswith("processes=")]
+        words = [word for word in _named(words, sweeps) if not word.startswith("processes=")]
     overrides = [_quoted_path(command, word, sweeps) for word in words]
     if command != "train" or any(
         word.startswith("resume=") and word not in ("resume=false", "resume=auto") for word in words
@@ -92,11 +93,12 @@ def _named(words: list[str], sweep: bool) -> list[str]:
     return [*others, f"{setting}={whole if '${' in whole else quoted(whole)}"]
 
 
-def _mixed(word: str) -> list[str]:
-    """Return the words that mix data sets for `dataset=[A,B]`, and any other word itself."""
-    if not word.startswith("dataset=["):
+def _several_data_sets(command: str, word: str) -> list[str]:
+    """Return the words that `dataset=[A,B]` stands for: a mixture for training, one after the other in evaluation."""
+    if command not in ("train", "evaluate") or not word.startswith("dataset=["):
         return [word]
-    return ["dataset=mixture", *(f"+dataset@dataset.sets.{name}={name}" for name in _parsed(word))]
+    place = "datasets" if command == "evaluate" else "dataset.sets"
+    return ["dataset=mixture"] * (command == "train") + [f"+dataset@{place}.{name}={name}" for name in _parsed(word)]
 
 
 def _parsed(word: str) -> Any:
@@ -188,6 +190,9 @@ def _quoted_path(command: str, word: str, sweeps: bool) -> str:
     """Quote the value for Hydra if the word sets a path."""
     name, _, value = word.partition("=")
     place = os.path.expanduser(value)
+    if (command, name) == ("evaluate", "checkpoint") and re.fullmatch(r"\[.*\]", value) and not os.path.exists(place):
+        paths = (os.path.expanduser(_unquoted(own.strip())) for own in value[1:-1].split(","))
+        return f"{name}=[{','.join(map(quoted, paths))}]"
     if not PATHS.fullmatch(name) and (command, name.lstrip("+")) != ("predict", "query"):
         return word
     if _unquoted(value) == "":

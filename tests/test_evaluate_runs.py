@@ -9,6 +9,7 @@ import numpy
 import pytest
 import torch
 from conftest import SmoothNet, bank_of
+from PIL import Image
 
 from metacv import progress
 from metacv.algorithms.metric.protonet import ProtoNet
@@ -118,18 +119,19 @@ def test_each_run_keeps_its_settings_and_can_be_evaluated_in_both_modes(metacv, 
 def test_a_header_is_printed_before_an_evaluation(metacv, trained, monkeypatch):
     run = trained("protonet")
     _, out, _ = metacv("evaluate", f"checkpoint={run}", "head=ridge", *ASKED)
-    assert out.splitlines()[:3] == [
+    assert out.splitlines()[:4] == [
         "method    ProtoNet + Ridge, 5-way 1-shot, 5 queries per class",
+        "network   Conv4",
         "data      Glyphs test: 8 classes, 160 images; 1x28x28",
         "episodes  20",
     ]
-    assert out.splitlines()[3].startswith("device    ")
+    assert out.splitlines()[4].startswith("device    ")
     _, out, _ = metacv("evaluate", f"checkpoint={run}", "query=1", "episodes=2")
     assert "1 query per class" in out
     assert "1 queries" not in out
     monkeypatch.setattr("metacv.evaluate.predict_episodes", lambda *_: 1 / 0)
     _, out, _ = metacv("evaluate", f"checkpoint={run}", *ASKED)
-    assert out.count("\n") == 4
+    assert out.count("\n") == 5
 
 
 def test_the_header_of_several_runs_lists_what_differs():
@@ -197,8 +199,62 @@ def test_compare_shows_the_header_once_and_progress_by_the_names_of_runs(metacv,
         shutil.copytree(trained("maml"), name)
     monkeypatch.setattr(progress, "LINE_EVERY", 0)
     _, out, _ = metacv("compare", "one", "two", "query=15", "episodes=30", "device=cpu", "hydra.run.dir=out")
-    assert out.startswith("method    MAML, 5-way 1-shot, 15 queries per class\ndata      Glyphs test")
+    assert out.startswith("method    MAML, 5-way 1-shot, 15 queries per class\nnetwork   Conv4\ndata      Glyphs test")
     assert out.count("device    ") == 1
     for name in ("one", "two"):
         assert f"\nevaluating {name}: 12 of 30 tasks" in out
     assert len(json.loads(Path("out/result.json").read_text())["results"]) == 2
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """photos/ with five test classes of ten colour images of noise, of another size than the glyphs."""
+    for split, count in (("train", 1), ("val", 1), ("test", 5)):
+        for c in range(count):
+            folder = tmp_path / "photos" / split / f"{split}{c}"
+            folder.mkdir(parents=True)
+            for i in range(10):
+                noise = numpy.random.default_rng(100 * c + i).integers(0, 256, (40, 40, 3), dtype=numpy.uint8)
+                Image.fromarray(noise).save(folder / f"{i}.png")
+
+
+@pytest.mark.usefixtures("photos", "may_be_at_chance")
+def test_several_models_on_several_data_sets_give_a_table(metacv, sweep):
+    words = "checkpoint=[sweep/c,sweep/a]", "dataset=[glyphs,image_folder]", "datasets.image_folder.root=photos"
+    code, out, _ = metacv("evaluate", *words, *ASKED, "hydra.run.dir=out")
+    assert code == 0
+    heading, *rows, last = out.split("\n\n")[1].splitlines()
+    results = read_results(Path("out/result.json")).results
+    assert heading.split() == ["test", "glyphs", "image_folder"]
+    assert [row.split()[0] for row in rows] == ["c", "a"]
+    assert [result.dataset for result in results] == ["Glyphs", "ImageFolder"] * 2
+    for row, own in zip(rows, (results[:2], results[2:]), strict=True):
+        assert [word for word in row.split() if "." in word][::2] == [f"{100 * result.accuracy:.2f}" for result in own]
+    assert last == "result: out/result.json"
+    metacv("evaluate", "checkpoint=sweep/c", *ASKED, "hydra.run.dir=alone")
+    assert read_results(Path("alone/result.json")).results[0].accuracy == results[0].accuracy
+
+
+@pytest.mark.usefixtures("photos", "may_be_at_chance")
+def test_a_data_set_that_fails_leaves_its_cell_empty(metacv, sweep):
+    words = "checkpoint=sweep/a", "dataset=[image_folder,glyphs]", "datasets.image_folder.root=nowhere"
+    code, out, err = metacv("evaluate", *words, *ASKED, "hydra.run.dir=out")
+    assert code == 1
+    assert out.split("\n\n")[1].splitlines()[1].split()[0] == "a"
+    assert "metacv: a on image_folder: " in err
+    assert "metacv: 1 of 2 runs could not be evaluated: a on image_folder" in err
+
+
+@pytest.mark.usefixtures("photos", "may_be_at_chance")
+def test_images_of_another_data_set_are_resized_to_those_of_the_model(metacv, trained):
+    words = f"checkpoint={trained('protonet')}", "dataset=image_folder", "dataset.root=photos", "dataset.size=40"
+    code, out, err = metacv("evaluate", *words, *ASKED)
+    assert code == 0
+    warning = "the images of photos test are resized from 3x40x40 to 1x28x28, as the model takes them"
+    assert f"metacv: warning: {warning}\n" in err
+    assert "5 classes, 50 images; 1x28x28" in out
+
+
+def test_settings_of_one_data_set_are_refused_beside_several(metacv, sweep):
+    code, _, err = metacv("evaluate", "checkpoint=sweep", "dataset=[glyphs,omniglot]", "dataset.size=20")
+    assert (code, err) == (1, "metacv: dataset.size: cannot be set together with several data sets\n")
