@@ -45,6 +45,7 @@ NotNegative = Annotated[float, Range(0, 10**9)]
 Share = Annotated[float, Range(0, 1)]
 ShareBelowOne = Annotated[float, Range(0, 1, below=True)]
 
+Vary = Literal["uniform", "meta_dataset"]  # how tasks differ in way and shot, explained in data/varied.py
 QueryBalance = Literal["balanced", "dirichlet"]  # of the classes in a task's queries, explained in data/sampler.py
 
 # Parameters of torch's optimizers and schedules; torch checks only some of them, and later.

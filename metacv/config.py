@@ -20,6 +20,7 @@ from metacv.bounds import (
     Seed,
     Share,
     ShareBelowOne,
+    Vary,
     Way,
     checked,
 )
@@ -64,6 +65,8 @@ class TrainConfig:
     train_way: Way = MISSING
     train_shot: Images = MISSING
     train_query: Images = MISSING
+    vary: Vary | None = None
+    train_vary: Vary | None = None
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     normalize: NormalizeConfig = field(default_factory=NormalizeConfig)
 
@@ -102,6 +105,7 @@ class TestConfig:
     way: Way | None = None
     shot: Images | None = None
     query: Images | None = None
+    vary: Vary | None = None
     episodes: Episodes | Literal["disjoint"] | None = None
     seed: Seed = MISSING
     device: str = MISSING
@@ -262,7 +266,7 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 def validation_protocol(config: TrainConfig) -> dict[str, Any]:
     """Return the settings that determine the episodes of validation, by their full names."""
-    names = ("dataset", "way", "shot", "query", "batch_norm", "eval_episodes")
+    names = ("dataset", "way", "shot", "query", "vary", "batch_norm", "eval_episodes")
     whole = flat({name: getattr(config, name) for name in names})
     return {name: value for name, value in whole if name != "dataset.train_rotation"}
 

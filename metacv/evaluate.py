@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -35,6 +36,7 @@ from metacv.config import (
 from metacv.confusion import Predictions
 from metacv.data.bank import ImageBank, fitted
 from metacv.data.sampler import EpisodeList, EpisodeSampler
+from metacv.data.varied import ABSENT
 from metacv.errors import UserError
 from metacv.feature_cache import FeatureCache, feature_cache
 from metacv.features import DEFAULT_HEAD, evaluate_features
@@ -65,7 +67,7 @@ from metacv.results import (
 from metacv.terminal import say, warn
 from metacv.text import aligned, percent, plural, printable, shortened
 
-CHANGEABLE = ("way", "shot", "query", "episodes", "batch_norm", "seed")
+CHANGEABLE = ("way", "shot", "query", "vary", "episodes", "batch_norm", "seed")
 CLASSES = {"dataset": "dataset", "method": "algo", "head": "head"}  # field of a result -> group of settings
 IMAGES_AT_ONCE = 1024
 CENTRED_ON = 2000  # training images for the mean feature
@@ -117,7 +119,7 @@ class Evaluation:
         height, size = bank.image_shape[1], getattr(self.algorithm.embedding, "size", None)
         resized = f"; images resized from {height} to {size} pixels" * (size not in (None, height))
         return {
-            "method": task_text(method, head, sampler.way, sampler.shot, sampler.query),
+            "method": task_text(method, head, sampler.way, sampler.shot, sampler.query, sampler.vary),
             "network": f"{network_name(config.backbone)}{resized}",
             "data": f"{data} {self.split}: {images}; {'x'.join(map(str, bank.image_shape))}{rotation}",
             "episodes": f"{len(self.episodes):,}",
@@ -177,7 +179,8 @@ class Evaluation:
 
 def record(config: TrainConfig, episodes: EpisodeList, **measured: Any) -> Result:
     """Build the Result of an evaluation: `measured` fields, and those given by settings, episodes and versions."""
-    known = {name: getattr(episodes.sampler, name) for name in ("way", "shot", "query", "rotation", "query_balance")}
+    names = ("way", "shot", "query", "rotation", "query_balance", "vary")
+    known = {name: getattr(episodes.sampler, name) for name in names}
     known["disjoint"] = episodes.disjoint
     known |= {name: class_name(getattr(config, group)) for name, group in CLASSES.items()}
     known |= {"backbone": network_name(config.backbone), "torch": str(torch.__version__), "metacv": version()}
@@ -206,7 +209,7 @@ def evaluate(cfg: EvaluateConfig, folder: Path) -> None:
         warn_at_chance(result)
     if len({result.query_balance for _, result in measured}) > 1:
         print(balances_side_by_side([result for _, result in measured]))
-    if len({result.batch_norm for _, result in measured}) == 1:
+    if len({result.batch_norm for _, result in measured}) == 1 and not measured[0][1].vary:
         from metacv.pictures import write_pictures  # matplotlib is slow to import, and training does not need it
 
         write_pictures(folder, *measured[0])
@@ -339,7 +342,8 @@ def prepare(checkpoint: Checkpoint, given: TestConfig, others: Iterable[Checkpoi
     if config.dataset != checkpoint.config.dataset:
         warn_if_unlike(f"the images of {bank.name}", bank.images, checkpoint, dataset)
     task = config.way, config.shot, config.query, dataset.rotation(given.split)
-    episodes = EpisodeList(EpisodeSampler(bank, *task, config.seed, device), config.episodes)
+    sampler = EpisodeSampler(bank, *task, config.seed, device, vary=config.vary)
+    episodes = EpisodeList(sampler, config.episodes)
     algorithm = with_head(checkpoint.build(config), config, checkpoint.centre).to(device)
     if isinstance(algorithm, WithHead) and algorithm.needs_centre:
         same = config.dataset["_target_"] == checkpoint.config.dataset["_target_"]
@@ -383,7 +387,7 @@ def predict_episodes(
         for tasks in episodes.batches(max(1, IMAGES_AT_ONCE // episodes.rows[0].numel())):
             results.append(predicted(algorithm.predict(tasks, batch_norm)))
             done(len(tasks))
-    return Predictions(episodes, torch.cat(results).cpu())
+    return Predictions(episodes, in_rows(results, episodes.queries))
 
 
 def embedded_once(
@@ -400,6 +404,7 @@ def embedded_once(
     sampler = lists[0].sampler
     rows = torch.cat([episodes.rows.unique() for episodes in lists]).unique()
     supports = torch.cat([episodes.rows[:, :, : sampler.shot].unique() for episodes in lists]).unique()
+    rows, supports = rows[rows != ABSENT], supports[supports != ABSENT]
 
     def embedded(rows: Tensor, copies: int = 0) -> Tensor | None:
         """Embed the images at `rows` [R]: features [R, ...], or [R, copies, ...] of augmented copies."""
@@ -433,14 +438,20 @@ def from_features(
     support = algorithm.copies * sampler.way * sampler.shot  # augmented copies in an episode
     numbers = max((episodes.rows[0].numel() + support) * known.features[0].numel(), support**2)  # per episode
     with evaluating(algorithm, batch_norm, device), progress.track(len(episodes), "task") as done:
-        for rows in episodes.rows.split(max(1, FEATURES_AT_ONCE // numbers)):
+        for rows in episodes.rows.split(1 if sampler.vary else max(1, FEATURES_AT_ONCE // numbers)):
             tasks = sampler.tasks(known.features, rows, torch.searchsorted(known.rows, rows).to(device))
             if known.copied is not None:
-                places = torch.searchsorted(known.supports, rows[:, :, : sampler.shot].contiguous())
-                tasks = tasks.with_copies(known.copied[places.to(device)].flatten(1, 3))
+                own = rows[:, :, : sampler.shot].flatten(1)
+                places = torch.searchsorted(known.supports, own[own != ABSENT].view(len(own), -1))
+                tasks = tasks.with_copies(known.copied[places.to(device)].flatten(1, 2))
             results.append(predicted(algorithm.head(tasks)))
             done(len(tasks))
-    return Predictions(episodes, torch.cat(results).cpu(), known.rows, known.features)
+    return Predictions(episodes, in_rows(results, episodes.queries), known.rows, known.features)
+
+
+def in_rows(batches: list[Tensor], queries: int) -> Tensor:
+    """Return predictions [E, queries] of batches [T, Q]; tasks with fewer queries are padded."""
+    return torch.cat([F.pad(batch, [0, queries - batch.shape[1]]) for batch in batches]).cpu()
 
 
 def learning_rates(config: TrainConfig) -> str:

@@ -11,6 +11,7 @@ from metacv.errors import UserError
 from metacv.files import user_path
 from metacv.model import Checkpoint, Training, load_checkpoint
 from metacv.report.gather import EVALUATIONS, is_number, metrics, overrides, printable_result, result_files
+from metacv.results import shape_text
 from metacv.text import aligned, duration, percent, plural, printable, short
 
 SHOWN = 8  # maximum of evaluations, earlier runs, classes and files
@@ -51,9 +52,9 @@ def lines(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
     parameters = sum(parameter.numel() for parameter in algorithm.parameters())
     yield "network", f"{class_name(config.backbone)}, {parameters:,} parameters"
     yield "data", f"{class_name(config.dataset)}, images of {'x'.join(map(str, checkpoint.image_shape))}"
-    task = f"{config.way}-way {config.shot}-shot, {plural(config.query, 'query', 'queries')} per class"
+    task = f"{shape_text(config.way, config.shot, config.vary)}, {plural(config.query, 'query', 'queries')} per class"
     train_query = plural(config.train_query, "query", "queries")
-    trained = f"; trained {config.train_way}-way {config.train_shot}-shot, {train_query} per class"
+    trained = f"; trained {shape_text(config.train_way, config.train_shot, config.train_vary)}, {train_query} per class"
     yield "task", task + trained * (algorithm.batches == "episodes")
     steps = [line["step"] for line in metrics(run / "metrics.jsonl")] if run else []
     further = f"; the run is at step {max(steps):,.0f}" if steps and max(steps) > checkpoint.step else ""
@@ -111,7 +112,7 @@ def beside(run: Path, checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
     ]
     for path, test in tests[:SHOWN]:
         accuracy = percent(test.accuracy, test.ci95)
-        yield "evaluated", f"{accuracy} %: {test.way}-way {test.shot}-shot, {test.protocol} ({path})"
+        yield "evaluated", f"{accuracy} %: {test.shape}, {test.protocol} ({path})"
     if len(tests) > SHOWN:
         yield "", f"and {len(tests) - SHOWN} more evaluations"
     names = sorted(path.name for path in run.iterdir() if not path.name.startswith("."))

@@ -32,7 +32,7 @@ def write_pictures(folder: Path, predictions: Predictions, result: Result) -> No
     """Write classes.csv, confusion.png and embedding.png; print the hardest pairs and the files written."""
     found = confusion(predictions)
     method = method_text(result.method, result.head)
-    tested = f"{result.dataset} {result.split}, {method}, {result.way}-way {result.shot}-shot"
+    tested = f"{result.dataset} {result.split}, {method}, {result.shape}"
     files = {"classes.csv": found.csv(), "confusion.png": png(confusion_matrix(found, tested))}
     if len(predictions.features) and (figure := embedding(predictions, tested)):
         files["embedding.png"] = png(figure)

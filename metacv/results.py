@@ -34,6 +34,9 @@ class Result:
     way: int
     shot: int
     query: int
+    vary: str | None = field(
+        default=None, kw_only=True
+    )  # rule by which tasks have at most `way` classes of at most `shot`
     episodes: int
     seed: int  # of the list of episodes
     batch_norm: str  # transductive or inductive
@@ -63,10 +66,14 @@ class Result:
     metacv: str = ""
 
     @property
+    def shape(self) -> str:
+        return shape_text(self.way, self.shot, self.vary)
+
+    @property
     def task(self) -> str:
         """The method and the task it is tested on, for people to read."""
         average = " on average" * (self.query_balance != "balanced")
-        return task_text(self.method, self.head, self.way, self.shot, self.query) + average
+        return task_text(self.method, self.head, self.way, self.shot, self.query, self.vary) + average
 
     @property
     def conditions(self) -> str:
@@ -140,14 +147,19 @@ def method_text(method: str, head: str) -> str:
     return f"{method} + {head}" if head else method
 
 
-def task_text(method: str, head: str, way: int, shot: int, query: int) -> str:
+def task_text(method: str, head: str, way: int, shot: int, query: int, vary: str | None = None) -> str:
     """Describe a method and a task: `Classifier + Ridge, 5-way 1-shot, 15 queries per class`."""
-    return f"{method_text(method, head)}, {way}-way {shot}-shot, {plural(query, 'query', 'queries')} per class"
+    return f"{method_text(method, head)}, {shape_text(way, shot, vary)}, {plural(query, 'query', 'queries')} per class"
+
+
+def shape_text(way: int, shot: int, vary: str | None) -> str:
+    """Describe the way and shot of tasks: `5-way 1-shot`, or `up to 20-way 10-shot (uniform)`."""
+    return f"up to {way}-way {shot}-shot ({vary})" if vary else f"{way}-way {shot}-shot"
 
 
 def warn_at_chance(result: Result, name: str = "") -> None:
     """Print a warning if an accuracy, of the run called `name`, is not above chance."""
-    if result.accuracy - result.ci95 <= 1 / result.way + 1e-6:  # accuracies are rounded
+    if not result.vary and result.accuracy - result.ci95 <= 1 / result.way + 1e-6:  # accuracies are rounded
         run = f"{name}: " if name else ""
         text = f"the accuracy is not above chance ({100 / result.way:.3g} %)"
         warn(f"{run}{text}")

@@ -77,4 +77,4 @@ def remove_unused(folder: Path) -> None:
 
 def task(result: "Result") -> str:
     """Describe task and protocol; accuracies with equal descriptions can be compared."""
-    return f"{result.way}-way {result.shot}-shot, {result.protocol}"
+    return f"{result.shape}, {result.protocol}"

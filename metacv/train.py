@@ -44,7 +44,7 @@ from metacv.model import (
 )
 from metacv.precision import check_precision, keep_freed_memory, precision, random_state_kept
 from metacv.progress import header
-from metacv.results import ResultFile, method_text, summary, warn_at_chance
+from metacv.results import ResultFile, method_text, shape_text, summary, warn_at_chance
 from metacv.run import Run, Stopped, StopSignals, lock_folder, remove_unused, start, warn_of_few_test_classes
 from metacv.terminal import progress_bar, warn
 from metacv.text import duration, in_bytes, percent, plural, setting, significant
@@ -126,21 +126,22 @@ def announce(run: Run, validation: EpisodeList, folder: Path, logger: Logger) ->
 
 def about(run: Run, validation: EpisodeList, folder: Path) -> dict[str, str]:
     """Return method, data, network, device, steps and folder, for the header on the terminal."""
-    config, shape = run.config, "x".join(map(str, run.sampler.bank.image_shape))
+    config, size = run.config, "x".join(map(str, run.sampler.bank.image_shape))
     trained = f"on batches of {plural(config.meta_batch, 'image')}"
     if isinstance(run.sampler, EpisodeSampler):
-        trained = f"on {config.train_way}-way {config.train_shot}-shot tasks, {config.meta_batch} per step"
+        shape = shape_text(config.train_way, config.train_shot, config.train_vary)
+        trained = f"on {shape} tasks, {config.meta_batch} per step"
     banks = {"train": run.sampler.bank, "val": validation.sampler.bank}
     splits = (f"{name} {len(b.sizes):,} classes ({len(b.images):,} images)" for name, b in banks.items())
     parameters = sum(parameter.numel() for parameter in run.algorithm.parameters())
     start = f", from step {run.step:,}" if run.step else ""
     return {
         "method": f"{method(config)}, trained {trained}",
-        "data": f"{class_name(config.dataset)}, {shape}: {', '.join(splits)}",
+        "data": f"{class_name(config.dataset)}, {size}: {', '.join(splits)}",
         "network": f"{class_name(config.backbone)}, {parameters:,} parameters",
         "device": ", ".join([run.hardware, *([config.precision] if config.precision != "fp32" else [])]),
         "steps": f"{run.steps:,}{start}, validated every {config.eval_every:,} on {len(validation):,} "
-        f"{config.way}-way {config.shot}-shot tasks",
+        f"{shape_text(config.way, config.shot, config.vary)} tasks",
         "folder": str(folder),
     }
 
@@ -150,7 +151,7 @@ def method(config: TrainConfig) -> str:
 
 
 def title(config: TrainConfig) -> str:
-    return f"{method(config)} on {class_name(config.dataset)}, {config.way}-way {config.shot}-shot"
+    return f"{method(config)} on {class_name(config.dataset)}, {shape_text(config.way, config.shot, config.vary)}"
 
 
 def training_step(run: Run, ranks: Ranks) -> dict[str, Tensor]:
@@ -228,7 +229,7 @@ def validate(run: Run, episodes: EpisodeList, folder: Path, logger: Logger, sign
     logger.scalars(run.step, {f"val/{name}": value for name, value in measured.items()})
     episode = next(episodes.batches(1))
     logger.picture(run.step, "val/episode", episode_picture(episode, tested.predict(episode, mode)))
-    (some,) = episodes.part(slice(DIAGNOSED_TASKS)).batches(DIAGNOSED_TASKS)
+    some = next(episodes.part(slice(DIAGNOSED_TASKS)).batches(DIAGNOSED_TASKS))
     diagnostics = run.tested.diagnostics(some, mode)
     if finite := {name: value for name, value in diagnostics.items() if math.isfinite(value)}:
         logger.scalars(run.step, finite)
@@ -291,9 +292,10 @@ def prepare(config: TrainConfig, overrides: list[str], ranks: Ranks) -> tuple[Ru
     if target_class("algo", config.algo, Algorithm).batches == "images":
         training = ImageSampler(dataset.load("train"), task[3], config.seed, device, augment)
     else:
-        training = EpisodeSampler(dataset.load("train"), *task, config.seed, device, "train_", augment)
+        bank = dataset.load("train")
+        training = EpisodeSampler(bank, *task, config.seed, device, "train_", augment, vary=config.train_vary)
     task = config.way, config.shot, config.query, dataset.rotation("val")
-    unseen = EpisodeSampler(dataset.load("val"), *task, device=device)
+    unseen = EpisodeSampler(dataset.load("val"), *task, device=device, vary=config.vary)
     validation = EpisodeList(unseen, config.eval_episodes, "eval_episodes")
     known = seen.names(dataset, training.bank), seen.names(dataset, unseen.bank), look_of(training.bank.images)
     if device.type == "cpu":
@@ -312,6 +314,8 @@ def prepare(config: TrainConfig, overrides: list[str], ranks: Ranks) -> tuple[Ru
         algorithm.learn_from(learned.build().to(device))
     with_head(algorithm, config)  # raises errors in its settings before training
     flops = flops_of_a_step(algorithm, training, config.meta_batch, ranks) if optimizer else 0.0
+    if config.compile and config.train_vary:
+        raise UserError(f"compile=true: cannot be used with train_vary={config.train_vary}, which changes all shapes")
     if config.compile:
         algorithm.compile_training()
     splits = dataset.splits()
@@ -397,7 +401,7 @@ def report(run: Run, validation: EpisodeList, folder: Path, logger: Logger) -> N
         logger.line(f"stopped at step {run.step}: no new best in {run.since_best} validations (patience)")
     for line in (
         f"best in validation: {percent(best['accuracy'], best['ci95'])} % at step {best['step']} "
-        f"({config.way}-way {config.shot}-shot, {config.eval_episodes} episodes, {result.conditions})",
+        f"({shape_text(config.way, config.shot, config.vary)}, {config.eval_episodes} episodes, {result.conditions})",
         f"checkpoint: {folder / 'best.pt'}",
         f"curves:     {folder / 'results.png'}, or: tensorboard --logdir {shlex.quote(str(folder))}",
         f"to test:    metacv evaluate {setting('checkpoint', folder)}",

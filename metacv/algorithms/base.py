@@ -49,7 +49,8 @@ class Algorithm(nn.Module, ABC):
 
     def training_step(self, tasks: Any) -> dict[str, Tensor]:
         """Add the outer gradient to `.grad`; return scalars to log, averaged over the tasks."""
-        metrics = [self.gradient(group, len(group) / len(tasks)) for group in self.groups(tasks)]
+        groups = (group for part in tasks.parts() for group in self.groups(part))
+        metrics = [self.gradient(group, len(group) / len(tasks)) for group in groups]
         return {name: torch.stack([own[name] for own in metrics]).sum() for name in metrics[0]}
 
     def groups(self, tasks: Any) -> Iterator[Any]:
@@ -173,9 +174,10 @@ def predicted(logits: Tensor) -> Tensor:
 def correct_share(predictions: Tensor, labels: Tensor) -> Tensor:
     """Return the accuracy of each task: classes [T, Q] from `predicted`, labels [T, Q] -> [T].
 
-    NaN for a task with logits that are not finite.
+    NaN for a task with logits that are not finite. A negative label is that of no query.
     """
-    return (predictions == labels).float().where(predictions >= 0, torch.nan).mean(dim=1)
+    right = (predictions == labels).float().where(predictions >= 0, torch.nan)
+    return right.where(labels >= 0, 0).sum(dim=1) / (labels >= 0).sum(dim=1)
 
 
 def per_task(network: nn.Module, function: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:

@@ -18,10 +18,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from metacv.bounds import QueryBalance
+from metacv.bounds import QueryBalance, Vary
 from metacv.data.bank import ImageBank, Rotation
-from metacv.data.task import ImageBatch, TaskBatch
+from metacv.data.task import ImageBatch, TaskBatch, TaskList
 from metacv.data.transforms import Augment
+from metacv.data.varied import ABSENT, values_per_task, varied
 from metacv.errors import UserError
 from metacv.text import in_bytes
 
@@ -70,22 +71,29 @@ class EpisodeSampler(Sampler):
         prefix: str = "",
         augment: Augment | None = None,
         query_balance: QueryBalance = "balanced",
+        vary: Vary | None = None,
     ) -> None:
-        """Copy the images of `bank` to `device`. `prefix` of settings in errors: train_ for train_way."""
+        """Copy the images of `bank` to `device`. `prefix` of settings in errors: train_ for train_way.
+
+        vary: tasks differ in their numbers of classes and of support images, at most `way` and `shot`; see varied.py.
+        """
         self.way, self.shot, self.query, self.device = way, shot, query, torch.device(device)
         self.bank, self.rotation, self.augment = bank, rotation, augment
-        self.seed, self.query_balance = seed, query_balance
+        self.seed, self.query_balance, self.vary = seed, query_balance, vary
+        if vary and query_balance != "balanced":
+            raise UserError(f"query_balance={query_balance}: cannot be set together with vary={vary}")
         turns = 4 if rotation == "as_classes" else 1
         self.classes = len(bank.sizes) * turns
         most = turns * min(bank.classes_of_groups)
         place = f"{bank.name} has only {most} classes{' in one of its data sets' * (most < self.classes)}"
         size, name = min(zip(bank.sizes.tolist(), bank.class_names, strict=True), default=(0, ""))
-        need = f"{prefix}shot={shot} + {prefix}query={query} needs {shot + query} images per class,"
+        least = 1 if vary else shot
+        need = f"{prefix}shot={least} + {prefix}query={query} needs {least + query} images per class,"
         _, height, width = bank.image_shape
         check_crop(bank, augment)
         for wrong, message in (
             (way > most, f"{prefix}way={way}, but {place}"),
-            (shot + query > size, f"{need} but {name} of {bank.name} has {size}"),
+            (least + query > size, f"{need} but {name} of {bank.name} has {size}"),
             (rotation != "none" and height != width, f"rotation={rotation} needs square images, not {height}x{width}"),
         ):
             if wrong:
@@ -99,13 +107,15 @@ class EpisodeSampler(Sampler):
         """Draw rows of `self.images` for the next tasks, int64 [T, N, K+Q].
 
         The first K of a class are its support, and the others its queries. If unbalanced, the others are N * Q queries
-        of any of the task's classes, sorted by class.
+        of any of the task's classes, sorted by class. With `vary`, rows are ABSENT for images that a task does
+        not have.
         """
         sizes, largest = self.bank.sizes, int(self.bank.sizes.max())
         groups = torch.tensor(self.bank.chances, dtype=torch.float64).cumsum(0)[:-1]
-        widths = [self.classes, self.way, self.way * largest, min(1, len(groups))]  # always as many values per task
+        for_shapes = values_per_task(self.way) if self.vary else 0
+        widths = [self.classes, self.way, self.way * largest, min(1, len(groups)), for_shapes]  # the same for each task
         random = torch.rand(tasks, sum(widths), generator=self.generator, dtype=torch.float64)
-        for_class, for_angle, for_image, for_group = random.split(widths, dim=1)
+        for_class, for_angle, for_image, for_group, for_shape = random.split(widths, dim=1)
 
         if len(groups):
             group = torch.searchsorted(groups, for_group.contiguous(), right=True)  # [T, 1]
@@ -123,9 +133,11 @@ class EpisodeSampler(Sampler):
         for_image = for_image.unflatten(1, (self.way, largest))  # [T, N, largest class]
         absent = torch.arange(largest) >= sizes[classes].unsqueeze(-1)
         balanced = self.query_balance == "balanced"
-        count = self.shot + self.query if balanced else min(largest, self.shot + self.way * self.query)
+        count = min(largest, self.shot + self.query * (1 if balanced else self.way))
         images = for_image.masked_fill(absent, -1).topk(count).indices
         rows = images + (turns * len(self.bank.images) + self.bank.offsets[classes]).unsqueeze(-1)  # [T, N, count]
+        if self.vary:
+            return varied(self.vary, rows, sizes[classes], for_shape, self.shot, self.query)
         return rows if balanced else self.unbalanced(rows, sizes[classes] - self.shot)
 
     def unbalanced(self, rows: Tensor, room: Tensor) -> Tensor:
@@ -173,7 +185,10 @@ class EpisodeSampler(Sampler):
         self, images: Tensor, rows: Tensor, index: Tensor | None = None, changes: Tensor | None = None
     ) -> TaskBatch:
         """Build the tasks of `rows` [T, N, K+Q] from images or features [U, ...]; uint8 is divided by 255.
-        `index` [T, N, K+Q]: indices into `images`, by default `rows`. `changes` [T, N, K+Q, 6]: augmentation."""
+        `index` [T, N, K+Q]: indices into `images`, by default `rows`. `changes` [T, N, K+Q, 6]: augmentation.
+        With `vary`, T is 1."""
+        if self.vary:
+            return self.varied_task(images, rows[0].cpu(), rows if index is None else index, changes)
         values = self.gathered(images, rows if index is None else index)  # [T, N, K+Q, ...]
         if values.dtype == torch.uint8:
             values = values.float().div_(255)
@@ -191,10 +206,28 @@ class EpisodeSampler(Sampler):
             seeds=rows.flatten(1) @ torch.arange(1, rows[0].numel() + 1),
         )
 
+    def varied_task(self, images: Tensor, rows: Tensor, index: Tensor, changes: Tensor | None) -> TaskBatch:
+        """Build one task of `rows` [N, K+Q] without those that are ABSENT; other arguments as in `tasks`."""
+        known, parts = rows != ABSENT, list[Tensor]()
+        for columns in (slice(self.shot), slice(self.shot, None)):
+            own = known[:, columns].nonzero(as_tuple=True)  # classes and places of images
+            values = self.gathered(images, index[0, :, columns].cpu()[own])
+            if values.dtype == torch.uint8:
+                values = values.float().div_(255)
+            if self.augment and changes is not None:
+                values = self.augment(values, changes[0, :, columns][own])
+            parts += [values[None], own[0][None].to(self.device, non_blocking=True)]
+        way = int(known[:, self.shot].sum())
+        classes = self.classes_of(rows[None, :way, self.shot]).to(self.device, non_blocking=True)
+        support_x, support_y, query_x, query_y = parts
+        seeds = rows.flatten()[None] @ torch.arange(1, rows.numel() + 1)
+        return TaskBatch(support_x, support_y, query_x, query_y, way, classes, seeds)
+
     def query_labels(self, rows: Tensor) -> Tensor:
-        """Return the labels of the queries [T, N * Q] of tasks of rows [T, N, K+Q]."""
+        """Return the labels of the queries [T, N * Q] of tasks of rows [T, N, K+Q]; ABSENT for no query."""
         if self.query_balance == "balanced":
-            return torch.arange(self.way).repeat_interleave(self.query).expand(len(rows), -1)
+            labels = torch.arange(self.way).repeat_interleave(self.query).expand(len(rows), -1)
+            return labels.where(rows[:, :, self.shot :].flatten(1) != ABSENT, ABSENT) if self.vary else labels
         classes, queries = self.classes_of(rows[:, :, :1]), self.classes_of(rows[:, :, self.shot :].flatten(1))
         return (classes == queries.unsqueeze(1)).int().argmax(dim=1)
 
@@ -205,11 +238,16 @@ class EpisodeSampler(Sampler):
             classes += rows // len(self.bank.images) * len(self.bank.sizes)
         return classes
 
-    def sample(self, tasks: int, part: slice = slice(None)) -> TaskBatch:
+    def sample(self, tasks: int, part: slice = slice(None)) -> TaskBatch | TaskList:
         """Draw the next `tasks` tasks, augmented, and return those in `part`: ranks share a batch in this way."""
         rows = self.draw(tasks)
         changes = self.augment.draw(rows.numel()).view(*rows.shape, -1)[part] if self.augment else None
-        return self.tasks(self.images, rows[part], changes=changes)
+        rows = rows[part]
+        if not self.vary:
+            return self.tasks(self.images, rows, changes=changes)
+        each = (slice(task, task + 1) for task in range(len(rows)))
+        own = ((rows[one], None if changes is None else changes[one]) for one in each)
+        return TaskList([self.tasks(self.images, some, changes=changed) for some, changed in own])
 
     def state_dict(self) -> dict[str, Any]:
         return {"generator": self.generator.get_state()} | super().state_dict()
@@ -319,6 +357,11 @@ class EpisodeList:
         return EpisodeList(EpisodeSampler(*task, query_balance=query_balance), len(self))
 
     @property
+    def queries(self) -> int:
+        """The number of queries of an episode, at most if episodes vary."""
+        return self.sampler.way * self.sampler.query
+
+    @property
     def labels(self) -> Tensor:
         """The true class of each query, from 0 to N - 1, [E, N * Q]."""
         return self.sampler.query_labels(self.rows)
@@ -331,7 +374,7 @@ class EpisodeList:
 
     def batches(self, tasks: int) -> Iterator[TaskBatch]:
         """Yield all episodes, `tasks` at a time; the last batch may be smaller."""
-        for rows in self.rows.split(tasks):
+        for rows in self.rows.split(1 if self.sampler.vary else tasks):
             yield self.sampler.tasks(self.sampler.images, rows)
 
     @property

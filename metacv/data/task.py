@@ -24,6 +24,10 @@ class TaskBatch:
     def __len__(self) -> int:
         return len(self.support_x)
 
+    def parts(self) -> "list[TaskBatch]":
+        """Return batches whose tasks have equal shapes."""
+        return [self]
+
     def class_means(self, values: Tensor) -> Tensor:
         """Return means over the support images of each class: values [T, S, ...] -> [T, N, ...]."""
         values = values.to(torch.promote_types(values.dtype, torch.float32))
@@ -63,6 +67,19 @@ class TaskBatch:
 
 
 @dataclass(frozen=True)
+class TaskList:
+    """Tasks of different shapes, each a batch of one task."""
+
+    tasks: list[TaskBatch]
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    def parts(self) -> list[TaskBatch]:
+        return self.tasks
+
+
+@dataclass(frozen=True)
 class ImageBatch:
     """Labelled images of all training classes."""
 
@@ -71,3 +88,6 @@ class ImageBatch:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def parts(self) -> "list[ImageBatch]":
+        return [self]

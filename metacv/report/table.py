@@ -11,7 +11,7 @@ from itertools import groupby
 import torch
 
 from metacv.report.gather import RunRecord
-from metacv.results import Result, t_interval
+from metacv.results import Result, shape_text, t_interval
 from metacv.text import percent, printable, setting, shortened_in_the_middle
 
 BEST, SIMILAR = "best", "similar"
@@ -39,17 +39,18 @@ class Row:
         return self.test.protocol if self.test else ""
 
     @property
-    def task(self) -> tuple[int, int, bool, str, str]:
+    def task(self) -> tuple[int, int, str, bool, str, str]:
         """A key that is equal for rows whose accuracies can be compared; it sorts tests before runs without one."""
         if not (test := self.test):
-            return self.run.config.way, self.run.config.shot, True, "", self.run.validated_on
-        return test.way, test.shot, False, self.tested_on, test.episodes_sha256
+            own = self.run.config
+            return own.way, own.shot, own.vary or "", True, "", self.run.validated_on
+        return test.way, test.shot, test.vary or "", False, self.tested_on, test.episodes_sha256
 
     @property
     def heading(self) -> str:
         """The task, images and episodes of a group of rows."""
-        way, shot, *_ = self.task
-        return f"{way}-way {shot}-shot, {self.tested_on or f'not tested yet; validated on {self.run.validation_text}'}"
+        tested = self.tested_on or f"not tested yet; validated on {self.run.validation_text}"
+        return f"{shape_text(*self.task[:3])}, {tested}"
 
     @property
     def measured(self) -> tuple[float, float]:
@@ -87,11 +88,11 @@ class Row:
 
     def cells(self, varied: list[str]) -> dict[str, str]:
         """Return the texts of the row by column; `varied` are settings with a column of their own."""
-        test, validation, (way, shot, *_) = self.test, self.run.validation, self.task
+        test, validation = self.test, self.run.validation
         return {
             "run": self.run.name,
             "algorithm": self.run.algorithm,
-            "task": f"{way}-way {shot}-shot",
+            "task": shape_text(*self.task[:3]),
             "test %": percent(test.accuracy, test.ci95) if test else "",
             "paper %": self.run.paper(test) if test else "",
             "validation %": percent(*validation) if validation else "",
