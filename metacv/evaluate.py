@@ -164,14 +164,14 @@ class Evaluation:
             device=describe_device(self.episodes.sampler.device),
             tasks_per_second=len(accuracy) / seconds,
             uses_query_set=self.algorithm.uses_query_set,
-            **summary(accuracy, self.episodes.disjoint),
+            **summary(accuracy, self.episodes.rounds),
         )
 
 
 def record(config: TrainConfig, episodes: EpisodeList, **measured: Any) -> Result:
     """Build the Result of an evaluation: `measured` fields, and those given by settings, episodes and versions."""
     known = {name: getattr(episodes.sampler, name) for name in ("way", "shot", "query", "rotation", "query_balance")}
-    known["disjoint"] = episodes.disjoint
+    known["disjoint"] = episodes.rounds > 0
     known |= {name: class_name(getattr(config, group)) for name, group in CLASSES.items()}
     return Result(**known, **measured, episodes=len(episodes), torch=str(torch.__version__), metacv=version())
 

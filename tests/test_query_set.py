@@ -155,17 +155,17 @@ def test_disjoint_episodes_have_an_interval_of_students_t(metacv, trained):
     code, out, err = metacv("evaluate", *words, "head=tim", "hydra.run.dir=own")
     assert (code, err) == (0, "")
     own = results("own")
-    # glyphs have 20 images a class: 3 parts of 6, for 8 classes, in tasks of 3
+    # glyphs have 20 images a class: 3 rounds with 6 of each, for two tasks of 3 of the 8 classes
     assert [(one.head, one.episodes, one.disjoint, one.query_balance) for one in own] == [
-        (head, 8, True, "balanced") for head in ("TIM", "NearestMean")
+        (head, 6, True, "balanced") for head in ("TIM", "NearestMean")
     ]
     accuracies = torch.from_numpy(numpy.load("own/accuracies.npy"))
-    assert own[0].ci95 == pytest.approx(2.3646 * float(accuracies[0].std()) / 8**0.5, rel=1e-4)
-    assert "8 disjoint episodes of Glyphs test" in out
+    assert own[0].ci95 == pytest.approx(2.5706 * float(accuracies[0].std()) / 6**0.5, rel=1e-4)
+    assert "6 disjoint episodes of Glyphs test" in out
     run = trained("protonet")
     code, out, err = metacv("compare", str(run), str(run / "last.pt"), *words[1:], "hydra.run.dir=compared")
     assert (code, err) == (0, "")
-    assert "on the same 8 episodes" in out
+    assert "on the same 6 episodes" in out
     assert all(one.disjoint for one in results("compared"))
 
 
@@ -197,6 +197,9 @@ def test_settings_know_which_balances_to_measure():
         balances(True, episodes="disjoint", query_balance="both")
 
 
-def test_the_interval_of_few_disjoint_episodes_is_wider_than_that_of_a_normal_distribution():
-    values = torch.tensor([0.2, 0.4, 0.6], dtype=torch.float64)
-    assert summary(values, disjoint=True)["ci95"] == t_interval(values) > 2 * summary(values)["ci95"]
+def test_the_interval_of_disjoint_episodes_is_over_rounds_if_there_are_ten_and_otherwise_over_episodes():
+    values = torch.rand(20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert summary(values, rounds=4)["ci95"] == t_interval(values) > summary(values)["ci95"]
+    means = (values[::2] + values[1::2]) / 2
+    # The quantile of nine degrees of freedom
+    assert summary(values, rounds=10)["ci95"] == pytest.approx(2.2622 * float(means.std()) / 10**0.5, rel=1e-4)
