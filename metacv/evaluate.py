@@ -386,7 +386,9 @@ def from_features(
     """Predict the class of each query from known features."""
     sampler, device, results = episodes.sampler, episodes.sampler.device, []
     support = algorithm.copies * sampler.way * sampler.shot  # augmented copies in an episode
-    numbers = max((episodes.rows[0].numel() + support) * known.features[0].numel(), support**2)  # per episode
+    images = episodes.rows[0].numel()
+    numbers = max((images + support) * known.features[0].numel(), support**2)  # per episode
+    numbers = max(numbers, images**2) if algorithm.uses_query_set else numbers  # a head may compare all pairs
     with evaluating(algorithm, batch_norm, device), progress.track(len(episodes), "task") as done:
         for rows in episodes.rows.split(max(1, FEATURES_AT_ONCE // numbers)):
             tasks = sampler.tasks(known.features, rows, torch.searchsorted(known.rows, rows).to(device))

@@ -136,6 +136,20 @@ def test_predict_labels_all_images_in_one_task_and_says_so(metacv, trained, monk
     assert abs(alone["probability"] - whole[0]["probability"]) > 1e-3
 
 
+def test_more_images_than_a_head_has_memory_for_are_refused_in_one_line(metacv, trained, monkeypatch):
+    import test_predict
+
+    def forward(*_: object) -> None:
+        raise RuntimeError("not enough memory: you tried to allocate 40 GB")
+
+    monkeypatch.setattr("metacv.algorithms.heads.laplacian.LaplacianShot.forward", forward)
+    test_predict.lay_out(Path("own"), [2, 2, 2], query=4)
+    words = (f"checkpoint={trained('protonet')}", "support=own/support", "query=own/query", "head=laplacian")
+    code, _, err = metacv("predict", *words, "batch_norm=inductive")
+    text = "the head, which labels all images together, with 12 query images: not enough memory: you tried to allocate"
+    assert (code, err) == (1, f"metacv: {text} 40 GB; try another head, or fewer images at a time\n")
+
+
 def test_results_of_earlier_versions_use_no_queries_and_balanced_ones(tmp_path):
     known = {"accuracy": 0.5, "ci95": 0.1, "dataset": "X", "split": "test", "rotation": "none", "way": 5, "shot": 1}
     record = known | {"query": 15, "episodes": 10, "seed": 0, "batch_norm": "inductive"}
