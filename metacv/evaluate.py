@@ -8,7 +8,7 @@ import time
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,19 @@ class Features:
     copied: Tensor | None  # features of their augmented copies, [S, copies, ...]
 
 
+class SharedFeatures:
+    """The features of the images of several lists of episodes, embedded at their first use."""
+
+    def __init__(self, lists: list[EpisodeList]) -> None:
+        self.lists = lists
+        self.known: dict[str, Features | None] = {}  # by batch-norm mode
+
+    def get(self, algorithm: Algorithm, batch_norm: str, progress: Progress) -> Features | None:
+        if batch_norm not in self.known:
+            self.known[batch_norm] = embedded_once(algorithm, self.lists, batch_norm, progress)
+        return self.known[batch_norm]
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """A checkpoint and the episodes to evaluate it on."""
@@ -90,8 +103,7 @@ class Evaluation:
     split: str
     algorithm: Algorithm
     left_out: int  # number of classes of the split that are left out
-    alike: tuple[EpisodeList, ...] = ()  # lists of episodes of evaluations of the same backbone on the same images
-    shared: dict[str, Features | None] = field(default_factory=dict)  # the features for all of these, by mode
+    shared: "SharedFeatures | None" = None  # with other evaluations of the same backbone
 
     @property
     def changes(self) -> dict[str, Any]:
@@ -126,8 +138,9 @@ class Evaluation:
             config = dataclasses.replace(self.config, head=node)
             heads.append(dataclasses.replace(self, config=config, algorithm=with_head(self.algorithm, config)))
         balances = given.balances(self.algorithm.uses_query_set)
-        lists = tuple(self.episodes.balanced_as(balance) for balance in balances)
-        return [dataclasses.replace(one, episodes=episodes, alike=lists) for one in heads for episodes in lists]
+        lists = [self.episodes.balanced_as(balance) for balance in balances]
+        shared = SharedFeatures(lists)
+        return [dataclasses.replace(one, episodes=episodes, shared=shared) for one in heads for episodes in lists]
 
     def run_and_print(self, batch_norm: str, name: str) -> tuple[Tensor, Result]:
         """Run the evaluation of the run called `name` and print its result; return accuracies [E] and the result."""
@@ -139,10 +152,8 @@ class Evaluation:
     def run(self, batch_norm: str, label: str = "evaluating") -> tuple[Predictions, Result]:
         """Run the evaluation; return predictions and the result. UserError if predictions are not finite."""
         start = time.perf_counter()
-        progress, lists = Progress(label, lines=True), self.alike or (self.episodes,)
-        if batch_norm not in self.shared:
-            self.shared[batch_norm] = embedded_once(self.algorithm, lists, batch_norm, progress)
-        features = self.shared[batch_norm]
+        progress = Progress(label, lines=True)
+        features = self.shared.get(self.algorithm, batch_norm, progress) if self.shared else None
         predictions = predict_episodes(self.algorithm, self.episodes, batch_norm, progress, features)
         seconds = time.perf_counter() - start
         accuracy = predictions.accuracy
@@ -201,8 +212,8 @@ def evaluate_checkpoint(cfg: EvaluateConfig) -> list[tuple[Predictions, Result]]
     modes = batch_norm_modes(cfg)
     given = dataclasses.replace(cfg, batch_norm=modes[0])
     evaluation = prepare(load_checkpoint(str(cfg.checkpoint)), given)
-    say(header([evaluation.about]))
     cases = product(modes, evaluation.variants(cfg))
+    say(header([evaluation.about]))
     return [one.run(mode or evaluation.config.batch_norm) for mode, one in cases]
 
 

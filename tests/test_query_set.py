@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import quick
 
+from metacv.backbones.conv4 import Conv4
 from metacv.config import EvaluateConfig, from_dict
 from metacv.data.image_files import files_below
 from metacv.errors import UserError
@@ -126,7 +127,7 @@ def test_predict_labels_all_images_in_one_task_and_says_so(metacv, trained, monk
     words = (f"checkpoint={trained('protonet')}", "support=own/support", "query=own/query", "head=tim")
     code, out, err = metacv("predict", *words, "batch_norm=inductive", "hydra.run.dir=all")
     assert (code, err) == (0, "")
-    assert "head TIM: each label depends on all query images, whatever batch_norm is\n" in out
+    assert "head TIM: each label depends on all query images, in both batch_norm modes\n" in out
     whole = json.loads(Path("all/predictions.json").read_text())["predictions"]
     for path in files_below(Path("own/query"))[1:]:
         path.unlink()
@@ -186,9 +187,8 @@ def test_disjoint_episodes_have_an_interval_of_students_t(metacv, trained):
 def test_disjoint_and_unbalanced_cannot_be_combined(metacv, trained):
     for balance in ("dirichlet", "both"):
         words = (f"checkpoint={trained('protonet')}", "episodes=disjoint", f"query_balance={balance}")
-        code, _, err = metacv("evaluate", *words)
         text = f"metacv: query_balance={balance}: cannot be set together with episodes=disjoint\n"
-        assert (code, err) == (1, text)
+        assert metacv("evaluate", *words) == (1, "", text)
 
 
 @pytest.mark.parametrize("word", ["episodes=disjunct", "episodes=[disjoint]", "query_balance=uniform", "episodes=1"])
@@ -217,3 +217,12 @@ def test_the_interval_of_disjoint_episodes_is_over_rounds_if_there_are_ten_and_o
     means = (values[::2] + values[1::2]) / 2
     # The quantile of nine degrees of freedom
     assert summary(values, rounds=10)["ci95"] == pytest.approx(2.2622 * float(means.std()) / 10**0.5, rel=1e-4)
+
+
+def test_all_that_evaluate_measures_together_embeds_each_image_once(metacv, trained, monkeypatch):
+    passed, forward = [], Conv4.forward
+    monkeypatch.setattr(Conv4, "forward", lambda self, images: passed.append(len(images)) or forward(self, images))
+    words = (f"checkpoint={trained('protonet')}", "head=tim", "episodes=30", "device=cpu", "hydra.run.dir=own")
+    assert metacv("evaluate", *words)[0] == 0
+    assert len(results("own")) == 4
+    assert passed[-1] <= sum(one for one in passed if one != 2) <= 8 * 20  # classes and images; 2 when it is built
