@@ -46,7 +46,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
     head           the classifier of features, such as ncm, ridge or logistic; None: as the model was trained
     head_settings  settings of the head, such as {"augment": 5}
     batch_norm     inductive, transductive, or None: as the model was trained. transductive: labels depend on which
-                   images are given together
+                   images are given together; so they do with the heads soft_kmeans, laplacian, tim and pt_map
     device         auto, cpu, cuda, cuda:1, ...
 
     Images are a list of paths, PIL images, numpy arrays (HxW or HxWx3, uint8, or floats from 0 to 1) and torch tensors

@@ -41,12 +41,12 @@ def compare(cfg: CompareConfig, folder: Path) -> None:
         difference(one, other, len(pairs)) | {"of": name, "less": other_name}
         for (name, one), (other_name, other) in pairs
     ]
-    show(differences, len(accuracies[0]))
+    show(differences, len(accuracies[0]), measured[0][1].disjoint)
     write_evaluation(folder, measured, differences)
     print(f"result: {folder / 'result.json'}")
 
 
-def show(differences: list[dict[str, Any]], episodes: int) -> None:
+def show(differences: list[dict[str, Any]], episodes: int, disjoint: bool) -> None:
     """Print the difference of each pair of runs in a line."""
     pairs = len(differences)
     together = f", simultaneous for {plural(pairs, 'pair')} (Bonferroni)" if pairs > 1 else ""
@@ -57,8 +57,9 @@ def show(differences: list[dict[str, Any]], episodes: int) -> None:
         note = "   equal" if equal else "" if abs(one["mean"]) > one["ci95"] > 0 else "   not significant"
         pair = printable(f"{one['of']} - {one['less']}")
         print(f"{pair:<{width}}  {100 * one['mean']:+6.2f} ± {100 * one['ci95']:.2f} %{note}")
-    print("(The intervals cover the choice of episodes from these images, for these models. They do not cover other")
-    print("training seeds or other images.)")
+    covered = "the choice of these images of the classes" if disjoint else "the choice of episodes from these images"
+    print(f"(The intervals cover {covered}, for these models. They do not cover other")
+    print("training seeds or other classes.)" if disjoint else "training seeds or other images.)")
 
 
 def difference(one: Tensor, other: Tensor, pairs: int = 1) -> dict[str, float]:

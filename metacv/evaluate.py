@@ -8,7 +8,7 @@ import time
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,19 @@ class Features:
     copied: Tensor | None  # features of their augmented copies, [S, copies, ...]
 
 
+class SharedFeatures:
+    """The features of the images of several lists of episodes, embedded at their first use."""
+
+    def __init__(self, lists: list[EpisodeList], cache: FeatureCache | None) -> None:
+        self.lists, self.cache = lists, cache
+        self.known: dict[str, Features | None] = {}  # by batch-norm mode
+
+    def get(self, algorithm: Algorithm, batch_norm: str, progress: Progress) -> Features | None:
+        if batch_norm not in self.known:
+            self.known[batch_norm] = embedded_once(algorithm, self.lists, batch_norm, progress, self.cache)
+        return self.known[batch_norm]
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """A checkpoint and the episodes to evaluate it on."""
@@ -95,9 +108,7 @@ class Evaluation:
     split: str
     algorithm: Algorithm
     left_out: int  # number of classes of the split that are left out
-    cache: FeatureCache | None = None  # of a frozen network
-    alike: tuple[EpisodeList, ...] = ()  # lists of episodes of evaluations of the same backbone on the same images
-    shared: dict[str, Features | None] = field(default_factory=dict)  # the features for all of these, by mode
+    shared: SharedFeatures  # with other evaluations of the same backbone
 
     @property
     def changes(self) -> dict[str, Any]:
@@ -135,8 +146,9 @@ class Evaluation:
             config = dataclasses.replace(self.config, head=node)
             heads.append(dataclasses.replace(self, config=config, algorithm=with_head(self.algorithm, config)))
         balances = given.balances(self.algorithm.uses_query_set)
-        lists = tuple(self.episodes.balanced_as(balance) for balance in balances)
-        return [dataclasses.replace(one, episodes=episodes, alike=lists) for one in heads for episodes in lists]
+        lists = [self.episodes.balanced_as(balance) for balance in balances]
+        shared = SharedFeatures(lists, self.shared.cache)
+        return [dataclasses.replace(one, episodes=episodes, shared=shared) for one in heads for episodes in lists]
 
     def run_and_print(self, batch_norm: str, name: str) -> tuple[Tensor, Result]:
         """Run the evaluation of the run called `name` and print its result; return accuracies [E] and the result."""
@@ -148,10 +160,8 @@ class Evaluation:
     def run(self, batch_norm: str, label: str = "evaluating") -> tuple[Predictions, Result]:
         """Run the evaluation; return predictions and the result. UserError if predictions are not finite."""
         start = time.perf_counter()
-        progress, lists = Progress(label, lines=True), self.alike or (self.episodes,)
-        if batch_norm not in self.shared:
-            self.shared[batch_norm] = embedded_once(self.algorithm, lists, batch_norm, progress, self.cache)
-        features = self.shared[batch_norm]
+        progress = Progress(label, lines=True)
+        features = self.shared.get(self.algorithm, batch_norm, progress)
         predictions = predict_episodes(self.algorithm, self.episodes, batch_norm, progress, features)
         seconds = time.perf_counter() - start
         accuracy = predictions.accuracy
@@ -173,7 +183,7 @@ class Evaluation:
             device=describe_device(self.episodes.sampler.device),
             tasks_per_second=len(accuracy) / seconds,
             uses_query_set=self.algorithm.uses_query_set,
-            **summary(accuracy, self.episodes.disjoint),
+            **summary(accuracy, self.episodes.rounds),
         )
 
 
@@ -181,7 +191,7 @@ def record(config: TrainConfig, episodes: EpisodeList, **measured: Any) -> Resul
     """Build the Result of an evaluation: `measured` fields, and those given by settings, episodes and versions."""
     names = ("way", "shot", "query", "rotation", "query_balance", "vary")
     known = {name: getattr(episodes.sampler, name) for name in names}
-    known["disjoint"] = episodes.disjoint
+    known["disjoint"] = episodes.rounds > 0
     known |= {name: class_name(getattr(config, group)) for name, group in CLASSES.items()}
     known |= {"backbone": network_name(config.backbone), "torch": str(torch.__version__), "metacv": version()}
     return Result(**known, **measured, episodes=len(episodes))
@@ -221,8 +231,8 @@ def evaluate_checkpoint(cfg: EvaluateConfig) -> list[tuple[Predictions, Result]]
     modes = batch_norm_modes(cfg)
     given = dataclasses.replace(cfg, batch_norm=modes[0])
     evaluation = prepare(checkpoint_or_pretrained(cfg, cfg.checkpoint), given)
-    say(header([evaluation.about]))
     cases = product(modes, evaluation.variants(cfg))
+    say(header([evaluation.about]))
     return [one.run(mode or evaluation.config.batch_norm) for mode, one in cases]
 
 
@@ -352,7 +362,8 @@ def prepare(checkpoint: Checkpoint, given: TestConfig, others: Iterable[Checkpoi
     if device.type == "cpu":
         keep_freed_memory()
     cache = feature_cache(user_path(given.data_dir), algorithm, config, episodes.sampler)
-    return Evaluation(checkpoint, config, episodes, given.split, algorithm, left_out, cache)
+    shared = SharedFeatures([episodes], cache)
+    return Evaluation(checkpoint, config, episodes, given.split, algorithm, left_out, shared)
 
 
 def centre(algorithm: WithHead, bank: ImageBank, device: torch.device) -> Tensor:
@@ -436,7 +447,9 @@ def from_features(
     """Predict the class of each query from known features."""
     sampler, device, results = episodes.sampler, episodes.sampler.device, []
     support = algorithm.copies * sampler.way * sampler.shot  # augmented copies in an episode
-    numbers = max((episodes.rows[0].numel() + support) * known.features[0].numel(), support**2)  # per episode
+    images = episodes.rows[0].numel()
+    numbers = max((images + support) * known.features[0].numel(), support**2)  # per episode
+    numbers = max(numbers, images**2) if algorithm.uses_query_set else numbers  # a head may compare all pairs
     with evaluating(algorithm, batch_norm, device), progress.track(len(episodes), "task") as done:
         for rows in episodes.rows.split(1 if sampler.vary else max(1, FEATURES_AT_ONCE // numbers)):
             tasks = sampler.tasks(known.features, rows, torch.searchsorted(known.rows, rows).to(device))

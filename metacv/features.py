@@ -69,11 +69,11 @@ def measure(node: dict[str, Any], episodes: EpisodeList, cfg: EvaluateConfig) ->
     accuracy = predictions.accuracy
     check_accuracies(accuracy, f": {class_name(node)} diverged")
     known = {name: getattr(sampler, name) for name in ("way", "shot", "query", "query_balance")}
-    known |= summary(accuracy, episodes.disjoint)
+    known |= summary(accuracy, episodes.rounds)
     return predictions, Result(
         **known,
         episodes=len(episodes),
-        disjoint=episodes.disjoint,
+        disjoint=episodes.rounds > 0,
         uses_query_set=head.uses_query_set,
         dataset=str(cfg.features),
         split="test",

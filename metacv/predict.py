@@ -168,10 +168,9 @@ def show(folder: Path, predictions: Predictions, truth: list[str], cfg: PredictC
         correct, count = count_correct(predictions, truth), len(truth)
         print(f"accuracy {100 * correct / count:.2f} %: {correct} of {count}, by the names of their folders")
     if predictor.algorithm.uses_query_set:
-        print(
-            f"head {class_name(predictor.config.head)}: each label depends on all query images, whatever batch_norm is"
-        )
-    if predictor.config.batch_norm == "transductive":
+        head = class_name(predictor.config.head)
+        print(f"head {head}: each label depends on all query images, in both batch_norm modes")
+    elif predictor.config.batch_norm == "transductive":
         print("batch_norm=transductive: each label depends on all query images; batch_norm=inductive labels each alone")
     for kind in ("csv", "json", "png"):
         print(f"{'written:' if kind == 'csv' else '':<8} {folder / f'predictions.{kind}'}")

@@ -118,10 +118,12 @@ def label(algorithm: Algorithm, support: Support, images: Tensor, batch_norm: st
     try:
         return torch.cat([algorithm.predict(support.task(group, device), batch_norm)[0] for group in groups])
     except (RuntimeError, ValueError) as error:  # out of memory, or batch statistics of a single query
-        if batch_norm == "inductive":
+        if alone:
             raise
-        text = f"batch_norm=transductive with {len(images)} query images: {first_line(error)}; try batch_norm=inductive"
-        raise UserError(text) from error
+        cause, other = "batch_norm=transductive", "batch_norm=inductive"
+        if algorithm.uses_query_set:
+            cause, other = "the head, which labels all images together,", "another head, or fewer images at a time"
+        raise UserError(f"{cause} with {len(images)} query images: {first_line(error)}; try {other}") from error
 
 
 def kept_support(checkpoint: Checkpoint) -> Support:

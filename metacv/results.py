@@ -16,6 +16,7 @@ from metacv.terminal import warn
 from metacv.text import percent, plural, printable, significant
 
 SCHEMA = 2
+ROUNDS = 10  # minimum for an interval over rounds
 UNBALANCED = ", unbalanced queries"  # in descriptions
 
 
@@ -165,12 +166,16 @@ def warn_at_chance(result: Result, name: str = "") -> None:
         warn(f"{run}{text}")
 
 
-def summary(accuracies: Tensor, disjoint: bool = False) -> dict[str, float]:
+def summary(accuracies: Tensor, rounds: int = 0) -> dict[str, float]:
     """Return the mean of accuracies [E] of E episodes, and half its 95 % interval, 1.96 * std(ddof=1) / sqrt(E).
 
-    `disjoint` episodes may be few: the interval then uses Student's t instead of 1.96.
+    Disjoint episodes come in `rounds`, which have the same classes: there the interval is Student's t over the means of
+    rounds. If there are too few rounds for it, it is over episodes and somewhat too wide if classes differ much.
     """
-    ci95 = t_interval(accuracies) if disjoint else 1.96 * float(accuracies.std(correction=1)) / len(accuracies) ** 0.5
+    if not rounds:
+        ci95 = 1.96 * float(accuracies.std(correction=1)) / len(accuracies) ** 0.5
+    else:
+        ci95 = t_interval(accuracies.unflatten(0, (rounds, -1)).mean(1) if rounds >= ROUNDS else accuracies)
     return {"accuracy": float(accuracies.mean()), "ci95": ci95}
 
 

@@ -24,6 +24,7 @@ from metacv.upgrade import upgrade_config
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "outputs/reference"
+TRANSDUCTIVE = ROOT / "outputs/transductive"
 CELLS = {"omniglot": ["5w1s", "5w5s", "20w1s", "20w5s"], "miniimagenet": ["5w1s", "5w5s"], "cifar_fs": ["5w1s", "5w5s"]}
 CELLS |= {"fc100": CELLS["cifar_fs"]}
 PAPERS = {"omniglot", "miniimagenet"}  # data sets with all of the methods, and a protocol that they share
@@ -52,6 +53,8 @@ LOSS_SCALE = {
     "FOMAML": ("fomaml_5w1s", "loss_scale/fomaml_sum"),
     "FOMAML, authors' initialization": ("fomaml_5w1s", "loss_scale/fomaml_authors"),
 }
+# Folders of outputs/transductive are named after these and a cell of CIFAR-FS.
+QUERY_SET_HEADS = {"soft_kmeans": "soft k-means", "laplacian": "LaplacianShot", "tim": "TIM", "pt_map": "PT-MAP"}
 COMMON_EPISODES = 2000
 METHODS_PAGE = ROOT / "docs/methods.md"
 COSTS = "<!-- by scripts/results_table.py -->", "<!-- end -->"
@@ -205,7 +208,7 @@ def page() -> str:
             f"{data}_common": table(["method", *cells], common),
             f"{data}_changes": "\n".join(changes) or "None.",
         }
-    return PAGE.format(**sections, loss_scale=loss_scale(), second_seed=second_seed())
+    return PAGE.format(**sections, loss_scale=loss_scale(), second_seed=second_seed(), query_set=query_set())
 
 
 def second_seed() -> str:
@@ -213,6 +216,32 @@ def second_seed() -> str:
     path = REFERENCE / "cifar_fs/seed1/result.json"
     results = read_results(path).results if path.exists() else []
     return " and ".join(percent(result.accuracy, result.ci95) for result in results) or "not run"
+
+
+def query_set() -> str:
+    """Accuracies in % of the heads that use the whole query set, and of the nearest class mean on the same episodes,
+    with balanced and unbalanced queries."""
+    cells = CELLS["cifar_fs"]
+    lines: dict[str, list[str]] = {title: [] for title in ("nearest class mean", *QUERY_SET_HEADS.values())}
+    for cell in cells:
+        measured = {}
+        for head in QUERY_SET_HEADS:
+            path = TRANSDUCTIVE / f"{head}_{cell}/result.json"
+            results = read_results(path).results if path.exists() else []
+            measured[head] = {(result.uses_query_set, result.query_balance): result for result in results}
+            lines[QUERY_SET_HEADS[head]] += beside_unbalanced(measured[head], True)
+        lines["nearest class mean"] += beside_unbalanced(next(filter(None, measured.values()), {}), False)
+    columns = [f"{cell}, {kind}" for cell in cells for kind in ("balanced", "unbalanced", "difference")]
+    return table(["head", *columns], [[title, *line] for title, line in lines.items()])
+
+
+def beside_unbalanced(results: dict[tuple[bool, str], Result], uses_query_set: bool) -> list[str]:
+    """The accuracies of a head with balanced and unbalanced queries, and their difference."""
+    if not results:
+        return ["not run", "", ""]
+    one, other = (results[uses_query_set, balance] for balance in ("balanced", "dirichlet"))
+    shown = [percent(result.accuracy, result.ci95) for result in (one, other)]
+    return [*shown, f"{100 * (other.accuracy - one.accuracy):+.2f}"]
 
 
 def loss_scale() -> str:
@@ -337,6 +366,20 @@ choice of episodes only.
 The same training with fewer steps, `experiment=quick/cifar_fs`:
 
 {quick}
+
+## CIFAR-FS, heads that use the whole query set
+
+The classifier of the section above (outputs/reference/cifar_fs/classifier_5w1s) with heads that label the queries of a
+task together, `metacv evaluate head=NAME head.augment=5 head.flip=true`. Do not compare these numbers with those of the
+other sections: there, each query is labelled by itself, as it is here by the nearest class mean. Batch norm is
+inductive in all of them.
+
+*Balanced*: 15 queries of each class, which most papers test on, and which these heads profit from. *Unbalanced*: the
+same tasks and support images with 75 queries, whose shares per class follow a Dirichlet distribution with alpha 2
+(Veilleux et al. 2021). 2000 episodes. We chose settings that are not the papers' on the validation classes. The
+results are in outputs/transductive.
+
+{query_set}
 
 ## FC100
 

@@ -156,30 +156,26 @@ class EpisodeSampler(Sampler):
         return torch.cat([rows[:, :, : self.shot], queries], dim=2)
 
     def draw_disjoint(self) -> Tensor:
-        """Draw rows [E, N, K+Q] of as many tasks as possible, with each image in one task at most, and each class in
-        equally many, give or take one. UserError if there are fewer than two."""
+        """Draw rows [R, E, N, K+Q] of tasks that share no image, in as many rounds R as the smallest class allows.
+
+        In each round every class is in one task, but for a remainder if the number of classes is no multiple of `way`.
+        UserError if there are fewer than two tasks.
+        """
         if self.rotation != "none":
             raise UserError("episodes=disjoint: uses each image once, so it needs dataset.test_rotation=none")
+        if self.vary:
+            raise UserError(f"episodes=disjoint: cannot be set together with vary={self.vary}")
         if self.bank.groups:
             raise UserError("episodes=disjoint: test on one of the data sets, such as dataset=cifar_fs")
         sizes, each = self.bank.sizes, self.shot + self.query
-        largest, parts = int(sizes.max()), int(sizes.min()) // each  # parts of a class, for a task each
+        largest, rounds, tasks = int(sizes.max()), int(sizes.min()) // each, self.classes // self.way
+        if rounds * tasks < 2:
+            raise UserError(f"episodes=disjoint: {self.bank.name} has images for one task only, and two are needed")
+        random = torch.rand(self.classes, largest + rounds, generator=self.generator, dtype=torch.float64)
         absent = torch.arange(largest) >= sizes.unsqueeze(1)
-        random = torch.rand(len(sizes), largest, generator=self.generator, dtype=torch.float64).masked_fill(absent, -1)
-        rows = random.topk(parts * each).indices + self.bank.offsets[:-1].unsqueeze(1)
-        rows, left, tasks = rows.unflatten(1, (parts, each)), torch.full_like(sizes, parts), []
-        while len(left.nonzero()) >= self.way:
-            # The classes with most parts left, in random order: so as few as possible are left over.
-            classes = (
-                (left + torch.rand(len(sizes), generator=self.generator, dtype=torch.float64)).topk(self.way).indices
-            )
-            left[classes] -= 1
-            tasks.append(rows[classes, left[classes]])
-        if len(tasks) < 2:
-            raise UserError(
-                f"episodes=disjoint: {self.bank.name} has images for {len(tasks)} task, at least 2 are needed"
-            )
-        return torch.stack(tasks)
+        rows = random[:, :largest].masked_fill(absent, -1).topk(rounds * each).indices + self.bank.offsets[:-1, None]
+        classes = random[:, largest:].mT.topk(tasks * self.way).indices.unflatten(1, (tasks, self.way))  # [R, E, N]
+        return rows.unflatten(1, (rounds, each))[classes, torch.arange(rounds)[:, None, None]]
 
     def tasks(
         self, images: Tensor, rows: Tensor, index: Tensor | None = None, changes: Tensor | None = None
@@ -335,9 +331,10 @@ class EpisodeList:
 
     def __init__(self, sampler: EpisodeSampler, episodes: int | Literal["disjoint"], setting: str = "episodes") -> None:
         """`setting` is the name of `episodes` in errors."""
-        self.sampler, self.disjoint = sampler, episodes == "disjoint"
+        self.sampler, self.rounds = sampler, 0  # rounds of disjoint episodes
         if episodes == "disjoint":
-            self.rows = sampler.draw_disjoint()
+            rows = sampler.draw_disjoint()
+            self.rows, self.rounds = rows.flatten(0, 1), len(rows)
             return
         if (size := 8 * episodes * sampler.images_each) > MOST:
             text = f"the list of episodes takes {in_bytes(size)}, above {in_bytes(MOST)}; reduce it"

@@ -101,6 +101,7 @@ def test_runs_of_the_loss_scale_table_differ_in_the_inner_loss_alone(method):
 @pytest.fixture
 def reptile(tmp_path, monkeypatch) -> Path:
     """A made-up result of reptile_5w1s, which is all that the table has."""
+    monkeypatch.setattr(results_table, "TRANSDUCTIVE", tmp_path / "outputs/transductive")
     monkeypatch.setattr(results_table, "ROOT", tmp_path)
     monkeypatch.setattr(results_table, "REFERENCE", tmp_path / "outputs/reference")
     folder = tmp_path / "outputs/reference/omniglot/reptile_5w1s"
@@ -148,7 +149,9 @@ def test_the_table_shows_which_experiments_were_not_run(reptile):
         "miniimagenet/classifier_5w",
         "miniimagenet/protonet_init",
     )
-    assert len(lines) == papers + common + len([name for name in results_table.EXPERIMENTS if name.startswith(others)])
+    heads = len(results_table.QUERY_SET_HEADS) + 1  # and the nearest class mean
+    named = len([name for name in results_table.EXPERIMENTS if name.startswith(others)])
+    assert len(lines) == papers + common + named + heads
 
 
 def test_results_of_another_checkpoint_are_not_shown(reptile):
@@ -179,3 +182,38 @@ def test_published_numbers_keep_their_decimals():
         "98.90 ± 0.10",
     ]
     assert [str(one) for one in results_table.published(config["omniglot/protonet_20w1s"].paper)] == ["96.0"]
+
+
+def test_heads_that_use_the_whole_query_set_have_a_table_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(results_table, "TRANSDUCTIVE", tmp_path)
+    (tmp_path / "tim_5w5s").mkdir()
+    measured = [
+        result(accuracy=accuracy, uses_query_set=whole, query_balance=balance)
+        for accuracy, whole, balance in (
+            (0.8, True, "balanced"),
+            (0.65, True, "dirichlet"),
+            (0.7, False, "balanced"),
+            (0.705, False, "dirichlet"),
+        )
+    ]
+    ResultFile(measured).write(tmp_path / "tim_5w5s/result.json")
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in results_table.query_set().splitlines()]
+    missing = ["not run", "", ""]
+    kinds = ("balanced", "unbalanced", "difference")
+    assert lines[0] == ["head", *(f"{cell}, {kind}" for cell in ("5w1s", "5w5s") for kind in kinds)]
+    table = {name: cells for name, *cells in lines[2:]}
+    assert table["TIM"] == [*missing, "80.00 ± 1.00", "65.00 ± 1.00", "-15.00"]
+    assert table["nearest class mean"] == [*missing, "70.00 ± 1.00", "70.50 ± 1.00", "+0.50"]
+    assert table["PT-MAP"] == missing * 2
+
+
+@pytest.mark.parametrize("path", sorted(results_table.TRANSDUCTIVE.glob("*/result.json")), ids=lambda p: p.parent.name)
+def test_a_kept_result_of_such_a_head_is_of_the_kept_classifier_on_the_episodes_of_its_inductive_result(path):
+    head, _, cell = path.parent.name.rpartition("_")
+    own = {(one.uses_query_set, one.query_balance): one for one in read_results(path).results}
+    inductive = read_results(REFERENCE / f"cifar_fs/classifier_{cell}/result.json").results[0]
+    assert head in results_table.QUERY_SET_HEADS
+    assert {one.checkpoint for one in own.values()} == {"outputs/reference/cifar_fs/classifier_5w1s/best.pt"}
+    for balance in ("balanced", "dirichlet"):
+        assert own[True, balance].episodes_sha256 == own[False, balance].episodes_sha256
+    assert own[True, "balanced"].episodes_sha256 == inductive.episodes_sha256 != own[True, "dirichlet"].episodes_sha256

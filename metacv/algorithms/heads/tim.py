@@ -12,9 +12,9 @@ from metacv.data.task import TaskBatch
 class TIM(Head):
     """TIM-ADM: class weights that fit the support set, and whose predictions for the queries are sure and diverse.
 
-    Minimizes support * cross-entropy of the support set - entropy of the mean prediction of the queries
-    + certainty * mean entropy of a query's prediction by the updates of proposition 1. The entropy of the
-    mean prediction favours equally many queries of each class.
+    Minimizes `support` * cross-entropy of the support set - entropy of the mean prediction of the queries + `certainty`
+    * mean entropy of a query's prediction, by the updates of proposition 1 (alternating direction method). The entropy
+    of the mean prediction favours equally many queries of each class.
     """
 
     uses_query_set = True
