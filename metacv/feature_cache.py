@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from metacv import version
+from metacv import __version__
 from metacv.algorithms.base import Algorithm, MetricMethod
 from metacv.config import TrainConfig
 from metacv.data.sampler import EpisodeSampler
@@ -41,7 +41,7 @@ class FeatureCache:
             "embedding": algorithm.embedding_key,
             "images": sampler.bank.fingerprint,
             "rotation": sampler.rotation,
-            "versions": [version(), str(torch.__version__), sampler.device.type],
+            "versions": [__version__, str(torch.__version__), sampler.device.type],
         }
         name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
         self.path, self.images = folder / "cache" / f"features-{name}.pt", len(sampler.images)

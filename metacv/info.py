@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from metacv.config import InfoConfig, class_name
+from metacv.config import InfoConfig, class_name, network_name
 from metacv.errors import UserError
 from metacv.files import user_path
 from metacv.model import Checkpoint, Training, load_checkpoint
@@ -50,7 +50,7 @@ def lines(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
     head = class_name(config.head)
     yield "method", f"{class_name(config.algo)}{f', tested with {head}' if head else ''}"
     parameters = sum(parameter.numel() for parameter in algorithm.parameters())
-    yield "network", f"{class_name(config.backbone)}, {parameters:,} parameters"
+    yield "network", f"{network_name(config.backbone)}, {parameters:,} parameters"
     yield "data", f"{class_name(config.dataset)}, images of {'x'.join(map(str, checkpoint.image_shape))}"
     task = f"{shape_text(config.way, config.shot, config.vary)}, {plural(config.query, 'query', 'queries')} per class"
     train_query = plural(config.train_query, "query", "queries")

@@ -34,9 +34,10 @@ def predict(cfg: PredictConfig, folder: Path) -> Predictions:
     save = user_path(cfg.save) if cfg.save else None
     if save:
         check_place_to_save(save)
+    instead = "backbone=NAME is a pre-trained network instead of a run"
     network = cfg.checkpoint is not None or bool(cfg.backbone)
     if (cfg.adapted is None) == (not network and cfg.support is None):
-        raise UserError("give either checkpoint=RUN (or backbone=NAME) and support=FOLDER, or adapted=FILE")
+        raise UserError(f"give either checkpoint=RUN and support=FOLDER, or adapted=FILE; {instead}")
     if cfg.adapted is None and (not network or cfg.support is None):
         raise UserError(f"{'support' if network else 'checkpoint'}=... is missing")
     predictor = Predictor.load(cfg.adapted or cfg.checkpoint, cfg)

@@ -19,7 +19,7 @@ from metacv import seen
 from metacv.algorithms.base import Algorithm
 from metacv.algorithms.heads.base import WithHead
 from metacv.backbones.batch_norm import running_statistics
-from metacv.config import TrainConfig, class_name, to_dict
+from metacv.config import TrainConfig, class_name, network_name, to_dict
 from metacv.data.sampler import MOST, EpisodeList, EpisodeSampler, ImageSampler
 from metacv.data.transforms import Augment
 from metacv.distributed import Ranks, connect
@@ -138,7 +138,7 @@ def about(run: Run, validation: EpisodeList, folder: Path) -> dict[str, str]:
     return {
         "method": f"{method(config)}, trained {trained}",
         "data": f"{class_name(config.dataset)}, {size}: {', '.join(splits)}",
-        "network": f"{class_name(config.backbone)}, {parameters:,} parameters",
+        "network": f"{network_name(config.backbone)}, {parameters:,} parameters",
         "device": ", ".join([run.hardware, *([config.precision] if config.precision != "fp32" else [])]),
         "steps": f"{run.steps:,}{start}, validated every {config.eval_every:,} on {len(validation):,} "
         f"{shape_text(config.way, config.shot, config.vary)} tasks",

@@ -54,7 +54,7 @@ class Backbone(nn.Module):
 
     def load_pretrained(self) -> str | None:
         """Load pre-trained weights for a new training run, if the settings name any; return their source, or None."""
-        return load_weights(self, self.weights_file) if self.weights_file else None
+        return load_weights(self, type(self).__name__, self.weights_file) if self.weights_file else None
 
 
 class GlobalMean(nn.Module):

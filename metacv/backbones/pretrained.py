@@ -21,6 +21,7 @@ class Pretrained(Backbone):
     """
 
     weights_file: str | None
+    name: str  # in the library
     size: int | None
     own_size: int  # height and width of images in the training of the weights
     removed: tuple[str, ...] = ()  # names of modules that the network had before it became a feature extractor
@@ -37,7 +38,7 @@ class Pretrained(Backbone):
         size: int | Literal["own"] | None,
     ) -> None:
         """Take the network, and set `out_shape`; ValueError if a setting or the size of the images does not fit."""
-        self.network, self.layer, self.frozen = network, layer, frozen
+        self.network, self.name, self.layer, self.frozen = network, name, layer, frozen
         self.size = self.own_size if size == "own" else size
         if layer is not None and layer not in (known := [path for path, _ in network.named_modules() if path]):
             raise ValueError(f"layer={layer}: {name} has no such module{nearest(layer, known)}")
@@ -87,7 +88,7 @@ class Pretrained(Backbone):
     def load_pretrained(self) -> str | None:
         if self.weights_file is None:
             return self.download()
-        return load_weights(self.network, self.weights_file, self.removed, self.renamed)
+        return load_weights(self.network, self.name, self.weights_file, self.removed, self.renamed)
 
     def download(self) -> str | None:
         """Download weights, if the settings ask for it, and load them; return a line for results about them."""

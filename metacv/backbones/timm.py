@@ -1,5 +1,6 @@
 """Any network of timm (Wightman, 2019), https://github.com/huggingface/pytorch-image-models, without its last layer."""
 
+import logging
 from typing import Literal
 
 from torch import Tensor
@@ -33,7 +34,7 @@ class Timm(Pretrained):
             raise ValueError("timm is not installed: pip install 'metacv[timm]'") from None
         if not timm.is_model(name):  # also names that would make timm read a folder or a repository
             raise ValueError(f"name={name}: timm has no such network{nearest(name, timm.list_models())}")
-        self.name, self.weights, self.weights_file = name, weights, weights_file
+        self.weights, self.weights_file = weights, weights_file
         given = {} if pool is None else {"global_pool": pool}
         try:
             network = timm.create_model(name, num_classes=0, **given)
@@ -60,6 +61,7 @@ class Timm(Pretrained):
             return None
         import timm
 
+        logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # it repeats what the error below says
         try:
             found = timm.create_model(self.name, pretrained=True).state_dict()
             self.network.load_state_dict({name: found[name] for name in self.network.state_dict()})

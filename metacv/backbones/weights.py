@@ -1,6 +1,7 @@
 """Load weights that others have trained: read a file safely, and match its names with those of a network."""
 
 import difflib
+import pickle
 import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -16,16 +17,18 @@ from metacv.terminal import warn
 from metacv.text import first_line, printable, short
 
 Weights = dict[str, Tensor]
+FORMATS = "it must be safetensors, or a state dict that torch.save wrote"
 WRAPPERS = ("state_dict", "model", "state", "params", "model_state_dict", "teacher", "net")  # a file's dict of weights
 DEPTH = 3  # of wrappers
 COUNTER = "num_batches_tracked"  # of batch norm, which only training uses; old files lack it
 
 
 def load_weights(
-    network: nn.Module, place: str, removed: Iterable[str] = (), renamed: Callable[[str], str] = str
+    network: nn.Module, title: str, place: str, removed: Iterable[str] = (), renamed: Callable[[str], str] = str
 ) -> str:
     """Load the weights in the file `place`; return a line for results about them. UserError if they do not fit.
 
+    `title`: the name of the network, for messages.
     `removed`: the names of modules, such as the last layer, whose weights are ignored. `renamed` maps a name in the
     file to one of the network.
     """
@@ -35,7 +38,7 @@ def load_weights(
     try:
         fitting, by_name = matched(network.state_dict(), found, tuple(f"{name}." for name in removed))
     except ValueError as error:
-        raise UserError(f"{label} does not fit {type(network).__name__}: {error}") from None
+        raise UserError(f"{label} does not fit {title}: {error}") from None
     if not by_name:
         text = "has other names than the network, so its tensors were matched by their order; check the accuracy"
         warn(f"{label} {text}")
@@ -67,11 +70,11 @@ def read_weights(path: Path, label: str) -> Weights:
     except FileNotFoundError:
         raise UserError(f"{label}: there is no such file") from None
     except Exception as error:  # a damaged or foreign file may raise any error
-        reason = printable(short(first_line(error)))
-        advice = "it must be safetensors, or a state dict that torch.save wrote"
-        raise UserError(f"{label} cannot be used ({reason}): {advice}") from None
+        known = isinstance(error, ValueError | pickle.UnpicklingError) and not str(error).isnumeric()
+        reason = printable(short(first_line(error))) if known else "damaged, or of another format"
+        raise UserError(f"{label} cannot be used ({reason}): {FORMATS}") from None
     if not found:
-        raise UserError(f"{label} has no tensors: it must be safetensors, or a state dict that torch.save wrote")
+        raise UserError(f"{label} has no tensors: {FORMATS}")
     if odd := [name for name, value in found.items() if not _is_plain(value)]:
         raise UserError(f"{label}: {printable(short(odd[0]))} has values that are not finite numbers")
     return found
@@ -113,7 +116,7 @@ def matched(own: Weights, found: Weights, removed: tuple[str, ...] = ()) -> tupl
     parts = {name.partition(".")[0] for name in own}
     surplus = [name for name in found if name not in own and not name.startswith(removed)]
     if extra := [name for name in surplus if name.partition(".")[0] in parts]:
-        raise ValueError(f"it has {shown[extra[0]]}, which the network has not; is backbone.name another network?")
+        raise ValueError(f"it has {shown[extra[0]]}, which the network does not have: it may be of a deeper network")
     return {name: found[name] for name in own}, True
 
 

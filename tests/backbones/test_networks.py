@@ -8,6 +8,7 @@ from torchvision import models
 from metacv.backbones.conv4 import Conv4
 from metacv.backbones.resnet12 import ResNet12, drop_blocks
 from metacv.backbones.resnet18 import ResNet18
+from metacv.backbones.wrn import WideResNet
 
 
 def parameters(network: nn.Module) -> int:
@@ -23,6 +24,8 @@ def parameters(network: nn.Module) -> int:
         (Conv4, {"downsample": ["max_pool", "max_pool", "none", "none"], "padding": [0, 0, 1, 1]}, 64 * 19 * 19),
         (ResNet12, {}, 640),
         (ResNet12, {"global_pool": False}, 640 * 5 * 5),
+        (WideResNet, {"width": 1}, 64),
+        (WideResNet, {"width": 1, "global_pool": False}, 64 * 21 * 21),
         (ResNet18, {}, 512),
         (ResNet18, {"global_pool": False}, 512 * 11 * 11),
     ],
@@ -31,9 +34,11 @@ def test_images_of_84_pixels_have_as_many_features_as_in_the_papers(cls, setting
     assert cls((3, 84, 84), **settings).features_dim == features
 
 
-@pytest.mark.parametrize(("cls", "side"), [(ResNet12, 84), (ResNet12, 33), (ResNet18, 33), (Conv4, 33)])
+@pytest.mark.parametrize(
+    ("cls", "side"), [(ResNet12, 84), (ResNet12, 33), (ResNet18, 33), (Conv4, 33), (WideResNet, 33)]
+)
 def test_maps_without_global_pooling_have_the_announced_shape(cls, side):
-    settings = {} if cls is Conv4 else {"global_pool": False}
+    settings = {Conv4: {}, WideResNet: {"width": 1, "global_pool": False}}.get(cls, {"global_pool": False})
     backbone = cls((3, side, side), **settings).eval()
     with torch.no_grad():
         assert backbone.maps(torch.rand(2, 3, side, side)).shape == (2, *backbone.out_shape)
@@ -43,6 +48,8 @@ def test_networks_have_the_published_number_of_parameters():
     assert parameters(ResNet12((3, 84, 84))) == 12_424_320
     # torchvision's 11,689,512 without the last layer of 513,000 and with 3x3 for 7x7 in the first
     assert parameters(ResNet18((3, 84, 84))) == 11_689_512 - 513_000 - 64 * 3 * (49 - 9)
+    with torch.device("meta"):  # 36,479,194 of WRN-28-10 for CIFAR-10 without its last layer
+        assert parameters(WideResNet((3, 84, 84))) == 36_479_194 - 6_410
     assert parameters(Conv4((3, 84, 84))) == 64 * (3 * 9 + 3) + 3 * 64 * (64 * 9 + 3)
 
 
@@ -133,3 +140,9 @@ def test_maps_of_conv4_are_channels_last(shape):
         backbone.to(memory_format=layout)(torch.rand(2, 3, *shape)[:, 1])
     assert len(seen) == 2 * 16
     assert all(maps.is_contiguous(memory_format=torch.channels_last) for maps in seen)
+
+
+def test_a_wide_resnet_has_the_parameter_names_of_published_weights():
+    names = {*WideResNet((3, 32, 32), width=2).state_dict()}
+    assert {"conv1.weight", "bn1.weight", "block1.layer.0.convShortcut.weight", "block3.layer.3.conv2.weight"} <= names
+    assert "block1.layer.1.convShortcut.weight" not in names

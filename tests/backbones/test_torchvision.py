@@ -102,3 +102,40 @@ def test_googlenet_trains_without_its_auxiliary_heads():
     backbone = Torchvision((3, 64, 64), "googlenet").train()
     assert backbone.features(torch.rand(2, 3, 64, 64)).shape == (2, 1024)
     assert not any("aux" in name for name in backbone.state_dict())
+
+
+def test_the_feature_may_be_the_output_of_any_layer():
+    backbone = Torchvision((3, 32, 32), "resnet18", layer="layer2").eval()
+    assert backbone.features_dim == 128
+    images = torch.rand(2, 3, 32, 32)
+    network = backbone.network
+    maps = network.layer2(network.layer1(network.maxpool(network.relu(network.bn1(network.conv1(images))))))
+    torch.testing.assert_close(backbone.features(images), maps.mean((2, 3)))
+    with pytest.raises(ValueError, match=r"layer=layr2: resnet18 has no such module; did you mean layer2"):
+        Torchvision((3, 32, 32), "resnet18", layer="layr2")
+
+
+def test_images_are_resized_to_the_size_of_the_network():
+    own = Torchvision((1, 8, 8), "resnet18", size="own").eval()
+    assert own.size == 224
+    backbone = Torchvision((1, 8, 8), "resnet18", size=32).eval()
+    grey = torch.full((2, 1, 8, 8), 0.25)
+    large = backbone.features(torch.full((2, 1, 32, 32), 0.25))
+    torch.testing.assert_close(backbone.features(grey), large)
+
+
+@pytest.mark.usefixtures("may_be_at_chance")
+def test_a_run_from_a_weights_file_keeps_the_weights_and_needs_the_file_no_more(metacv, tmp_path):
+    torch.manual_seed(3)
+    donor = models.resnet18().state_dict()
+    torch.save({"state_dict": {f"module.{name}": value for name, value in donor.items()}}, "donor.pth")
+    backbone = ("backbone=torchvision", "backbone.weights_file=donor.pth", "backbone.frozen=true")
+    tiny = ("dataset.classes={train:6,val:6,test:6}", "query=2", "eval_episodes=2", "steps=1")
+    code, _, err = metacv("train", "algo=protonet", *backbone, *tiny, "hydra.run.dir=run")
+    assert (code, err) == (0, "")
+    (tmp_path / "donor.pth").unlink()
+    weights = torch.load("run/best.pt", weights_only=True)["algorithm"]
+    assert torch.equal(weights["backbone.network.conv1.weight"], donor["conv1.weight"])
+    code, out, _ = metacv("evaluate", "checkpoint=run", "episodes=2")
+    assert code == 0
+    assert "after: weights of donor.pth, sha256 " in out
