@@ -31,6 +31,11 @@ PAPERS = {"omniglot", "miniimagenet"}  # data sets with all of the methods, and 
 METHODS = {
     "maml": "MAML",
     "fomaml": "FOMAML",
+    "anil": "ANIL",
+    "boil": "BOIL",
+    "meta_sgd": "Meta-SGD",
+    "mamlpp": "MAML++",
+    "protomaml": "ProtoMAML",
     "reptile": "Reptile",
     "protonet": "ProtoNet",
     "relationnet": "RelationNet",
