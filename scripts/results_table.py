@@ -376,8 +376,8 @@ The same training with fewer steps, `experiment=quick/cifar_fs`:
 
 The classifier of the section above (outputs/reference/cifar_fs/classifier_5w1s) with heads that label the queries of a
 task together, `metacv evaluate head=NAME head.augment=5 head.flip=true`. Do not compare these numbers with those of the
-other sections: there, each query is labelled by itself, as it is here by the nearest class mean. Batch norm is
-inductive in all of them.
+section above, where each query is labelled by itself, as it is here by the nearest class mean. Batch norm is inductive
+in both, which concerns the network only.
 
 *Balanced*: 15 queries of each class, which most papers test on, and which these heads profit from. *Unbalanced*: the
 same tasks and support images with 75 queries, whose shares per class follow a Dirichlet distribution with alpha 2
