@@ -108,10 +108,10 @@ def assert_one_line(answer: tuple[int, str, str], message: str) -> None:
     ("arguments", "message"),
     [
         (("wya=5",), "wya: there is no such setting"),
-        (("algo=foo",), "algo=foo: there is no such file in configs/algo; one of: baseline, baselinepp"),
+        (("algo=foo",), "algo=foo: there is no such file in configs/algo; one of: anil, baseline, baselinepp"),
         (("algo=protonets",), "algo=protonets: there is no such file in configs/algo; did you mean protonet?"),
         (("experiment=maml_20w1s",), "configs/experiment; did you mean omniglot/maml_20w1s?"),
-        (("experiment=maml_5w1s",), "did you mean miniimagenet/maml_5w1s or omniglot/maml_5w1s?"),
+        (("experiment=maml_5w1s",), "did you mean cifar_fs/maml_5w1s or miniimagenet/maml_5w1s or omniglot/maml_5w1s?"),
         (("algo=maml", "algo=protonet"), "algo=maml and algo=protonet: give algo only once"),
         (
             ("backbone=conv4", "backbone=resnet12", "way=3"),
@@ -373,7 +373,7 @@ def test_the_help_of_train_has_a_line_for_every_file_of_configs(metacv):
     for group, name in choices:
         (line,) = re.findall(rf"^  {group}={name} +(\S.+)$", train, re.MULTILINE)
         assert len(line) > 20
-        assert (f"  {group}={name} " in evaluate) == (group in ("dataset", "head"))
+        assert (f"  {group}={name} " in evaluate) == (group in ("dataset", "head", "backbone"))
     assert "meta_batch: 4 # tasks per step" in train
     assert "episodes: null" in evaluate
     assert re.search(r"^  images: 20 # \w+", train, re.MULTILINE)
@@ -452,7 +452,7 @@ def completed(line: str) -> list[str]:
         ("metacv list ", ["backbones", "datasets", "experiments", "heads", "hydra.run.dir=", "methods"]),
         ("metacv list methods he", ["heads"]),
         ("metacv tr", ["train"]),
-        ("metacv train algo=p", ["algo=protonet"]),
+        ("metacv train algo=proton", ["algo=protonet"]),
         ("metacv train algo=maml,rel", ["algo=maml,relationnet"]),
         ("metacv train algo=protonet algo.", ["algo.learn_temperature=", "algo.metric=", "algo.temperature="]),
         ("metacv train backbone=conv4_relation backbone.p", ["backbone.padding."]),
@@ -516,7 +516,7 @@ def test_bash_completes_with_the_installed_script(tmp_path):
     command.chmod(0o755)
     script = """
 eval "$(metacv -sc install=bash)"
-COMP_LINE="metacv train algo=pro" COMP_POINT=21 COMP_CWORD=2
+COMP_LINE="metacv train algo=proton" COMP_POINT=24 COMP_CWORD=2
 hydra_bash_completion
 echo "${COMPREPLY[@]}"
 """

@@ -750,7 +750,7 @@ def test_control_characters_in_a_checkpoint_do_not_reach_the_terminal(checkpoint
     change(checkpoint, "training", stages=["\x1b[2J\x1b]0;title\x07first\nmetacv: accuracy 100 %"])
     code, out, _ = metacv("evaluate", f"checkpoint={checkpoint}", "episodes=2", "query=2", "device=cpu")
     assert code == 0
-    assert out.splitlines()[5] == "  after: ?[2J?]0;title?first?metacv: accuracy 100 %"
+    assert out.splitlines()[6] == "  after: ?[2J?]0;title?first?metacv: accuracy 100 %"
     assert "\x1b" not in out
 
 

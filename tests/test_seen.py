@@ -106,8 +106,8 @@ def test_a_first_stage_that_is_also_the_teacher_counts_once(metacv, trained):
     assert both.images == one.images + 2 * load_checkpoint("both").step
     assert [stage.split(" ")[0] for stage in both.stages] == ["learned", "Classifier"]
     out = metacv("evaluate", "checkpoint=both", *TEST)[1]
-    assert out.splitlines()[5].startswith("  after: learned from Classifier on Glyphs, step ")
-    assert out.splitlines()[6].startswith("  after: Classifier on Glyphs, step ")
+    assert out.splitlines()[6].startswith("  after: learned from Classifier on Glyphs, step ")
+    assert out.splitlines()[7].startswith("  after: Classifier on Glyphs, step ")
 
 
 def test_a_class_of_a_folder_is_known_by_its_images_under_another_name(metacv, tmp_path):

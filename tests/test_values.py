@@ -59,36 +59,44 @@ VALUES = {
 TEXT = "text, empty, long"
 ACCEPTED = {  # which of the values a setting may have by its type; a setting that is not here takes none of them
     "true": "augment.flip compile projector algo.rotations algo.cosine algo.first_order algo.adapt_norm "
-    "algo.gradient_checkpointing algo.learn_temperature algo.learn_penalty algo.reset_moments backbone.ceil_pool "
-    "algo.learn_rates algo.per_step_norm "
-    "backbone.global_pool backbone.norm_scale backbone.running_stats backbone.frozen dataset.crop dataset.color "
-    "dataset.invert dataset.resize schedule.cycle_momentum head.flip head.cosine head.normalize resume dry_run "
-    "evaluate:unseen_only compare:unseen_only",
-    "zero": "algo.multi_step_loss_steps algo.first_order_steps "
-    "augment.crop backbone.padding head.augment schedule.total_iters",
-    "list": "normalize.mean normalize.std backbone.padding",
-    "empty list": "normalize.mean normalize.std paper backbone.padding backbone.downsample dataset.val_alphabets "
-    "compare:runs report:runs info:runs list:what",
+    "algo.gradient_checkpointing algo.learn_temperature algo.learn_penalty algo.reset_moments "
+    "backbone.ceil_pool algo.learn_rates algo.per_step_norm backbone.global_pool backbone.norm_scale "
+    "backbone.running_stats backbone.frozen dataset.crop dataset.color dataset.invert dataset.resize "
+    "schedule.cycle_momentum head.flip head.cosine head.normalize resume dry_run evaluate:unseen_only "
+    "compare:unseen_only",
+    "zero": "algo.multi_step_loss_steps algo.first_order_steps augment.crop backbone.padding head.augment "
+    "schedule.total_iters",
+    "list": "normalize.mean normalize.std evaluate:normalize.mean evaluate:normalize.std predict:normalize.mean "
+    "predict:normalize.std backbone.padding dataset.weights",
+    "empty list": "normalize.mean normalize.std evaluate:normalize.mean evaluate:normalize.std predict:normalize.mean "
+    "predict:normalize.std evaluate:checkpoint dataset.weights paper backbone.padding backbone.downsample "
+    "dataset.val_alphabets compare:runs report:runs info:runs list:what",
     "half": "schedule.start_factor",
     "zero, 2e9": "seed dataset.seed dataset.split_seed evaluate:seed compare:seed",
-    "zero, half": "augment.jitter ema algo.label_smoothing algo.dropout backbone.drop_block optimizer.momentum "
-    "schedule.factor schedule.end_factor schedule.pct_start head.rate",
+    "zero, half": "augment.jitter ema backbone.dropout algo.label_smoothing algo.dropout backbone.drop_block "
+    "optimizer.momentum schedule.factor schedule.end_factor schedule.pct_start head.rate",
     "half, one and a half": "clip_norm clip_value algo.inner_lr algo.temperature algo.scale algo.penalty "
-    "schedule.max_lr head.lr head.scale head.C head.penalty head.support head.power head.sharpness",
+    "schedule.max_lr head.lr "
+    "head.scale head.C head.penalty head.support head.power head.sharpness",
     "zero, half, one and a half": "algo.balance optimizer.lr optimizer.weight_decay schedule.eta_min schedule.gamma "
-    "dataset.fractions.train dataset.fractions.val dataset.fractions.test head.weight head.certainty",
-    "null": "clip_norm clip_value patience ema name init algo.teacher algo.task_chunk backbone.weights dataset.root "
-    "image_folder:dataset.size image_folder:dataset.color image_folder:dataset.fit image_folder:dataset.invert "
-    "dataset.split_file evaluate:way evaluate:shot evaluate:query evaluate:episodes evaluate:batch_norm "
-    "evaluate:checkpoint evaluate:features compare:way compare:shot compare:query compare:episodes compare:batch_norm "
-    "predict:checkpoint predict:support predict:adapted predict:save predict:batch_norm evaluate:query_balance",
-    TEXT: "init name device data_dir resume algo.teacher backbone.name backbone.weights dataset.root dataset.split_dir "
-    "dataset.split_file dataset.split_files.train dataset.split_files.val dataset.split_files.test dataset.name "
-    "evaluate:checkpoint evaluate:features evaluate:device evaluate:data_dir compare:device compare:data_dir "
-    "predict:checkpoint predict:support predict:adapted predict:save predict:query predict:device",
-    "dict": "dataset backbone algo optimizer schedule head evaluate:algo evaluate:dataset evaluate:head compare:algo "
-    "compare:dataset compare:head predict:algo predict:dataset predict:head "
-    "dataset.classes dataset.counts dataset.fractions",
+    "dataset.fractions.train "
+    "dataset.fractions.val dataset.fractions.test head.weight head.certainty",
+    "null": "vary train_vary evaluate:vary compare:vary backbone.weights_file backbone.layer backbone.size "
+    "backbone.pool dataset.weights mixture:dataset.size clip_norm clip_value patience ema name init "
+    "algo.teacher algo.task_chunk backbone.weights dataset.root image_folder:dataset.size "
+    "image_folder:dataset.color image_folder:dataset.fit image_folder:dataset.invert dataset.split_file "
+    "evaluate:way evaluate:shot evaluate:query evaluate:episodes evaluate:batch_norm evaluate:checkpoint "
+    "evaluate:features compare:way compare:shot compare:query compare:episodes compare:batch_norm "
+    "predict:checkpoint predict:support predict:adapted predict:save predict:batch_norm "
+    "evaluate:query_balance",
+    TEXT: "backbone.weights_file backbone.layer init name device data_dir resume algo.teacher backbone.name "
+    "dataset.root dataset.split_dir dataset.split_file dataset.split_files.train dataset.split_files.val "
+    "dataset.split_files.test dataset.name evaluate:checkpoint evaluate:features evaluate:device "
+    "evaluate:data_dir compare:device compare:data_dir predict:checkpoint predict:support predict:adapted "
+    "predict:save predict:query predict:device torchvision:backbone.weights backbone.pool",
+    "dict": "evaluate:backbone predict:backbone dataset backbone algo optimizer schedule head evaluate:algo "
+    "evaluate:dataset evaluate:head compare:algo compare:dataset compare:head predict:algo predict:dataset "
+    "predict:head dataset.classes dataset.counts dataset.fractions",
 }
 GIVEN_NULL = "head experiment launcher sweeper evaluate:dataset evaluate:head compare:dataset compare:head predict:head"
 

@@ -36,7 +36,8 @@ class TIM(Head):
         images = torch.cat([tasks.support_x, tasks.query_x], dim=1)  # [T, S + Q, D]
         labels = F.one_hot(tasks.support_y, tasks.way).to(images)
         shots, queries, sure = labels.shape[1], tasks.query_x.shape[1], 1 + self.certainty
-        factors = images.new_tensor([self.support / sure] * shots + [shots / queries] * queries).unsqueeze(1)
+        parts = images.new_full((shots, 1), self.support / sure), images.new_full((queries, 1), shots / queries)
+        factors = torch.cat(parts)
         weights = tasks.class_means(tasks.support_x)  # [T, N, D]
         for _ in range(self.steps):
             logits = self.scale * closeness(images, weights)
