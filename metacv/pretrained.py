@@ -40,7 +40,9 @@ class Unsaved(Checkpoint):
         return digest(self.content["algorithm"])
 
     def build(self, config: TrainConfig | None = None) -> Algorithm:
-        return super().build(config).requires_grad_(False)
+        algorithm = build(config or self.config, self.image_shape)
+        self.load_weights(algorithm)
+        return algorithm.requires_grad_(False)
 
 
 def checkpoint_or_pretrained(given: EvaluateConfig | PredictConfig, place: str | None) -> Checkpoint:
@@ -97,11 +99,10 @@ def _settings(given: EvaluateConfig | PredictConfig) -> TrainConfig:
     backbone = dict(given.backbone)
     if backbone.get("size", ...) is None:
         backbone["size"] = "own"
+    if dataset.get("size", ...) is None and "size" in backbone:
         with torch.device("meta"):
             network = build_node("backbone", backbone, Backbone, image_shape=(3, 84, 84))
-        backbone["size"] = getattr(network, "size", None)
-    if dataset.get("size", ...) is None:
-        dataset = dataset | {"size": backbone.get("size")}
+        dataset = dataset | {"size": getattr(network, "size", None)}
     own = {"_target_": f"{Embedding.__module__}.{Embedding.__name__}"}
     head = given.head if "_target_" in given.head else DEFAULT_HEAD | given.head
     content |= {"backbone": backbone, "dataset": dataset, "algo": own, "head": head}
