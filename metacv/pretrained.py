@@ -89,13 +89,13 @@ def _settings(given: EvaluateConfig | PredictConfig) -> TrainConfig:
     with open_dict(cfg):
         del cfg["hydra"]
     content: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    content["data_dir"] = getattr(given, "data_dir", ".")
     dataset = given.dataset
-    if isinstance(given, EvaluateConfig):
-        content["data_dir"] = given.data_dir
-        if "_target_" not in dataset:
+    if "_target_" not in dataset:
+        if isinstance(given, EvaluateConfig):
             raise UserError("dataset is missing; set dataset=NAME, the images to test the network on")
-    elif "_target_" not in dataset:
-        dataset = _defaults("dataset/image_folder") | {"root": None} | dataset
+        folder: dict[str, Any] = yaml.safe_load((CONFIG_DIR / "dataset/image_folder.yaml").read_text("utf-8"))
+        dataset = folder | {"root": None} | dataset
     backbone = dict(given.backbone)
     if backbone.get("size", ...) is None:
         backbone["size"] = "own"
@@ -110,7 +110,3 @@ def _settings(given: EvaluateConfig | PredictConfig) -> TrainConfig:
         return replace(from_dict(TrainConfig, content), normalize=given.normalize)
     except ValueError as error:
         raise UserError(str(error)) from None
-
-
-def _defaults(file: str) -> dict[str, Any]:
-    return yaml.safe_load((CONFIG_DIR / f"{file}.yaml").read_text("utf-8"))

@@ -32,7 +32,17 @@ def is_text(hint: object) -> bool:
 TEXTS = [own for own in SETTINGS if own.command == "train" and is_text(own.hint)]
 PATHS = [own for own in TEXTS if is_path(own.name)]
 OTHER_TEXTS = {  # names, what is read only once, and what is in data_dir
-    *("device", "backbone.name", "backbone.weights", "dataset.name", "name", "init", "resume"),
+    *(
+        "device",
+        "backbone.name",
+        "backbone.weights",
+        "backbone.layer",
+        "backbone.pool",
+        "dataset.name",
+        "name",
+        "init",
+        "resume",
+    ),
     *("dataset.split_dir", "dataset.split_files.train", "dataset.split_files.val", "dataset.split_files.test"),
 }
 each_path = pytest.mark.parametrize("path", PATHS, ids=lambda own: own.name)

@@ -64,31 +64,39 @@ ACCEPTED = {  # which of the values a setting may have by its type; a setting th
     "dataset.invert dataset.resize schedule.cycle_momentum head.flip head.cosine head.normalize resume dry_run "
     "evaluate:unseen_only compare:unseen_only",
     "zero": "augment.crop backbone.padding head.augment schedule.total_iters",
-    "list": "normalize.mean normalize.std backbone.padding",
-    "empty list": "normalize.mean normalize.std paper backbone.padding backbone.downsample dataset.val_alphabets "
+    "list": "normalize.mean normalize.std backbone.padding evaluate:normalize.mean evaluate:normalize.std "
+    "predict:normalize.mean predict:normalize.std",
+    "empty list": "normalize.mean normalize.std evaluate:normalize.mean evaluate:normalize.std predict:normalize.mean "
+    "predict:normalize.std paper backbone.padding backbone.downsample dataset.val_alphabets "
     "compare:runs report:runs info:runs list:what",
     "half": "schedule.start_factor",
     "zero, 2e9": "seed dataset.seed dataset.split_seed evaluate:seed compare:seed",
-    "zero, half": "augment.jitter ema algo.label_smoothing algo.dropout backbone.drop_block optimizer.momentum "
-    "schedule.factor schedule.end_factor schedule.pct_start",
+    "zero, half": "augment.jitter ema algo.label_smoothing algo.dropout backbone.drop_block backbone.dropout "
+    "optimizer.momentum schedule.factor schedule.end_factor schedule.pct_start",
     "half, one and a half": "clip_norm clip_value algo.inner_lr algo.temperature algo.scale algo.penalty "
     "schedule.max_lr head.lr head.scale head.C head.penalty",
     "zero, half, one and a half": "algo.balance optimizer.lr optimizer.weight_decay schedule.eta_min schedule.gamma "
     "dataset.fractions.train dataset.fractions.val dataset.fractions.test",
-    "null": "clip_norm clip_value patience ema name init algo.teacher algo.task_chunk backbone.weights dataset.root "
+    "null": "clip_norm clip_value patience ema name init algo.teacher algo.task_chunk backbone.weights "
+    "backbone.weights_file backbone.layer backbone.pool backbone.size dataset.root "
     "image_folder:dataset.size image_folder:dataset.color image_folder:dataset.fit image_folder:dataset.invert "
     "dataset.split_file evaluate:way evaluate:shot evaluate:query evaluate:episodes evaluate:batch_norm "
     "evaluate:checkpoint evaluate:features compare:way compare:shot compare:query compare:episodes compare:batch_norm "
     "predict:checkpoint predict:support predict:adapted predict:save predict:batch_norm",
-    TEXT: "init name device data_dir resume algo.teacher backbone.name backbone.weights dataset.root dataset.split_dir "
+    TEXT: "init name device data_dir resume algo.teacher backbone.name backbone.weights backbone.weights_file "
+    "backbone.layer backbone.pool dataset.root dataset.split_dir "
     "dataset.split_file dataset.split_files.train dataset.split_files.val dataset.split_files.test dataset.name "
     "evaluate:checkpoint evaluate:features evaluate:device evaluate:data_dir compare:device compare:data_dir "
     "predict:checkpoint predict:support predict:adapted predict:save predict:query predict:device",
     "dict": "dataset backbone algo optimizer schedule head evaluate:algo evaluate:dataset evaluate:head compare:algo "
+    "evaluate:backbone predict:backbone "
     "compare:dataset compare:head predict:algo predict:dataset predict:head "
     "dataset.classes dataset.counts dataset.fractions",
 }
-GIVEN_NULL = "head experiment launcher sweeper evaluate:dataset evaluate:head compare:dataset compare:head predict:head"
+GIVEN_NULL = (
+    "head experiment launcher sweeper evaluate:dataset evaluate:backbone evaluate:head compare:dataset compare:head "
+    "predict:backbone predict:head"
+)
 
 
 class Setting(NamedTuple):
