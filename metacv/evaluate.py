@@ -127,12 +127,12 @@ class Evaluation:
         method, head, data = (class_name(getattr(config, group)) for group in ("algo", "head", "dataset"))
         bank, rotation = sampler.bank, f", rotation {sampler.rotation}" * (sampler.rotation != "none")
         images = f"{len(bank.class_names):,} classes, {len(bank.images):,} images"
-        height, size = bank.image_shape[1], getattr(self.algorithm.embedding, "size", None)
-        resized = f"; images resized from {height} to {size} pixels" * (size not in (None, height))
+        size = getattr(self.algorithm.embedding, "size", None)
+        resized = f", resized to {size}x{size}" * (size not in (None, bank.image_shape[1]))
         return {
             "method": task_text(method, head, sampler.way, sampler.shot, sampler.query, sampler.vary),
-            "network": f"{network_name(config.backbone)}{resized}",
-            "data": f"{data} {self.split}: {images}; {'x'.join(map(str, bank.image_shape))}{rotation}",
+            "network": network_name(config.backbone),
+            "data": f"{data} {self.split}: {images}; {'x'.join(map(str, bank.image_shape))}{resized}{rotation}",
             "episodes": f"{len(self.episodes):,}",
             "device": describe_device(sampler.device),
         }

@@ -40,7 +40,9 @@ class Unsaved(Checkpoint):
         return digest(self.content["algorithm"])
 
     def build(self, config: TrainConfig | None = None) -> Algorithm:
-        return super().build(config).requires_grad_(False)
+        algorithm = build(config or self.config, self.image_shape)
+        self.load_weights(algorithm)
+        return algorithm.requires_grad_(False)
 
 
 def checkpoint_or_pretrained(given: EvaluateConfig | PredictConfig, place: object) -> Checkpoint:
@@ -87,21 +89,20 @@ def _settings(given: EvaluateConfig | PredictConfig) -> TrainConfig:
     with open_dict(cfg):
         del cfg["hydra"]
     content: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    content["data_dir"] = getattr(given, "data_dir", ".")
     dataset = given.dataset
-    if isinstance(given, EvaluateConfig):
-        content["data_dir"] = given.data_dir
-        if "_target_" not in dataset:
+    if "_target_" not in dataset:
+        if isinstance(given, EvaluateConfig):
             raise UserError("dataset is missing; set dataset=NAME, the images to test the network on")
-    elif "_target_" not in dataset:
-        dataset = _defaults("dataset/image_folder") | {"root": None} | dataset
+        folder: dict[str, Any] = yaml.safe_load((CONFIG_DIR / "dataset/image_folder.yaml").read_text("utf-8"))
+        dataset = folder | {"root": None} | dataset
     backbone = dict(given.backbone)
     if backbone.get("size", ...) is None:
         backbone["size"] = "own"
+    if dataset.get("size", ...) is None and "size" in backbone:
         with torch.device("meta"):
             network = build_node("backbone", backbone, Backbone, image_shape=(3, 84, 84))
-        backbone["size"] = getattr(network, "size", None)
-    if dataset.get("size", ...) is None:
-        dataset = dataset | {"size": backbone.get("size")}
+        dataset = dataset | {"size": getattr(network, "size", None)}
     own = {"_target_": f"{Embedding.__module__}.{Embedding.__name__}"}
     head = given.head if "_target_" in given.head else DEFAULT_HEAD | given.head
     content |= {"backbone": backbone, "dataset": dataset, "algo": own, "head": head}
@@ -109,7 +110,3 @@ def _settings(given: EvaluateConfig | PredictConfig) -> TrainConfig:
         return replace(from_dict(TrainConfig, content), normalize=given.normalize)
     except ValueError as error:
         raise UserError(str(error)) from None
-
-
-def _defaults(file: str) -> dict[str, Any]:
-    return yaml.safe_load((CONFIG_DIR / f"{file}.yaml").read_text("utf-8"))

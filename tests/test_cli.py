@@ -373,7 +373,7 @@ def test_the_help_of_train_has_a_line_for_every_file_of_configs(metacv):
     for group, name in choices:
         (line,) = re.findall(rf"^  {group}={name} +(\S.+)$", train, re.MULTILINE)
         assert len(line) > 20
-        assert (f"  {group}={name} " in evaluate) == (group in ("dataset", "head", "backbone"))
+        assert (f"  {group}={name} " in evaluate) == (group in ("dataset", "backbone", "head"))
     assert "meta_batch: 4 # tasks per step" in train
     assert "episodes: null" in evaluate
     assert re.search(r"^  images: 20 # \w+", train, re.MULTILINE)

@@ -1,6 +1,7 @@
 """Pre-trained networks without a run: the same results as from a checkpoint with these weights; features on disk."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from PIL import Image
 
 from metacv.backbones.conv4 import Conv4
 
+ROOT = Path(__file__).parents[1]
 DATA = ("dataset=glyphs", "dataset.classes={train:30,val:8,test:8}")
 NETWORK = ("backbone=conv4", "backbone.channels=8", "backbone.weights_file=weights.pth")
 TASK = ("query=5", "episodes=8", "batch_norm=inductive")
@@ -41,7 +43,6 @@ def test_a_network_without_a_run_has_the_accuracy_of_a_checkpoint_with_its_weigh
     assert run("evaluate", "checkpoint=run", "head=ncm", *DATA, *TASK, "hydra.run.dir=a")[0] == 0
     code, out, err = run("evaluate", *NETWORK, *DATA, *TASK, "hydra.run.dir=b")
     assert (code, err) == (0, "")
-    assert "network   Conv4\n" in out
     assert "after: Conv4, weights of weights.pth, sha256 " in out
     assert "perhaps on classes of the test" in out
     assert numpy.array_equal(numpy.load("a/accuracies.npy"), numpy.load("b/accuracies.npy"))
@@ -147,3 +148,17 @@ def test_wrong_settings_exit_with_one_line(metacv, words, message):
     assert err.startswith(f"metacv: {message}")
     assert err.count("\n") == 1
     assert not Path("e").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("METACV_WEIGHTS" not in os.environ, reason="METACV_WEIGHTS: a folder with efficientnet-lite0*.pth")
+def test_a_published_network_has_the_accuracy_on_file(metacv, monkeypatch):
+    """Its names differ from timm's. Needs CIFAR-100 in METACV_REAL_DATA_DIR, and 20 minutes without its features."""
+    pytest.importorskip("timm")
+    monkeypatch.setenv("METACV_DATA_DIR", os.environ["METACV_REAL_DATA_DIR"])
+    (path,) = Path(os.environ["METACV_WEIGHTS"]).glob("efficientnet-lite0*.pth")
+    network = ("backbone=timm", "backbone.name=tf_efficientnet_lite0", f"backbone.weights_file={path}")
+    code, _, _ = metacv("evaluate", *network, "dataset=cifar_fs", "shot=5", "episodes=2000", "hydra.run.dir=e")
+    assert code == 0
+    kept = result(ROOT / "outputs/pretrained/cifar_fs_lite0_5w5s")
+    assert result("e")["accuracy"] == pytest.approx(kept["accuracy"], abs=0.001)

@@ -93,12 +93,15 @@ ACCEPTED = {  # which of the values a setting may have by its type; a setting th
     "dataset.root dataset.split_dir dataset.split_file dataset.split_files.train dataset.split_files.val "
     "dataset.split_files.test dataset.name evaluate:checkpoint evaluate:features evaluate:device "
     "evaluate:data_dir compare:device compare:data_dir predict:checkpoint predict:support predict:adapted "
-    "predict:save predict:query predict:device torchvision:backbone.weights backbone.pool",
+    "predict:save predict:query predict:device backbone.weights backbone.pool",
     "dict": "evaluate:backbone predict:backbone dataset backbone algo optimizer schedule head evaluate:algo "
     "evaluate:dataset evaluate:head compare:algo compare:dataset compare:head predict:algo predict:dataset "
     "predict:head dataset.classes dataset.counts dataset.fractions",
 }
-GIVEN_NULL = "head experiment launcher sweeper evaluate:dataset evaluate:head compare:dataset compare:head predict:head"
+GIVEN_NULL = (
+    "head experiment launcher sweeper evaluate:dataset evaluate:backbone evaluate:head compare:dataset compare:head "
+    "predict:backbone predict:head"
+)
 
 
 class Setting(NamedTuple):

@@ -20,7 +20,7 @@ class Timm(Pretrained):
         self,
         image_shape: ImageShape,
         name: str,
-        weights: Literal["DEFAULT"] | None = None,
+        weights: str | None = None,
         weights_file: str | None = None,
         frozen: bool = False,
         layer: str | None = None,
@@ -34,6 +34,8 @@ class Timm(Pretrained):
             raise ValueError("timm is not installed: pip install 'metacv[timm]'") from None
         if not timm.is_model(name):  # also names that would make timm read a folder or a repository
             raise ValueError(f"name={name}: timm has no such network{nearest(name, timm.list_models())}")
+        if weights not in (None, "DEFAULT"):
+            raise ValueError(f"weights={weights}: must be null or DEFAULT; a tag of timm's weights belongs to name")
         self.weights, self.weights_file = weights, weights_file
         given = {} if pool is None else {"global_pool": pool}
         try:

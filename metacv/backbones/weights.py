@@ -2,6 +2,7 @@
 
 import difflib
 import pickle
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -58,8 +59,8 @@ def read_weights(path: Path, label: str) -> Weights:
             content = _read_safetensors(path)
         elif zipfile.is_zipfile(path):
             content = read_checked(path)
-        else:  # as torch before 1.6 wrote it
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            content = _read_old_format(path)
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}")
         for _ in range(DEPTH):
@@ -70,7 +71,7 @@ def read_weights(path: Path, label: str) -> Weights:
     except FileNotFoundError:
         raise UserError(f"{label}: there is no such file") from None
     except Exception as error:  # a damaged or foreign file may raise any error
-        known = isinstance(error, ValueError | pickle.UnpicklingError) and not str(error).isnumeric()
+        known = isinstance(error, ValueError | pickle.UnpicklingError)
         reason = printable(short(first_line(error))) if known else "damaged, or of another format"
         raise UserError(f"{label} cannot be used ({reason}): {FORMATS}") from None
     if not found:
@@ -82,6 +83,16 @@ def read_weights(path: Path, label: str) -> Weights:
 
 def _is_plain(value: Tensor) -> bool:
     return value.layout == torch.strided and not value.is_complex() and bool(value.isfinite().all())
+
+
+def _read_old_format(path: Path) -> Any:
+    """Read a file of torch before 1.6, which is not a zip archive."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickles by other programs
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # torch's text advises to run the file's code
+        raise ValueError("damaged, of another format, or with more than tensors and plain values") from None
 
 
 def _read_safetensors(path: Path) -> Weights:

