@@ -114,6 +114,7 @@ class EvaluateConfig(TestConfig):
     batch_norm: Literal[BatchNormMode, "both"] | None = None
     checkpoint: str | None = None
     features: str | None = None
+    calibrate: Literal["val", "loo"] | None = None
 
 
 @dataclass

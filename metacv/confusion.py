@@ -26,6 +26,8 @@ class Predictions:
     classes: Tensor  # int16 [E, Q], from 0 to N - 1; -1 where logits are not finite
     rows: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))  # of EpisodeSampler.images, [R]
     features: Tensor = field(default_factory=lambda: torch.empty(0))  # [R, ...]
+    supports: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))  # rows of support images, [S]
+    copies: Tensor = field(default_factory=lambda: torch.empty(0))  # features of their augmented copies, [S, V, ...]
 
     @property
     def labels(self) -> Tensor:

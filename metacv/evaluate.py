@@ -31,7 +31,7 @@ from metacv.config import (
     validation_protocol,
 )
 from metacv.confusion import Predictions
-from metacv.data.bank import ImageBank
+from metacv.data.bank import Dataset, ImageBank
 from metacv.data.sampler import EpisodeList, EpisodeSampler
 from metacv.errors import UserError
 from metacv.features import evaluate_features
@@ -47,6 +47,7 @@ from metacv.model import (
 )
 from metacv.precision import keep_freed_memory
 from metacv.progress import Progress, header
+from metacv.reliability import VALIDATION_EPISODES, alone, measure
 from metacv.results import Result, ResultFile, check_accuracies, summary, task_text, warn_at_chance
 from metacv.terminal import say
 from metacv.text import aligned, percent, plural, printable, shortened
@@ -68,6 +69,7 @@ class Evaluation:
     episodes: EpisodeList
     split: str
     algorithm: Algorithm
+    dataset: Dataset
     left_out: int  # number of classes of the split that are left out
 
     @property
@@ -127,6 +129,36 @@ class Evaluation:
             **summary(accuracy),
         )
 
+    def calibration(self, cfg: EvaluateConfig, predictions: Predictions, result: Result) -> dict[str, Any]:
+        """Return the fields of a result on calibration; images that `predictions` has features of are not embedded."""
+        algorithm, validation = alone(self.algorithm, result.batch_norm, "calibrate"), None
+        own, device = self.episodes.sampler, self.episodes.sampler.device
+        if cfg.calibrate == "val":
+            task = own.way, own.shot, own.query, self.dataset.rotation("val"), self.config.seed, device
+            sampler = EpisodeSampler(self.dataset.load("val"), *task)
+            validation = EpisodeList(sampler, VALIDATION_EPISODES)
+
+        def embed(sampler: EpisodeSampler, rows: Tensor, copies: bool) -> Tensor:
+            known, values = torch.empty(0, dtype=torch.long), torch.empty(0)
+            if sampler.bank is own.bank:
+                before = (predictions.supports, predictions.copies), (predictions.rows, predictions.features)
+                known, values = before[0] if copies else before[1]
+            missing = ~torch.isin(rows, known)
+            with Progress("calibrating", lines=True).track(int(missing.sum()), "image") as done:
+                new = embed_rows(algorithm, sampler, rows[missing], algorithm.copies * copies, done)
+            if new is None:
+                raise UserError("calibrate: the features take too much memory; use fewer episodes")
+            if not len(known):
+                return new
+            found = values[torch.searchsorted(known, rows).clamp_max(len(known) - 1)]
+            if missing.any():
+                found[missing.to(found.device)] = new
+            return found
+
+        with evaluating(algorithm, result.batch_norm, device):
+            fields = measure(algorithm, self.episodes, validation, embed, FEATURES_AT_ONCE)
+        return fields | {"calibrated": cfg.calibrate}
+
 
 def record(config: TrainConfig, episodes: EpisodeList, **measured: Any) -> Result:
     """Build the Result of an evaluation: `measured` fields, and those given by settings, episodes and versions."""
@@ -140,6 +172,8 @@ def evaluate(cfg: EvaluateConfig, folder: Path) -> None:
     if not cfg.checkpoint and not cfg.features:
         raise UserError("checkpoint is missing; set checkpoint=RUN, or features=FILE.npz")
     if not cfg.features and (below := runs_below(user_path(str(cfg.checkpoint)))):
+        if cfg.calibrate:
+            raise UserError(f"calibrate={cfg.calibrate}: takes one checkpoint, not a folder of runs")
         return evaluate_runs(cfg, folder, below)
     measured = [evaluate_features(cfg)] if cfg.features else evaluate_checkpoint(cfg)
     write_evaluation(folder, [(predictions.accuracy, result) for predictions, result in measured])
@@ -158,8 +192,15 @@ def evaluate_checkpoint(cfg: EvaluateConfig) -> list[tuple[Predictions, Result]]
     modes = batch_norm_modes(cfg)
     given = dataclasses.replace(cfg, batch_norm=modes[0])
     evaluation = prepare(load_checkpoint(str(cfg.checkpoint)), given)
+    names = [mode or evaluation.config.batch_norm for mode in modes]
+    if cfg.calibrate:
+        for name in names:
+            alone(evaluation.algorithm, name, f"calibrate={cfg.calibrate}")
     say(header([evaluation.about]))
-    return [evaluation.run(mode or evaluation.config.batch_norm) for mode in modes]
+    measured = [evaluation.run(name) for name in names]
+    if not cfg.calibrate:
+        return measured
+    return [(own, dataclasses.replace(result, **evaluation.calibration(cfg, own, result))) for own, result in measured]
 
 
 def evaluate_runs(cfg: EvaluateConfig, folder: Path, places: list[Path]) -> None:
@@ -252,7 +293,7 @@ def prepare(checkpoint: Checkpoint, given: TestConfig, others: Iterable[Checkpoi
         centre(algorithm, source.load("train"), device)
     if device.type == "cpu":
         keep_freed_memory()
-    return Evaluation(checkpoint, config, episodes, given.split, algorithm, left_out)
+    return Evaluation(checkpoint, config, episodes, given.split, algorithm, dataset, left_out)
 
 
 def centre(algorithm: WithHead, bank: ImageBank, device: torch.device) -> Tensor:
@@ -296,26 +337,10 @@ def _from_features(
     supports, support_index = episodes.rows[:, :, : sampler.shot].unique(return_inverse=True)
     passes = len(rows) + algorithm.copies * len(supports)
     results = []
-
-    def embedded(rows: Tensor, copies: int) -> Tensor | None:
-        """Embed the images at `rows` [R]: features [R, ...], or [R, copies, ...] of augmented copies."""
-        features, step = torch.empty(0), max(1, IMAGES_AT_ONCE // (4 + 4 * copies))
-        for start in range(0, len(rows), step):
-            some = rows[start : start + step]
-            images = sampler.images_at(some)
-            own = algorithm.embed_copies(images, some.tolist()) if copies else algorithm.embed(images)
-            if start == 0:
-                if len(rows) * own[0].numel() > FEATURES_KEPT:
-                    return None
-                features = own.new_empty(len(rows), *own.shape[1:])
-            features[start : start + len(some)] = own
-            done(len(some) * max(1, copies))
-        return features
-
     with evaluating(algorithm, batch_norm, device):
         with progress.track(passes, "image") as done:
-            features = embedded(rows, 0)
-            copied = embedded(supports, algorithm.copies) if algorithm.copies else None
+            features = embed_rows(algorithm, sampler, rows, 0, done)
+            copied = embed_rows(algorithm, sampler, supports, algorithm.copies, done) if algorithm.copies else None
         if features is None or (algorithm.copies and copied is None):
             return None
         support = algorithm.copies * support_index[0].numel()  # augmented copies in an episode
@@ -328,7 +353,27 @@ def _from_features(
                     tasks = tasks.with_copies(copied[support_places.to(device)].flatten(1, 3))
                 results.append(predicted(algorithm.head(tasks)))
                 done(len(tasks))
-    return Predictions(episodes, torch.cat(results).cpu(), rows, features)
+    copies = {} if copied is None else {"supports": supports, "copies": copied}
+    return Predictions(episodes, torch.cat(results).cpu(), rows, features, **copies)
+
+
+def embed_rows(
+    algorithm: MetricMethod, sampler: EpisodeSampler, rows: Tensor, copies: int, done: Callable[[int], None]
+) -> Tensor | None:
+    """Embed the images at `rows` [R]: features [R, ...], or [R, copies, ...] of augmented copies; None if they would
+    take too much memory."""
+    features, step = torch.empty(0), max(1, IMAGES_AT_ONCE // (4 + 4 * copies))
+    for start in range(0, len(rows), step):
+        some = rows[start : start + step]
+        images = sampler.images_at(some)
+        own = algorithm.embed_copies(images, some.tolist()) if copies else algorithm.embed(images)
+        if start == 0:
+            if len(rows) * own[0].numel() > FEATURES_KEPT:
+                return None
+            features = own.new_empty(len(rows), *own.shape[1:])
+        features[start : start + len(some)] = own
+        done(len(some) * max(1, copies))
+    return features
 
 
 def learning_rates(config: TrainConfig) -> str:
