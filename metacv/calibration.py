@@ -4,8 +4,6 @@ A score is the logarithm of the odds against a class, log((1 - p) / p). It has t
 conformal prediction, and is not rounded to 0 for a confident model.
 """
 
-import math
-
 import numpy
 import torch
 import torch.nn.functional as F
@@ -63,21 +61,20 @@ def quantile(values: Tensor, share: float) -> Tensor:
     return torch.as_tensor(found, device=values.device)
 
 
-def fewest(share: float) -> int:
-    """Return how many held-out images a share needs, see `quantile`."""
-    return math.ceil(round(share / (1 - share), 6))
-
-
 def familiarity(tasks: TaskBatch) -> Tensor:
     """Return the cosine of each query to the nearest class mean [T, Q], for tasks of features; low for unknown classes.
 
     On validation classes of CIFAR-FS with cifar_fs/classifier_5w1s, 5-way 5-shot, 500 episodes, its AUROC was 0.773:
     distance to the mean 0.772, energy 0.764, cosine to the nearest example 0.744, largest probability 0.653.
     """
-    if tasks.support_x.dim() > 3:
-        tasks = tasks.map(lambda maps: maps.flatten(3).mean(-1))
+    tasks = tasks.map(vectors)
     means = F.normalize(tasks.class_means(tasks.support_x), dim=-1)
-    return (F.normalize(tasks.query_x.to(means), dim=-1) @ means.mT).amax(-1)
+    return (F.normalize(tasks.query_x, dim=-1) @ means.mT).amax(-1)
+
+
+def vectors(features: Tensor) -> Tensor:
+    """Average feature maps [T, B, D, h, w] over their places: vectors [T, B, D], which are returned as they are."""
+    return features.flatten(3).mean(-1) if features.dim() > 3 else features
 
 
 def auroc(known: Tensor, unknown: Tensor) -> float:

@@ -143,8 +143,11 @@ class PredictConfig:
     checkpoint: str | None = None
     support: str | None = None
     adapted: str | None = None
-    query: str = MISSING
+    query: str | None = None
     save: str | None = None
+    remove: list[str | int] | str | int | None = None
+    unknown: bool = MISSING
+    coverage: Annotated[float, Range(0, 1, above=True, below=True)] | None = None
     batch_norm: BatchNormMode | None = None
     algo: dict[str, Any] = field(default_factory=dict)
     dataset: dict[str, Any] = field(default_factory=dict)

@@ -12,7 +12,6 @@ from metacv.calibration import (
     auroc,
     calibration_error,
     familiarity,
-    fewest,
     fit_temperature,
     quantile,
     scores,
@@ -21,10 +20,11 @@ from metacv.calibration import (
 from metacv.data.sampler import EpisodeList, EpisodeSampler
 from metacv.data.task import TaskBatch
 from metacv.errors import UserError
-from metacv.text import plural
 
-COVERAGE = 0.9  # target of evaluation
+COVERAGE = 0.9  # of label sets, in evaluation
+KEPT = 0.95  # share of images of known classes that are not called unknown
 FOLDS = 10
+AT_ONCE = 2**26  # maximum of numbers when queries are compared with classes: 256 MB
 VALIDATION_EPISODES = 200
 # Embeds the images at rows [R] of a sampler: features [R, ...], or [R, V, ...] of their augmented copies.
 Embed = Callable[[EpisodeSampler, Tensor, bool], Tensor]
@@ -36,7 +36,8 @@ class HeldOut:
 
     logits: Tensor  # [T, H, N]
     labels: Tensor  # [H]
-    familiarity: Tensor  # [T, H]
+    familiarity: Tensor  # [T, H], as that of new images
+    scale: Tensor  # [T], of the logits of new images, compared with those here, which lacked an image of each class
 
 
 def alone(algorithm: Algorithm, batch_norm: str, setting: str) -> MetricMethod:
@@ -52,9 +53,10 @@ def folds(labels: Tensor) -> Iterator[Tensor]:
 
     A class with more than FOLDS images has several in a fold, and one with a single image is always in the support set.
     """
-    same = labels.unsqueeze(1) == labels
-    place = (same & torch.ones_like(same).tril(-1)).sum(1)  # number of earlier images of the class
-    fold = (place % FOLDS).where(same.sum(1) > 1, -1)
+    sizes = labels.bincount()
+    starts = (sizes.cumsum(0) - sizes)[labels]
+    place = labels.argsort(stable=True).argsort() - starts  # number of earlier images of the class
+    fold = (place % FOLDS).where(sizes[labels] > 1, -1)
     for k in range(int(fold.max()) + 1):
         yield fold == k
 
@@ -65,38 +67,72 @@ def with_own_copies(tasks: TaskBatch, support: Tensor) -> TaskBatch:
     return tasks.with_copies(support[:, :, 1:].flatten(1, 2)) if support.shape[2] > 1 else tasks
 
 
+def classified(algorithm: MetricMethod, tasks: TaskBatch) -> Tensor:
+    """Return logits [T, Q, N] whose softmax are the probabilities, for tasks of features; in parts to limit memory."""
+    numbers = len(tasks) * tasks.way * tasks.support_x[0, 0].numel()  # for each query
+    parts = tasks.query_x.split(max(1, AT_ONCE // numbers), 1)
+    return torch.cat([algorithm.softmax_logits(algorithm.head(replace(tasks, query_x=part))) for part in parts], 1)
+
+
 def leave_one_out(algorithm: MetricMethod, tasks: TaskBatch, support: Tensor) -> HeldOut:
     """Classify each support image by the others; `support` [T, S, 1 + V, ...] as for `with_own_copies`.
 
-    The images of a fold are held out together, so the head is fitted FOLDS times at most. All tasks have the labels of
-    the first. Classes are one image smaller than they are for queries, so the model looks a little worse than it is.
+    The images of a fold are held out together, so a head is fitted 2 * FOLDS times at most. All tasks have the labels
+    of the first. New images have logits of another scale and are more familiar, as their classes lack no image. The
+    change from two lacking images to one, for the same held-out images, is taken for the change from one to none.
     """
-    own, logits, labels, familiar = tasks.support_y[0], [], [], []
-    for held in folds(own):
-        part = replace(
-            tasks, support_y=tasks.support_y[:, ~held], query_x=support[:, held, 0], query_y=tasks.support_y[:, held]
-        )
-        whole = with_own_copies(part, support[:, ~held])
-        logits.append(algorithm.softmax_logits(algorithm.head(whole)))
-        familiar.append(familiarity(replace(part, support_x=support[:, ~held, 0])))
+    own, every = tasks.support_y[0], [*folds(tasks.support_y[0])]
+    logits, labels, familiar = [], [], []
+    one: list[Tensor] = []  # spread of logits and mean familiarity [T, 2] with one lacking image, for each fold
+    two: list[Tensor] = []
+
+    def without(left_out: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
+        kept, query = support[:, ~left_out], support[:, held, 0]
+        part = replace(tasks, support_x=kept[:, :, 0], support_y=tasks.support_y[:, ~left_out], query_x=query)
+        return classified(algorithm, with_own_copies(part, kept)), familiarity(part)
+
+    def level(logits: Tensor, familiar: Tensor) -> Tensor:
+        return torch.stack([logits.double().std(-1).mean(1), familiar.double().mean(1)], 1)
+
+    for held, following in zip(every, every[1:] + every[:1], strict=True):
+        found = without(held, held)
+        logits.append(found[0])
+        familiar.append(found[1])
         labels.append(own[held])
+        if own[~(held | following)].bincount(minlength=tasks.way).all():
+            one.append(level(*found))
+            two.append(level(*without(held | following, held)))
     if not logits:
         raise UserError("leave-one-out needs a class with at least two images")
-    return HeldOut(torch.cat(logits, 1), torch.cat(labels), torch.cat(familiar, 1))
-
-
-def check_enough(images: int, share: float, setting: str) -> str:
-    """Return a warning if `images` held-out images are too few for a share of them; otherwise an empty text."""
-    if images >= fewest(share):
-        return ""
-    most = f"{plural(images, 'image')} held out allow {100 * images / (images + 1):.1f} % at most"
-    return f"{setting}: {most}; {100 * share:.4g} % needs {fewest(share)}, in classes with two images or more"
+    means = [torch.stack(own).mean(0) if own else support.new_ones(len(tasks), 2).double() for own in (one, two)]
+    scale, more = means[0][:, 0] / means[1][:, 0].clamp_min(1e-12), means[0][:, 1] - means[1][:, 1]
+    return HeldOut(torch.cat(logits, 1), torch.cat(labels), torch.cat(familiar, 1) + more.unsqueeze(1), scale)
 
 
 def calibrated(held: HeldOut, coverage: float) -> tuple[Tensor, Tensor]:
-    """Return the temperatures [T] of the probabilities, and the largest scores [T] in a label set."""
+    """Return the temperatures [T] of new images, and the largest scores [T] in their label sets."""
     temperature = fit_temperature(held.logits, held.labels)
-    return temperature, quantile(scores_of(held.logits.double() / temperature[:, None, None], held.labels), coverage)
+    own = scores_of(held.logits.double() / temperature[:, None, None], held.labels)
+    return temperature * held.scale, quantile(own, coverage)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What leave-one-out on a support set says of a model."""
+
+    temperature: float
+    largest: float  # largest score in a label set
+    least: float  # least familiarity of an image of a known class
+    images: int  # that were held out
+    kept: float  # share of images of known classes that are familiar enough
+
+    @classmethod
+    def of(cls, held: HeldOut, coverage: float) -> "Calibration":
+        """Calibrate on one task for a coverage of label sets."""
+        temperature, largest = (float(own) for own in calibrated(held, coverage))
+        images = len(held.labels)
+        kept = min(KEPT, images / (images + 1))
+        return cls(temperature, largest, -float(quantile(-held.familiarity[0], kept)), images, kept)
 
 
 def measure(
@@ -116,7 +152,7 @@ def measure(
         familiar, tasks = familiarity(tasks).cpu(), replace(tasks, query_x=tasks.query_x[:, :known])
         if way > sampler.way:
             ranked += [auroc(own[:known], own[known:]) for own in familiar]
-        logits = algorithm.softmax_logits(algorithm.head(with_own_copies(tasks, support))).double()
+        logits = classified(algorithm, with_own_copies(tasks, support)).double()
         temperature, largest = fitted or calibrated(leave_one_out(algorithm, tasks, support), COVERAGE)
         scaled = logits / temperature[:, None, None]
         sets = scores(scaled) <= largest[:, None, None]
@@ -139,9 +175,10 @@ def on_episodes(algorithm: MetricMethod, episodes: EpisodeList, embed: Embed, at
     """Calibrate on the queries of all episodes together, as `calibrated` does for one task."""
     logits, labels = [], []
     for tasks, support in tasks_of(episodes, episodes.sampler.way, algorithm, embed, at_once):
-        logits.append(algorithm.softmax_logits(algorithm.head(with_own_copies(tasks, support))).flatten(0, 1))
+        logits.append(classified(algorithm, with_own_copies(tasks, support)).flatten(0, 1))
         labels.append(tasks.query_y.flatten())
-    return calibrated(HeldOut(torch.cat(logits).unsqueeze(0), torch.cat(labels), torch.empty(0)), COVERAGE)
+    one = torch.ones(1, dtype=torch.float64, device=episodes.sampler.device)
+    return calibrated(HeldOut(torch.cat(logits).unsqueeze(0), torch.cat(labels), torch.empty(0), one), COVERAGE)
 
 
 def tasks_of(
