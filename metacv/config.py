@@ -146,7 +146,7 @@ class PredictConfig:
     query: str | None = None
     save: str | None = None
     remove: list[str | int] | str | int | None = None
-    unknown: bool = MISSING
+    unknown: bool = False
     coverage: Annotated[float, Range(0, 1, above=True, below=True)] | None = None
     batch_norm: BatchNormMode | None = None
     algo: dict[str, Any] = field(default_factory=dict)

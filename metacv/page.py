@@ -47,7 +47,7 @@ def write_page(
     truth: list[str],
     calibration: Calibration | None,
 ) -> None:
-    """Write predictions.html, and its pictures as JPEG files into the folder PICTURES beside it. `place`: folder of `queries`."""
+    """Write predictions.html, and its pictures into the folder PICTURES beside it. `place`: folder of `queries`."""
     labels = support.labels.tolist()
     near = [[]] * len(queries) if answers.nearest is None else answers.nearest.tolist()
     (folder / PICTURES).mkdir(exist_ok=True)

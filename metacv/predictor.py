@@ -82,12 +82,17 @@ class Support:
 
     def task(self, queries: Tensor, device: torch.device) -> TaskBatch:
         """Return one task with images [B, C, H, W] (uint8) as queries."""
-        way = len(self.classes)
+        support, queries = (images.to(device).float().div(255) for images in (self.images, queries))
+        return self.task_of(support, queries)
+
+    def task_of(self, support: Tensor, queries: Tensor) -> TaskBatch:
+        """Return one task with images or features of the support set [S, ...] and of queries [B, ...]."""
+        way, device = len(self.classes), queries.device
         labels = torch.arange(way).repeat_interleave(torch.tensor(self.shots))
         return TaskBatch(
-            support_x=self.images.to(device).float().div(255).unsqueeze(0),
+            support_x=support.unsqueeze(0),
             support_y=labels.to(device).unsqueeze(0),
-            query_x=queries.to(device).float().div(255).unsqueeze(0),
+            query_x=queries.unsqueeze(0),
             query_y=torch.zeros(1, len(queries), dtype=torch.long, device=device),  # unknown
             way=way,
             classes=torch.arange(way, device=device).unsqueeze(0),
@@ -179,9 +184,8 @@ class Predictor:
         """Return a task of features without copies, for query features [B, ...], and all support features."""
         if support.features is None:
             raise UserError(f"{self.checkpoint.path}: the examples have no features")
-        features = support.features.to(self.device).unsqueeze(0)
-        queries = queries.to(self.device).unsqueeze(0)
-        return replace(support.task(queries, self.device), support_x=features[:, :, 0], query_x=queries), features
+        features = support.features.to(self.device)
+        return support.task_of(features[:, 0], queries.to(self.device)), features.unsqueeze(0)
 
     def answers(self, support: Support, images: Tensor, calibration: Calibration | None = None) -> Answers:
         """Label images [B, C, H, W] (uint8); UserError if a probability is not finite."""
