@@ -155,6 +155,15 @@ class PredictConfig:
     device: str = MISSING
 
 
+@dataclass
+class ExportConfig:
+    checkpoint: str | None = None
+    adapted: str | None = None
+    format: Literal["onnx", "safetensors"] = MISSING
+    file: str = MISSING
+    head: dict[str, Any] = field(default_factory=dict)
+
+
 def typed(cfg: DictConfig, schema: type[T]) -> T:
     """Convert composed settings to a `schema` object; UserError or OmegaConf's error if one is invalid or missing."""
     hints = typing.get_type_hints(schema, include_extras=True)
