@@ -20,7 +20,7 @@ from metacv.data.image_files import map_on_threads
 from metacv.errors import UserError
 from metacv.files import user_path
 from metacv.look import unlike
-from metacv.predictor import Predictor, Support, check_labels, check_place_to_save, kept_support
+from metacv.predictor import Predictor, Support, check_labels, check_place_to_save
 from metacv.text import plural
 from metacv.words import choices, nearest
 
@@ -35,7 +35,7 @@ def load(checkpoint: str | os.PathLike[str], **settings: Any) -> "FewShotClassif
     classifier = FewShotClassifier(os.fspath(checkpoint), **settings)
     classifier.predictor_ = classifier._predictor()
     if "support" in classifier.predictor_.checkpoint.content:
-        classifier.support_ = kept_support(classifier.predictor_.checkpoint)
+        classifier.support_ = classifier.predictor_.kept_support()
     return classifier
 
 
@@ -86,6 +86,12 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         self.support_ = supported(self.predictor_, images, labels, self.support_)
         return self
 
+    def remove(self, classes: Iterable[Any]) -> "FewShotClassifier":
+        """Remove classes and their examples; at least two must be left."""
+        check_is_fitted(self)
+        self.support_ = self.support_.without(listed("classes", classes))
+        return self
+
     def predict_proba(self, images: Iterable[Any]) -> np.ndarray:
         """Return probabilities [images, classes] in the order of `classes_`; warn if images look unusual."""
         return self._probabilities(images)
@@ -114,7 +120,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         queries = prepared(images, self.predictor_)
         if text := unlike("the images", queries, self.predictor_.checkpoint):
             warnings.warn(text, stacklevel=3)  # the caller of predict or predict_proba
-        return self.predictor_.probabilities(self.support_, queries).numpy()
+        return self.predictor_.answers(self.support_, queries).probabilities.numpy()
 
     def _predictor(self) -> Predictor:
         head = dict(self.head_settings or {})
@@ -144,18 +150,18 @@ def supported(
         raise UserError(f"labels: shape {names.shape} for {len(added)} images: must be one label for each image")
     if names.dtype.kind not in "Uib":
         raise UserError("labels: must be all text or all whole numbers")
-    if earlier:
-        if names.dtype.kind != (before := np.array(earlier.classes)).dtype.kind:
-            raise UserError(f"labels: {names[0]} must be of the same type as the existing classes, such as {before[0]}")
-        added, names = torch.cat([earlier.images, added]), np.concatenate([before.repeat(earlier.shots), names])
-    classes, rows, shots = np.unique(names, return_inverse=True, return_counts=True)
+    if earlier and names.dtype.kind != (before := np.array(earlier.classes)).dtype.kind:
+        raise UserError(f"labels: {names[0]} must be of the same type as the existing classes, such as {before[0]}")
+    support = predictor.with_features(Support.of(added, names))
+    support = earlier.with_examples(support) if earlier else support
+    classes = support.classes
     if not 2 <= len(classes) <= limits.CLASSES:
         raise UserError(f"labels: {plural(len(classes), 'class', 'classes')}: must be from 2 to {limits.CLASSES}")
     try:
-        check_labels(support := tuple(classes.tolist()))
+        check_labels(classes)
     except ValueError as error:
         raise UserError(f"labels: {error}") from None
-    return Support(added[rows.argsort(kind="stable")], tuple(shots.tolist()), support)
+    return support
 
 
 def listed(what: str, values: Iterable[Any]) -> list[Any]:

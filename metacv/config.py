@@ -124,6 +124,7 @@ class EvaluateConfig(TestConfig):
     features: str | None = None
     backbone: dict[str, Any] = field(default_factory=dict)
     normalize: NormalizeConfig = field(default_factory=NormalizeConfig)
+    calibrate: Literal["val", "loo"] | None = None
 
     def balances(self, uses_query_set: bool) -> tuple[QueryBalance, ...]:
         """Return the balances of the queries to measure. null: both for a head that uses the whole query set, whose
@@ -164,13 +165,25 @@ class PredictConfig:
     normalize: NormalizeConfig = field(default_factory=NormalizeConfig)
     support: str | None = None
     adapted: str | None = None
-    query: str = MISSING
+    query: str | None = None
     save: str | None = None
+    remove: list[str | int] | str | int | None = None
+    unknown: bool = False
+    coverage: Annotated[float, Range(0, 1, above=True, below=True)] | None = None
     batch_norm: BatchNormMode | None = None
     algo: dict[str, Any] = field(default_factory=dict)
     dataset: dict[str, Any] = field(default_factory=dict)
     head: dict[str, Any] = field(default_factory=dict)
     device: str = MISSING
+
+
+@dataclass
+class ExportConfig:
+    checkpoint: str | None = None
+    adapted: str | None = None
+    format: Literal["onnx", "safetensors"] = MISSING
+    file: str = MISSING
+    head: dict[str, Any] = field(default_factory=dict)
 
 
 def typed(cfg: DictConfig, schema: type[T]) -> T:

@@ -8,7 +8,7 @@ import torch
 
 from metacv.algorithms.base import Algorithm, MetricMethod
 from metacv.data.sampler import EpisodeList
-from metacv.evaluate import evaluate_episodes
+from metacv.episodes import evaluate_episodes
 from metacv.run import Run
 from metacv.text import duration, in_bytes
 

@@ -6,7 +6,7 @@ import math
 import sys
 import time
 import typing
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
@@ -15,12 +15,11 @@ from typing import Any
 
 import numpy
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from metacv import seen, version
-from metacv.algorithms.base import Algorithm, MetricMethod, evaluating, predicted
+from metacv.algorithms.base import Algorithm, evaluating
 from metacv.algorithms.heads.base import WithHead
 from metacv.config import (
     BatchNormMode,
@@ -34,11 +33,11 @@ from metacv.config import (
     validation_protocol,
 )
 from metacv.confusion import Predictions
-from metacv.data.bank import ImageBank, fitted
+from metacv.data.bank import Dataset, ImageBank, fitted
 from metacv.data.sampler import EpisodeList, EpisodeSampler
-from metacv.data.varied import ABSENT
+from metacv.episodes import FEATURES_AT_ONCE, SharedFeatures, embed_rows, predict_episodes
 from metacv.errors import UserError
-from metacv.feature_cache import FeatureCache, feature_cache
+from metacv.feature_cache import feature_cache
 from metacv.features import DEFAULT_HEAD, evaluate_features
 from metacv.files import user_path, write_bytes_atomically, written_or_refused
 from metacv.look import warn_if_unlike
@@ -54,6 +53,7 @@ from metacv.model import (
 from metacv.precision import keep_freed_memory
 from metacv.pretrained import checkpoint_or_pretrained
 from metacv.progress import Progress, header
+from metacv.reliability import VALIDATION_EPISODES, alone, measure
 from metacv.results import (
     UNBALANCED,
     Result,
@@ -69,33 +69,7 @@ from metacv.text import aligned, percent, plural, printable, shortened
 
 CHANGEABLE = ("way", "shot", "query", "vary", "episodes", "batch_norm", "seed")
 CLASSES = {"dataset": "dataset", "method": "algo", "head": "head"}  # field of a result -> group of settings
-IMAGES_AT_ONCE = 1024
 CENTRED_ON = 2000  # training images for the mean feature
-FEATURES_AT_ONCE = 2**24  # numbers in the features of a batch of episodes: 64 MB
-FEATURES_KEPT = 2**29  # maximum of numbers in the cached features: 2 GB
-
-
-@dataclass(frozen=True)
-class Features:
-    """The features of images, each embedded once."""
-
-    rows: Tensor  # of EpisodeSampler.images, sorted, [R]
-    features: Tensor  # [R, ...]
-    supports: Tensor  # rows of support images, sorted, [S]
-    copied: Tensor | None  # features of their augmented copies, [S, copies, ...]
-
-
-class SharedFeatures:
-    """The features of the images of several lists of episodes, embedded at their first use."""
-
-    def __init__(self, lists: list[EpisodeList], cache: FeatureCache | None) -> None:
-        self.lists, self.cache = lists, cache
-        self.known: dict[str, Features | None] = {}  # by batch-norm mode
-
-    def get(self, algorithm: Algorithm, batch_norm: str, progress: Progress) -> Features | None:
-        if batch_norm not in self.known:
-            self.known[batch_norm] = embedded_once(algorithm, self.lists, batch_norm, progress, self.cache)
-        return self.known[batch_norm]
 
 
 @dataclass(frozen=True)
@@ -107,6 +81,7 @@ class Evaluation:
     episodes: EpisodeList
     split: str
     algorithm: Algorithm
+    dataset: Dataset
     left_out: int  # number of classes of the split that are left out
     shared: SharedFeatures  # with other evaluations of the same backbone
 
@@ -186,6 +161,36 @@ class Evaluation:
             **summary(accuracy, self.episodes.rounds),
         )
 
+    def calibration(self, cfg: EvaluateConfig, result: Result) -> dict[str, Any]:
+        """Return the fields of a result on calibration. Images that the evaluation embedded are not embedded again."""
+        algorithm, validation = alone(self.algorithm, result.batch_norm, "calibrate"), None
+        own, device = self.episodes.sampler, self.episodes.sampler.device
+        before = self.shared.get(self.algorithm, result.batch_norm, Progress("calibrating", lines=True))
+        if cfg.calibrate == "val":
+            task = own.way, own.shot, own.query, self.dataset.rotation("val"), self.config.seed, device
+            sampler = EpisodeSampler(self.dataset.load("val"), *task)
+            validation = EpisodeList(sampler, VALIDATION_EPISODES)
+
+        def embed(sampler: EpisodeSampler, rows: Tensor, copies: bool) -> Tensor:
+            known, values = torch.empty(0, dtype=torch.long), torch.empty(0)
+            if sampler.bank is own.bank and before:
+                known, values = before.of_copies if copies else (before.rows, before.features)
+            missing = ~torch.isin(rows, known)
+            with Progress("calibrating", lines=True).track(int(missing.sum()), "image") as done:
+                new = embed_rows(algorithm, sampler, rows[missing], algorithm.copies * copies, done)
+            if new is None:
+                raise UserError("calibrate: the features take too much memory; use fewer episodes")
+            if not len(known):
+                return new
+            found = values[torch.searchsorted(known, rows).clamp_max(len(known) - 1)]
+            if missing.any():
+                found[missing.to(found.device)] = new
+            return found
+
+        with evaluating(algorithm, result.batch_norm, device):
+            fields = measure(algorithm, self.episodes, validation, embed, FEATURES_AT_ONCE)
+        return fields | {"calibrated": cfg.calibrate}
+
 
 def record(config: TrainConfig, episodes: EpisodeList, **measured: Any) -> Result:
     """Build the Result of an evaluation: `measured` fields, and those given by settings, episodes and versions."""
@@ -209,6 +214,8 @@ def evaluate(cfg: EvaluateConfig, folder: Path) -> None:
         given = cfg.checkpoint if isinstance(cfg.checkpoint, list) else [cfg.checkpoint]
         folders = [(place, runs_below(place)) for place in map(user_path, map(str, given))]
         if len(given) > 1 or cfg.datasets or any(below for _, below in folders):
+            if cfg.calibrate:
+                raise UserError(f"calibrate={cfg.calibrate}: takes one checkpoint and one data set")
             places = dict.fromkeys(path for place, below in folders for path in below or [place])
             return evaluate_runs(cfg, folder, [*places])
         cfg = dataclasses.replace(cfg, checkpoint=given[0])
@@ -231,9 +238,18 @@ def evaluate_checkpoint(cfg: EvaluateConfig) -> list[tuple[Predictions, Result]]
     modes = batch_norm_modes(cfg)
     given = dataclasses.replace(cfg, batch_norm=modes[0])
     evaluation = prepare(checkpoint_or_pretrained(cfg, cfg.checkpoint), given)
-    cases = product(modes, evaluation.variants(cfg))
+    names = [mode or evaluation.config.batch_norm for mode in modes]
+    if cfg.calibrate:
+        if evaluation.config.vary:
+            raise UserError(f"calibrate={cfg.calibrate}: cannot be set together with vary={evaluation.config.vary}")
+        for name in names:
+            alone(evaluation.algorithm, name, f"calibrate={cfg.calibrate}")
+    cases = [*product(names, evaluation.variants(cfg))]
     say(header([evaluation.about]))
-    return [one.run(mode or evaluation.config.batch_norm) for mode, one in cases]
+    measured = [(one, *one.run(name)) for name, one in cases]
+    if not cfg.calibrate:
+        return [(predictions, result) for _, predictions, result in measured]
+    return [(own, dataclasses.replace(result, **one.calibration(cfg, result))) for one, own, result in measured]
 
 
 def evaluate_runs(cfg: EvaluateConfig, folder: Path, places: list[Path]) -> None:
@@ -363,108 +379,13 @@ def prepare(checkpoint: Checkpoint, given: TestConfig, others: Iterable[Checkpoi
         keep_freed_memory()
     cache = feature_cache(user_path(given.data_dir), algorithm, config, episodes.sampler)
     shared = SharedFeatures([episodes], cache)
-    return Evaluation(checkpoint, config, episodes, given.split, algorithm, left_out, shared)
+    return Evaluation(checkpoint, config, episodes, given.split, algorithm, dataset, left_out, shared)
 
 
 def centre(algorithm: WithHead, bank: ImageBank, device: torch.device) -> Tensor:
     """Set and return the mean feature [D] of training images for a head that subtracts it."""
     some = torch.randperm(len(bank.images), generator=torch.Generator().manual_seed(0))[:CENTRED_ON].sort().values
     return algorithm.centre(bank.images[some].to(device).float().div_(255))
-
-
-def evaluate_episodes(
-    algorithm: Algorithm,
-    episodes: EpisodeList,
-    batch_norm: str,
-    label: str = "evaluating",
-    check: Callable[[], None] = lambda: None,
-) -> Tensor:
-    """Return the accuracy of each episode, float64 [E]. Shows a progress bar; `check` is called after every batch and
-    may raise."""
-    return predict_episodes(algorithm, episodes, batch_norm, Progress(label, check)).accuracy
-
-
-def predict_episodes(
-    algorithm: Algorithm, episodes: EpisodeList, batch_norm: str, progress: Progress, features: Features | None = None
-) -> Predictions:
-    """Predict the class of each query, from the `features` of the images if they are known. Each image is embedded only
-    once if its features depend on no other image."""
-    features = features or embedded_once(algorithm, [episodes], batch_norm, progress)
-    if features:
-        assert isinstance(algorithm, MetricMethod)
-        return from_features(algorithm, episodes, batch_norm, progress, features)
-    results = []
-    with progress.track(len(episodes), "task") as done:
-        for tasks in episodes.batches(max(1, IMAGES_AT_ONCE // episodes.rows[0].numel())):
-            results.append(predicted(algorithm.predict(tasks, batch_norm)))
-            done(len(tasks))
-    return Predictions(episodes, in_rows(results, episodes.queries))
-
-
-def embedded_once(
-    algorithm: Algorithm,
-    lists: Sequence[EpisodeList],
-    batch_norm: str,
-    progress: Progress,
-    cache: FeatureCache | None = None,
-) -> Features | None:
-    """Embed each image of some lists of episodes once; None if features depend on other images, or would take too much
-    memory. Features in the cache are not computed."""
-    if not (isinstance(algorithm, MetricMethod) and algorithm.embeds_each_image_alone(batch_norm)):
-        return None
-    sampler = lists[0].sampler
-    rows = torch.cat([episodes.rows.unique() for episodes in lists]).unique()
-    supports = torch.cat([episodes.rows[:, :, : sampler.shot].unique() for episodes in lists]).unique()
-    rows, supports = rows[rows != ABSENT], supports[supports != ABSENT]
-
-    def embedded(rows: Tensor, copies: int = 0) -> Tensor | None:
-        """Embed the images at `rows` [R]: features [R, ...], or [R, copies, ...] of augmented copies."""
-        features, step = torch.empty(0), max(1, IMAGES_AT_ONCE // (4 + 4 * copies))
-        with progress.track(len(rows) * max(1, copies), "image") as done:
-            for start in range(0, len(rows), step):
-                some = rows[start : start + step]
-                images = sampler.images_at(some)
-                own = algorithm.embed_copies(images, some.tolist()) if copies else algorithm.embed(images)
-                if start == 0:
-                    if len(rows) * own[0].numel() > FEATURES_KEPT:
-                        return None
-                    features = own.new_empty(len(rows), *own.shape[1:])
-                features[start : start + len(some)] = own
-                done(len(some) * max(1, copies))
-        return features
-
-    with evaluating(algorithm, batch_norm, sampler.device):
-        features = cache.embedded(rows, embedded) if cache else embedded(rows)
-        copied = embedded(supports, algorithm.copies) if algorithm.copies else None
-    if features is None or (algorithm.copies and copied is None):
-        return None
-    return Features(rows, features, supports, copied)
-
-
-def from_features(
-    algorithm: MetricMethod, episodes: EpisodeList, batch_norm: str, progress: Progress, known: Features
-) -> Predictions:
-    """Predict the class of each query from known features."""
-    sampler, device, results = episodes.sampler, episodes.sampler.device, []
-    support = algorithm.copies * sampler.way * sampler.shot  # augmented copies in an episode
-    images = episodes.rows[0].numel()
-    numbers = max((images + support) * known.features[0].numel(), support**2)  # per episode
-    numbers = max(numbers, images**2) if algorithm.uses_query_set else numbers  # a head may compare all pairs
-    with evaluating(algorithm, batch_norm, device), progress.track(len(episodes), "task") as done:
-        for rows in episodes.rows.split(1 if sampler.vary else max(1, FEATURES_AT_ONCE // numbers)):
-            tasks = sampler.tasks(known.features, rows, torch.searchsorted(known.rows, rows).to(device))
-            if known.copied is not None:
-                own = rows[:, :, : sampler.shot].flatten(1)
-                places = torch.searchsorted(known.supports, own[own != ABSENT].view(len(own), -1))
-                tasks = tasks.with_copies(known.copied[places.to(device)].flatten(1, 2))
-            results.append(predicted(algorithm.head(tasks)))
-            done(len(tasks))
-    return Predictions(episodes, in_rows(results, episodes.queries), known.rows, known.features)
-
-
-def in_rows(batches: list[Tensor], queries: int) -> Tensor:
-    """Return predictions [E, queries] of batches [T, Q]; tasks with fewer queries are padded."""
-    return torch.cat([F.pad(batch, [0, queries - batch.shape[1]]) for batch in batches]).cpu()
 
 
 def learning_rates(config: TrainConfig) -> str:

@@ -1,6 +1,7 @@
 """The record of a measured accuracy, which every command writes and reads in the same form."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,14 @@ class Result:
     train_flops: float = 0.0  # floating-point operations of training, forward and backward
     train_seconds: float = 0.0
 
+    # Calibration, where it was measured, see reliability.py. Shares and errors are 0 to 1.
+    calibrated: str = ""  # val or loo
+    coverage: float | None = None  # share of label sets with the true class, where 0.9 is the target
+    set_size: float | None = None  # mean number of labels in a set
+    ece_before: float | None = None  # expected calibration error, 15 equal bins
+    ece: float | None = None  # after scaling by the temperature
+    auroc: float | None = None  # of queries of known against as many unknown classes, mean over episodes
+
     # Environment.
     device: str = ""
     tasks_per_second: float = 0.0
@@ -101,7 +110,21 @@ class Result:
             f"accuracy {percent(self.accuracy, self.ci95)} %: {self.task}, {self.episodes_text} of "
             f"{self.dataset} {self.split}{without}, {self.conditions} ({significant(self.tasks_per_second)} tasks/s)"
         )
-        return "\n".join(map(printable, [line, *(f"  after: {stage}" for stage in self.stages)]))
+        lines = [line, *(f"  after: {stage}" for stage in self.stages), *self.describe_calibration()]
+        return "\n".join(map(printable, lines))
+
+    def describe_calibration(self) -> Iterator[str]:
+        """Yield lines on label sets, probabilities and unknown classes, if they were measured."""
+        if not self.calibrated:
+            return
+        by = "leave-one-out on the support set" if self.calibrated == "loo" else "validation episodes"
+        covered, size, before, after = self.coverage or 0, self.set_size or 0, self.ece_before or 0, self.ece or 0
+        yield f"calibrated by {by}:"
+        yield f"  label sets for 90 % of the queries: {100 * covered:.1f} % have the true class; mean size {size:.2f}"
+        yield f"  expected calibration error {100 * after:.1f} % ({100 * before:.1f} % before scaling)"
+        yield "  known against unknown classes: " + (
+            f"AUROC {self.auroc:.3f}" if self.auroc is not None else "not measured, as no class is left over"
+        )
 
 
 @dataclass

@@ -25,8 +25,9 @@ from metacv.data.transforms import Augment
 from metacv.distributed import Ranks, connect
 from metacv.drawing import episode_picture
 from metacv.dry_run import dry_run
+from metacv.episodes import evaluate_episodes
 from metacv.errors import UserError
-from metacv.evaluate import centre, evaluate_episodes, learning_rates, record
+from metacv.evaluate import centre, learning_rates, record
 from metacv.files import write_bytes_atomically
 from metacv.logger import Logger, errors_of_threads_once
 from metacv.look import look_of

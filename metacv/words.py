@@ -18,7 +18,7 @@ IN_ITS_FOLDER = ("true", "false", "auto")  # values of `resume` that are not pat
 # is read only once, nor dataset.split_dir, which is in data_dir unless absolute.
 KEPT_PATHS = re.compile(r"data_dir|[\w.]+\.(teacher|root|\w+_file)")
 PATHS = re.compile(
-    r"\+*(checkpoint|features|init|support|adapted|save|resume|hydra\.(run|sweep)\.dir|dataset\.\w+_dir"
+    r"\+*(checkpoint|features|init|support|adapted|save|file|resume|hydra\.(run|sweep)\.dir|dataset\.\w+_dir"
     rf"|{KEPT_PATHS.pattern})"
 )
 NO_NAME = re.compile(r"true|false|[+-]?([\d.]+(e[+-]?\d+)?|inf|nan)", re.IGNORECASE)  # unlikely as a file's name

@@ -55,8 +55,8 @@ from metacv.data.bank import ImageBank
 from metacv.data.sampler import EpisodeList, EpisodeSampler
 from metacv.data.task import TaskBatch
 from metacv.data.transforms import Augment
+from metacv.episodes import evaluate_episodes
 from metacv.errors import UserError
-from metacv.evaluate import evaluate_episodes
 from metacv.model import build, build_dataset, describe_device, pick_device
 from metacv.precision import keep_freed_memory, precision
 

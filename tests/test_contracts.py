@@ -29,8 +29,8 @@ from metacv.data.bank import SPLITS, Dataset
 from metacv.data.sampler import EpisodeList, EpisodeSampler
 from metacv.data.task import TaskBatch
 from metacv.distributed import Ranks
+from metacv.episodes import evaluate_episodes
 from metacv.errors import UserError
-from metacv.evaluate import evaluate_episodes
 from metacv.model import build_dataset, build_node, load_checkpoint, save_checkpoint, target_class
 from metacv.run import Run
 from metacv.train import prepare, training_step

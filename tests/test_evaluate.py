@@ -11,6 +11,7 @@ import torch
 from conftest import Identity, SmoothNet, bank_of, random_tasks
 
 from metacv import KEPT_DIR, evaluate
+from metacv import episodes as episodes_module
 from metacv.algorithms.base import accuracies
 from metacv.algorithms.gradient.inner_loop import of_each_task
 from metacv.algorithms.gradient.maml import MAML
@@ -27,8 +28,8 @@ from metacv.backbones.conv4 import Conv4
 from metacv.config import AugmentConfig
 from metacv.data.sampler import EpisodeList, EpisodeSampler
 from metacv.data.task import TaskBatch
+from metacv.episodes import evaluate_episodes
 from metacv.errors import UserError
-from metacv.evaluate import evaluate_episodes
 from metacv.model import checkpoint_path
 from metacv.results import summary
 
@@ -236,8 +237,8 @@ def test_cached_features_give_the_logits_of_episodes_and_embed_each_image_once(n
     expected = torch.cat([algorithm.predict(tasks, "inductive") for tasks in episodes.batches(5)])
     labels = torch.cat([tasks.query_y for tasks in episodes.batches(5)])
     logits, passed = record(monkeypatch, algorithm)
-    monkeypatch.setattr(evaluate, "IMAGES_AT_ONCE", 4 * 10)  # ten images a pass, the last with fewer
-    monkeypatch.setattr(evaluate, "FEATURES_AT_ONCE", 5 * 15 * 4 * 6 * 6)  # five episodes of 15 images
+    monkeypatch.setattr(episodes_module, "IMAGES_AT_ONCE", 4 * 10)  # ten images a pass, the last with fewer
+    monkeypatch.setattr(episodes_module, "FEATURES_AT_ONCE", 5 * 15 * 4 * 6 * 6)  # five episodes of 15 images
     measured = evaluate_episodes(algorithm, episodes, "inductive")
     assert [len(some) for some in logits] == [5, 5, 2]
     assert_close(torch.cat(logits), expected)
@@ -294,11 +295,11 @@ def test_features_above_the_memory_limit_are_not_cached(monkeypatch):
     algorithm, episodes = trained("protonet", running_stats=True), rotated_episodes()
     expected = evaluate_episodes(algorithm, episodes, "inductive")
     _, passed = record(monkeypatch, algorithm)
-    monkeypatch.setattr(evaluate, "FEATURES_KEPT", len(episodes.rows.unique()) * 4 * 6 * 6)
+    monkeypatch.setattr(episodes_module, "FEATURES_KEPT", len(episodes.rows.unique()) * 4 * 6 * 6)
     evaluate_episodes(algorithm, episodes, "inductive")
     assert sum(passed) == len(episodes.rows.unique())
     passed.clear()
-    monkeypatch.setattr(evaluate, "FEATURES_KEPT", evaluate.FEATURES_KEPT - 1)
+    monkeypatch.setattr(episodes_module, "FEATURES_KEPT", episodes_module.FEATURES_KEPT - 1)
     measured = evaluate_episodes(algorithm, episodes, "inductive")
     assert sum(passed) >= episodes.rows.numel()
     assert torch.equal(measured, expected)

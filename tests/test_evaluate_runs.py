@@ -14,7 +14,7 @@ from PIL import Image
 from metacv import progress
 from metacv.algorithms.metric.protonet import ProtoNet
 from metacv.data.sampler import EpisodeList, EpisodeSampler
-from metacv.evaluate import evaluate_episodes
+from metacv.episodes import evaluate_episodes
 from metacv.model import load_checkpoint, save_checkpoint
 from metacv.progress import Progress, header
 from metacv.results import Result, read_results, warn_at_chance

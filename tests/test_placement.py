@@ -34,7 +34,8 @@ from metacv.data.sampler import EpisodeSampler, ImageSampler
 from metacv.data.task import TaskBatch
 from metacv.data.transforms import Augment
 from metacv.distributed import Ranks
-from metacv.evaluate import centre, evaluate_episodes
+from metacv.episodes import evaluate_episodes
+from metacv.evaluate import centre
 from metacv.model import build_dataset, build_node, with_head
 from metacv.precision import Compiled
 from metacv.predictor import Support, label

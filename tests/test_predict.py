@@ -237,7 +237,7 @@ def test_a_saved_model_contains_no_local_paths(metacv, trained):
         (["support=own/support"], "checkpoint=... is missing"),
         (["checkpoint=RUN"], "support=... is missing"),
         ([], "give either checkpoint=RUN and support=FOLDER, or adapted=FILE"),
-        (["adapted=RUN", "support=own/support"], "give either checkpoint=RUN and support=FOLDER, or adapted=FILE"),
+        (["adapted=RUN", "checkpoint=RUN"], "give either checkpoint=RUN and support=FOLDER, or adapted=FILE"),
         (["adapted=RUN"], "has no support set; save=FILE together with support=FOLDER makes one"),
         (["checkpoint=RUN", "support=nowhere"], "support=nowhere: there is no such folder"),
         (["checkpoint=RUN", "support=own/query/alpha"], "has 0 folders: it needs one for each class, and at least 2"),

@@ -16,7 +16,7 @@ from conftest import ALGORITHMS, quick
 
 from metacv.config import flat, to_dict
 from metacv.data.sampler import EpisodeList, EpisodeSampler
-from metacv.evaluate import evaluate_episodes
+from metacv.episodes import evaluate_episodes
 from metacv.logger import Logger
 from metacv.model import build_dataset, load_checkpoint
 from metacv.results import read_results

@@ -47,6 +47,10 @@ class Algorithm(nn.Module, ABC):
         """Convert logits [..., N] to class probabilities."""
         return logits.softmax(dim=-1)
 
+    def softmax_logits(self, logits: Tensor) -> Tensor:
+        """Convert logits [..., N] to those whose softmax are the class probabilities, for a temperature to divide."""
+        return logits
+
     def training_step(self, tasks: Any) -> dict[str, Tensor]:
         """Add the outer gradient to `.grad`; return scalars to log, averaged over the tasks."""
         groups = (group for part in tasks.parts() for group in self.groups(part))

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+MANY = 2**20  # support images times classes above which a sum for each class is faster than a product of matrices
+
 
 @dataclass(frozen=True)
 class TaskBatch:
@@ -31,6 +33,12 @@ class TaskBatch:
     def class_means(self, values: Tensor) -> Tensor:
         """Return means over the support images of each class: values [T, S, ...] -> [T, N, ...]."""
         values = values.to(torch.promote_types(values.dtype, torch.float32))
+        if values.device.type == "cpu" and values.shape[1] * self.way > MANY:
+            sums = values.new_zeros(len(values), self.way, *values.shape[2:])
+            for total, own, labels in zip(sums, values, self.support_y, strict=True):
+                total.index_add_(0, labels, own)
+            sizes = torch.stack([labels.bincount(minlength=self.way) for labels in self.support_y])
+            return sums / sizes.to(values.dtype).view(*sizes.shape, *(1,) * (values.dim() - 2))
         member = self.support_y.unsqueeze(2) == torch.arange(self.way, device=values.device)  # [T, S, N]
         weights = (member.to(values.dtype) / member.sum(dim=1, keepdim=True)).mT
         with torch.autocast(values.device.type, enabled=False):

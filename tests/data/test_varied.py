@@ -14,8 +14,8 @@ from metacv.data.sampler import EpisodeList, EpisodeSampler
 from metacv.data.task import TaskList
 from metacv.data.transforms import Augment
 from metacv.data.varied import ABSENT, values_per_task, varied
+from metacv.episodes import evaluate_episodes
 from metacv.errors import UserError
-from metacv.evaluate import evaluate_episodes
 
 BANK = bank_of([20, 9, 12, 30, 15, 8, 25, 11], shape=(1, 6, 6))
 

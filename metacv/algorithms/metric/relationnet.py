@@ -100,6 +100,9 @@ class RelationNet(MetricMethod):
             return super().probabilities(logits)
         return logits / logits.sum(dim=-1, keepdim=True).clamp_min(1e-12)
 
+    def softmax_logits(self, logits: Tensor) -> Tensor:
+        return logits if self.kind == "mlp" else self.probabilities(logits).clamp_min(1e-12).log()
+
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         if self.kind == "mlp":
             return super().loss(logits, labels)
