@@ -224,9 +224,13 @@ class Predictor:
         save_checkpoint(path, content | {"config": portable, "support": kept})
 
     def kept_support(self) -> Support:
-        """Return the support set in the file; its features only if they are those of today's settings."""
-        support = kept_support(self.checkpoint)
-        same = self.method and self.config == self.checkpoint.config
+        """Return the support set in the file; its features only if they are those of today's model and settings."""
+        support, shape = kept_support(self.checkpoint), None
+        if self.method and self.config == self.checkpoint.config:
+            network = self.method.embedding
+            own = (network.features_dim,) if self.method.features == "vectors" else network.out_shape
+            shape = (len(support.images), 1 + self.method.copies, *own)
+        same = support.features is not None and support.features.shape == shape
         return support if same else replace(support, features=None)
 
 
