@@ -62,12 +62,13 @@ ACCEPTED = {  # which of the values a setting may have by its type; a setting th
     "algo.gradient_checkpointing algo.learn_temperature algo.learn_penalty algo.reset_moments backbone.ceil_pool "
     "backbone.global_pool backbone.norm_scale backbone.running_stats backbone.frozen dataset.crop dataset.color "
     "dataset.invert dataset.resize schedule.cycle_momentum head.flip head.cosine head.normalize resume dry_run "
-    "evaluate:unseen_only compare:unseen_only",
+    "evaluate:unseen_only compare:unseen_only predict:unknown",
     "zero": "augment.crop backbone.padding head.augment schedule.total_iters",
     "list": "normalize.mean normalize.std backbone.padding",
     "empty list": "normalize.mean normalize.std paper backbone.padding backbone.downsample dataset.val_alphabets "
     "compare:runs report:runs info:runs list:what",
-    "half": "schedule.start_factor",
+    "half": "schedule.start_factor predict:coverage",
+    f"zero, minus one, 2e9, list, empty list, {TEXT}": "predict:remove",
     "zero, 2e9": "seed dataset.seed dataset.split_seed evaluate:seed compare:seed",
     "zero, half": "augment.jitter ema algo.label_smoothing algo.dropout backbone.drop_block optimizer.momentum "
     "schedule.factor schedule.end_factor schedule.pct_start",
@@ -79,16 +80,19 @@ ACCEPTED = {  # which of the values a setting may have by its type; a setting th
     "image_folder:dataset.size image_folder:dataset.color image_folder:dataset.fit image_folder:dataset.invert "
     "dataset.split_file evaluate:way evaluate:shot evaluate:query evaluate:episodes evaluate:batch_norm "
     "evaluate:checkpoint evaluate:features compare:way compare:shot compare:query compare:episodes compare:batch_norm "
-    "predict:checkpoint predict:support predict:adapted predict:save predict:batch_norm",
+    "evaluate:calibrate predict:checkpoint predict:support predict:adapted predict:save predict:batch_norm "
+    "predict:query predict:remove predict:coverage export:checkpoint export:adapted",
     TEXT: "init name device data_dir resume algo.teacher backbone.name backbone.weights dataset.root dataset.split_dir "
     "dataset.split_file dataset.split_files.train dataset.split_files.val dataset.split_files.test dataset.name "
     "evaluate:checkpoint evaluate:features evaluate:device evaluate:data_dir compare:device compare:data_dir "
-    "predict:checkpoint predict:support predict:adapted predict:save predict:query predict:device",
+    "predict:checkpoint predict:support predict:adapted predict:save predict:query predict:device "
+    "export:checkpoint export:adapted export:file",
     "dict": "dataset backbone algo optimizer schedule head evaluate:algo evaluate:dataset evaluate:head compare:algo "
-    "compare:dataset compare:head predict:algo predict:dataset predict:head "
+    "compare:dataset compare:head predict:algo predict:dataset predict:head export:head "
     "dataset.classes dataset.counts dataset.fractions",
 }
 GIVEN_NULL = "head experiment launcher sweeper evaluate:dataset evaluate:head compare:dataset compare:head predict:head"
+GIVEN_NULL += " export:head"
 
 
 class Setting(NamedTuple):
@@ -204,6 +208,7 @@ def refused_or_built(metacv, trained, monkeypatch):
         "metacv.predictor.label", lambda _, support, images, *__: torch.zeros(len(images), len(support.shots))
     )
     monkeypatch.setattr("metacv.report.page", lambda *_: "")
+    monkeypatch.setattr("metacv.export.as_onnx", lambda *_: b"")
     for name in ("a", "b"):
         Path("images", name).mkdir(parents=True)
         Image.new("L", (28, 28), 200).save(f"images/{name}/0.png")
@@ -240,6 +245,7 @@ COMMANDS = {
     "evaluate": ("checkpoint=protonet",),
     "compare": ("protonet", "maml", "batch_norm=inductive"),
     "predict": ("checkpoint=protonet", "support=images", "query=images"),
+    "export": ("checkpoint=protonet", "file=new.onnx"),
     "report": ("protonet",),
     "info": ("protonet",),
     "list": (),
