@@ -216,8 +216,8 @@ def test_invalid_settings_of_an_evaluation_exit_with_one_line_and_leave_no_folde
 
 @pytest.mark.parametrize(
     ("command", "message"),
-    [("evaluate", "checkpoint is missing"), ("predict", "query is missing"), ("compare", "runs is missing"),
-     ("report", "outputs")],
+    [("evaluate", "checkpoint is missing"), ("predict", "give either checkpoint=RUN and support=FOLDER"),
+     ("compare", "runs is missing"), ("report", "outputs"), ("export", "file is missing")],
 )  # fmt: skip
 def test_a_command_without_its_settings_exits_with_one_line_and_leaves_no_folder(metacv, command, message):
     assert_one_line(metacv(command), message)
@@ -448,7 +448,7 @@ def completed(line: str) -> list[str]:
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("metacv ", ["compare", "evaluate", "info", "list", "predict", "report", "train"]),
+        ("metacv ", ["compare", "evaluate", "export", "info", "list", "predict", "report", "train"]),
         ("metacv list ", ["backbones", "datasets", "experiments", "heads", "hydra.run.dir=", "methods"]),
         ("metacv list methods he", ["heads"]),
         ("metacv tr", ["train"]),

@@ -63,7 +63,7 @@ ACCEPTED = {  # which of the values a setting may have by its type; a setting th
     "backbone.ceil_pool algo.learn_rates algo.per_step_norm backbone.global_pool backbone.norm_scale "
     "backbone.running_stats backbone.frozen dataset.crop dataset.color dataset.invert dataset.resize "
     "schedule.cycle_momentum head.flip head.cosine head.normalize resume dry_run evaluate:unseen_only "
-    "compare:unseen_only",
+    "compare:unseen_only predict:unknown",
     "zero": "algo.multi_step_loss_steps algo.first_order_steps augment.crop backbone.padding head.augment "
     "schedule.total_iters",
     "list": "normalize.mean normalize.std evaluate:normalize.mean evaluate:normalize.std predict:normalize.mean "
@@ -71,7 +71,8 @@ ACCEPTED = {  # which of the values a setting may have by its type; a setting th
     "empty list": "normalize.mean normalize.std evaluate:normalize.mean evaluate:normalize.std predict:normalize.mean "
     "predict:normalize.std evaluate:checkpoint dataset.weights paper backbone.padding backbone.downsample "
     "dataset.val_alphabets compare:runs report:runs info:runs list:what",
-    "half": "schedule.start_factor",
+    "half": "schedule.start_factor predict:coverage",
+    f"zero, minus one, 2e9, list, empty list, {TEXT}": "predict:remove",
     "zero, 2e9": "seed dataset.seed dataset.split_seed evaluate:seed compare:seed",
     "zero, half": "augment.jitter ema backbone.dropout algo.label_smoothing algo.dropout backbone.drop_block "
     "optimizer.momentum schedule.factor schedule.end_factor schedule.pct_start head.rate",
@@ -88,19 +89,21 @@ ACCEPTED = {  # which of the values a setting may have by its type; a setting th
     "evaluate:way evaluate:shot evaluate:query evaluate:episodes evaluate:batch_norm evaluate:checkpoint "
     "evaluate:features compare:way compare:shot compare:query compare:episodes compare:batch_norm "
     "predict:checkpoint predict:support predict:adapted predict:save predict:batch_norm "
-    "evaluate:query_balance",
+    "evaluate:query_balance evaluate:calibrate predict:query predict:remove predict:coverage export:checkpoint "
+    "export:adapted",
     TEXT: "backbone.weights_file backbone.layer init name device data_dir resume algo.teacher backbone.name "
     "dataset.root dataset.split_dir dataset.split_file dataset.split_files.train dataset.split_files.val "
     "dataset.split_files.test dataset.name evaluate:checkpoint evaluate:features evaluate:device "
     "evaluate:data_dir compare:device compare:data_dir predict:checkpoint predict:support predict:adapted "
-    "predict:save predict:query predict:device backbone.weights backbone.pool",
+    "predict:save predict:query predict:device backbone.weights backbone.pool "
+    "export:checkpoint export:adapted export:file",
     "dict": "evaluate:backbone predict:backbone dataset backbone algo optimizer schedule head evaluate:algo "
     "evaluate:dataset evaluate:head compare:algo compare:dataset compare:head predict:algo predict:dataset "
-    "predict:head dataset.classes dataset.counts dataset.fractions",
+    "predict:head export:head dataset.classes dataset.counts dataset.fractions",
 }
 GIVEN_NULL = (
     "head experiment launcher sweeper evaluate:dataset evaluate:backbone evaluate:head compare:dataset compare:head "
-    "predict:backbone predict:head"
+    "predict:backbone predict:head export:head"
 )
 
 
@@ -216,6 +219,7 @@ def refused_or_built(metacv, trained, monkeypatch):
         "metacv.predictor.label", lambda _, support, images, *__: torch.zeros(len(images), len(support.shots))
     )
     monkeypatch.setattr("metacv.report.page", lambda *_: "")
+    monkeypatch.setattr("metacv.export.as_onnx", lambda *_: b"")
     for name in ("a", "b"):
         Path("images", name).mkdir(parents=True)
         Image.new("L", (28, 28), 200).save(f"images/{name}/0.png")
@@ -252,6 +256,7 @@ COMMANDS = {
     "evaluate": ("checkpoint=protonet",),
     "compare": ("protonet", "maml", "batch_norm=inductive"),
     "predict": ("checkpoint=protonet", "support=images", "query=images"),
+    "export": ("checkpoint=protonet", "file=new.onnx"),
     "report": ("protonet",),
     "info": ("protonet",),
     "list": (),
