@@ -226,6 +226,7 @@ def test_each_process_uses_a_gpu_of_its_own(monkeypatch):
         Ranks(3, 4, 1).device("cuda:1")
 
 
+@pytest.mark.slow
 def test_processes_on_the_command_line_train_as_torchrun_does(metacv, tmp_path):
     words = ("algo=protonet", *STEADY, "steps=4", "eval_every=2")
     for name, count in (("one", ()), ("two", ("processes=2",))):
