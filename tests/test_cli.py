@@ -146,7 +146,7 @@ def assert_one_line(answer: tuple[int, str, str], message: str) -> None:
         (("optimizer.lr=-1",), "optimizer.lr=-1: must be a number from 0 to 1000000000"),
         (("+foo=1",), "foo: there is no such setting"),
         (("algo.way=1",), "algo.way=1: must be a whole number from 2 to 10000"),
-        (("algo.way=4",), "algo.way=4: must be 5, the number of classes of the training tasks"),
+        (("algo.way=4",), "algo.way=4: must be the number of classes of all training tasks, and one has 5"),
         (("backbone.padding=1000",), "backbone.padding=1000: must be a whole number from 0 to 2 or a list"),
         (("data_dir=''",), "data_dir is empty"),
         (("steps=0",), "steps=0: must be a whole number from 1 to 1000000000"),
@@ -216,7 +216,7 @@ def test_invalid_settings_of_an_evaluation_exit_with_one_line_and_leave_no_folde
 
 @pytest.mark.parametrize(
     ("command", "message"),
-    [("evaluate", "checkpoint is missing"), ("predict", "query is missing"), ("compare", "runs is missing"),
+    [("evaluate", "checkpoint is missing"), ("predict", "give either checkpoint=RUN and support=FOLDER"), ("compare", "runs is missing"),
      ("report", "outputs")],
 )  # fmt: skip
 def test_a_command_without_its_settings_exits_with_one_line_and_leaves_no_folder(metacv, command, message):
@@ -448,7 +448,7 @@ def completed(line: str) -> list[str]:
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("metacv ", ["compare", "evaluate", "info", "list", "predict", "report", "train"]),
+        ("metacv ", ["compare", "evaluate", "export", "info", "list", "predict", "report", "train"]),
         ("metacv list ", ["backbones", "datasets", "experiments", "heads", "hydra.run.dir=", "methods"]),
         ("metacv list methods he", ["heads"]),
         ("metacv tr", ["train"]),
