@@ -120,7 +120,7 @@ class Evaluation:
             node = DEFAULT_HEAD | {"augment": self.algorithm.copies, "flip": self.algorithm.classify.flip}
             config = dataclasses.replace(self.config, head=node)
             heads.append(dataclasses.replace(self, config=config, algorithm=with_head(self.algorithm, config)))
-        balances = given.balances(self.algorithm.uses_query_set)
+        balances = given.balances(self.algorithm.uses_query_set, self.config.vary)
         lists = [self.episodes.balanced_as(balance) for balance in balances]
         shared = SharedFeatures(lists, self.shared.cache)
         return [dataclasses.replace(one, episodes=episodes, shared=shared) for one in heads for episodes in lists]
@@ -398,6 +398,8 @@ def learning_rates(config: TrainConfig) -> str:
 def with_changes(checkpoint: Checkpoint, given: Any, names: tuple[str, ...] = CHANGEABLE) -> TrainConfig:
     """Return the settings of a checkpoint, with those of `names`, algo, dataset and head that `given` changes."""
     changes = {name: value for name in names if (value := getattr(given, name, None)) is not None}
+    if changes.get("vary") == "none":
+        changes["vary"] = None
     if "_target_" in given.algo:
         raise UserError("algo._target_: the method of a checkpoint cannot be changed")
     for group in ("algo", "dataset", "head"):

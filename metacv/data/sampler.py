@@ -351,7 +351,7 @@ class EpisodeList:
         if query_balance == own.query_balance:
             return self
         task = own.bank, own.way, own.shot, own.query, own.rotation, own.seed, own.device
-        return EpisodeList(EpisodeSampler(*task, query_balance=query_balance), len(self))
+        return EpisodeList(EpisodeSampler(*task, query_balance=query_balance, vary=own.vary), len(self))
 
     @property
     def queries(self) -> int:
