@@ -216,9 +216,13 @@ def test_invalid_settings_of_an_evaluation_exit_with_one_line_and_leave_no_folde
 
 @pytest.mark.parametrize(
     ("command", "message"),
-    [("evaluate", "checkpoint is missing"), ("predict", "give either checkpoint=RUN and support=FOLDER"), ("compare", "runs is missing"),
-     ("report", "outputs")],
-)  # fmt: skip
+    [
+        ("evaluate", "checkpoint is missing"),
+        ("predict", "give either checkpoint=RUN and support=FOLDER"),
+        ("compare", "runs is missing"),
+        ("report", "outputs"),
+    ],
+)
 def test_a_command_without_its_settings_exits_with_one_line_and_leaves_no_folder(metacv, command, message):
     assert_one_line(metacv(command), message)
     assert list(Path().iterdir()) == []
