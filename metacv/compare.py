@@ -16,7 +16,7 @@ from metacv.results import Result, t_interval
 from metacv.terminal import say
 from metacv.text import plural, printable, shortened
 
-SAME = ("way", "shot", "query", "episodes", "batch_norm")
+SAME = ("way", "shot", "query", "vary", "episodes", "batch_norm")
 
 
 def compare(cfg: CompareConfig, folder: Path) -> None:

@@ -105,7 +105,7 @@ class TestConfig:
     way: Way | None = None
     shot: Images | None = None
     query: Images | None = None
-    vary: Vary | None = None
+    vary: Vary | Literal["none"] | None = None
     episodes: Episodes | Literal["disjoint"] | None = None
     seed: Seed = MISSING
     device: str = MISSING
@@ -126,14 +126,14 @@ class EvaluateConfig(TestConfig):
     normalize: NormalizeConfig = field(default_factory=NormalizeConfig)
     calibrate: Literal["val", "loo"] | None = None
 
-    def balances(self, uses_query_set: bool) -> tuple[QueryBalance, ...]:
+    def balances(self, uses_query_set: bool, vary: str | None = None) -> tuple[QueryBalance, ...]:
         """Return the balances of the queries to measure. null: both for a head that uses the whole query set, whose
-        accuracy depends on the balance."""
+        accuracy depends on the balance, unless the episodes can only be balanced."""
         known: tuple[QueryBalance, ...] = typing.get_args(QueryBalance)
-        disjoint = self.episodes == "disjoint"
-        given = self.query_balance or ("both" if uses_query_set and not disjoint else "balanced")
-        if disjoint and given != "balanced":
-            raise UserError(f"query_balance={given}: cannot be set together with episodes=disjoint")
+        balanced = "episodes=disjoint" if self.episodes == "disjoint" else f"vary={vary}" if vary else ""
+        given = self.query_balance or ("both" if uses_query_set and not balanced else "balanced")
+        if balanced and given != "balanced":
+            raise UserError(f"query_balance={given}: cannot be set together with {balanced}")
         return tuple(one for one in known if given in (one, "both"))
 
 

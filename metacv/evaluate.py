@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy
 import torch
+import yaml
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from metacv import seen, version
+from metacv import CONFIG_DIR, seen, version
 from metacv.algorithms.base import Algorithm, evaluating
 from metacv.algorithms.heads.base import WithHead
 from metacv.config import (
@@ -120,7 +121,7 @@ class Evaluation:
             node = DEFAULT_HEAD | {"augment": self.algorithm.copies, "flip": self.algorithm.classify.flip}
             config = dataclasses.replace(self.config, head=node)
             heads.append(dataclasses.replace(self, config=config, algorithm=with_head(self.algorithm, config)))
-        balances = given.balances(self.algorithm.uses_query_set)
+        balances = given.balances(self.algorithm.uses_query_set, self.config.vary)
         lists = [self.episodes.balanced_as(balance) for balance in balances]
         shared = SharedFeatures(lists, self.shared.cache)
         return [dataclasses.replace(one, episodes=episodes, shared=shared) for one in heads for episodes in lists]
@@ -273,7 +274,7 @@ def evaluate_runs(cfg: EvaluateConfig, folder: Path, places: list[Path]) -> None
         with continue_after_error(name, data):
             checkpoint = load_checkpoint(place)
             if data and node.get("_target_") == checkpoint.config.dataset.get("_target_"):
-                node = {}  # its own data set, prepared as in training
+                node = changed_settings(data, node)  # its own data set, prepared as in training
             given = dataclasses.replace(cfg, batch_norm=modes[0], dataset=node)
             evaluations[name, data] = prepare(checkpoint, given)
     if evaluations:
@@ -290,6 +291,12 @@ def evaluate_runs(cfg: EvaluateConfig, folder: Path, places: list[Path]) -> None
     if failed:
         count = len(runs) * max(1, len(cfg.datasets))
         raise UserError(f"{len(failed)} of {plural(count, 'run')} could not be evaluated: {', '.join(failed)}")
+
+
+def changed_settings(data: str, node: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a data set that the command line changes."""
+    known = yaml.safe_load((CONFIG_DIR / "dataset" / f"{data}.yaml").read_text("utf-8"))
+    return {name: value for name, value in node.items() if value != known.get(name)}
 
 
 def across_data_sets(datasets: list[str], measured: list[tuple[str, str, Tensor, Result]]) -> str:
@@ -398,6 +405,8 @@ def learning_rates(config: TrainConfig) -> str:
 def with_changes(checkpoint: Checkpoint, given: Any, names: tuple[str, ...] = CHANGEABLE) -> TrainConfig:
     """Return the settings of a checkpoint, with those of `names`, algo, dataset and head that `given` changes."""
     changes = {name: value for name in names if (value := getattr(given, name, None)) is not None}
+    if changes.get("vary") == "none":
+        changes["vary"] = None
     if "_target_" in given.algo:
         raise UserError("algo._target_: the method of a checkpoint cannot be changed")
     for group in ("algo", "dataset", "head"):

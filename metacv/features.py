@@ -32,9 +32,8 @@ TASKS_AT_ONCE = 100
 def evaluate_features(cfg: EvaluateConfig) -> list[tuple[Predictions, Result]]:
     """Evaluate a head on a file of features, as a checkpoint's features are; return predictions and results. UserError
     if a setting is invalid."""
-    given = {
-        name: getattr(cfg, name) for name in ("checkpoint", "backbone", "batch_norm", "calibrate", "algo", "dataset")
-    }
+    names = ("checkpoint", "backbone", "batch_norm", "calibrate", "vary", "algo", "dataset")
+    given = {name: getattr(cfg, name) for name in names}
     if wrong := [name for name, value in given.items() if value] + ["split"] * (cfg.split != "test"):
         raise UserError(f"{wrong[0]}: cannot be set together with features, which have no {wrong[0]}")
     node = cfg.head if "_target_" in cfg.head else DEFAULT_HEAD | cfg.head

@@ -370,6 +370,7 @@ def initialize(run: Run) -> None:
             reason = str(error).splitlines()[-1].strip()
             raise UserError(f"init={run.config.init}: its backbone does not fit this run's ({reason})") from None
         run.record_earlier_run(first)
+    run.algorithm.start_from_backbone()
     if run.average:
         run.average = averaged(run.algorithm, run.config.ema)
 

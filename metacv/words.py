@@ -97,8 +97,10 @@ def _several_data_sets(command: str, word: str) -> list[str]:
     """Return the words that `dataset=[A,B]` stands for: a mixture for training, one after the other in evaluation."""
     if command not in ("train", "evaluate") or not word.startswith("dataset=["):
         return [word]
-    place = "datasets" if command == "evaluate" else "dataset.sets"
-    return ["dataset=mixture"] * (command == "train") + [f"+dataset@{place}.{name}={name}" for name in _parsed(word)]
+    place, names = "datasets" if command == "evaluate" else "dataset.sets", _parsed(word)
+    if len({*names}) < len(names):
+        raise UserError(f"{word}: give each data set once")
+    return ["dataset=mixture"] * (command == "train") + [f"+dataset@{place}.{name}={name}" for name in names]
 
 
 def _parsed(word: str) -> Any:
@@ -191,7 +193,9 @@ def _quoted_path(command: str, word: str, sweeps: bool) -> str:
     name, _, value = word.partition("=")
     place = os.path.expanduser(value)
     if (command, name) == ("evaluate", "checkpoint") and re.fullmatch(r"\[.*\]", value) and not os.path.exists(place):
-        paths = (os.path.expanduser(_unquoted(own.strip())) for own in value[1:-1].split(","))
+        paths = [os.path.expanduser(_unquoted(own.strip())) for own in value[1:-1].split(",")]
+        if not all(paths):  # an empty path is the current folder
+            raise UserError(f"{word}: must be a list of paths")
         return f"{name}=[{','.join(map(quoted, paths))}]"
     if not PATHS.fullmatch(name) and (command, name.lstrip("+")) != ("predict", "query"):
         return word

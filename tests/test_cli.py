@@ -146,7 +146,7 @@ def assert_one_line(answer: tuple[int, str, str], message: str) -> None:
         (("optimizer.lr=-1",), "optimizer.lr=-1: must be a number from 0 to 1000000000"),
         (("+foo=1",), "foo: there is no such setting"),
         (("algo.way=1",), "algo.way=1: must be a whole number from 2 to 10000"),
-        (("algo.way=4",), "algo.way=4: must be 5, the number of classes of the training tasks"),
+        (("algo.way=4",), "algo.way=4: must be the number of classes of all training tasks, and one has 5"),
         (("backbone.padding=1000",), "backbone.padding=1000: must be a whole number from 0 to 2 or a list"),
         (("data_dir=''",), "data_dir is empty"),
         (("steps=0",), "steps=0: must be a whole number from 1 to 1000000000"),

@@ -236,6 +236,26 @@ def test_several_models_on_several_data_sets_give_a_table(metacv, sweep):
 
 
 @pytest.mark.usefixtures("photos", "may_be_at_chance")
+def test_settings_of_the_model_s_own_data_set_can_be_changed_beside_others(metacv, sweep):
+    words = "checkpoint=sweep/a", "dataset=[glyphs,image_folder]", "datasets.image_folder.root=photos"
+    code, _, _ = metacv("evaluate", *words, "datasets.glyphs.test_rotation=per_class", *ASKED, "hydra.run.dir=out")
+    assert code == 0
+    assert [one.rotation for one in read_results(Path("out/result.json")).results] == ["per_class", "none"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["checkpoint=[]"], "checkpoint=[]: must be a list of paths"),
+        (["checkpoint=[sweep/a,]"], "checkpoint=[sweep/a,]: must be a list of paths"),
+        (["checkpoint=sweep", "dataset=[glyphs,glyphs]"], "dataset=[glyphs,glyphs]: give each data set once"),
+    ],
+)
+def test_lists_with_nothing_or_twice_the_same_are_refused(metacv, words, message):
+    assert metacv("evaluate", *words) == (1, "", f"metacv: {message}\n")
+
+
+@pytest.mark.usefixtures("photos", "may_be_at_chance")
 def test_a_data_set_that_fails_leaves_its_cell_empty(metacv, sweep):
     words = "checkpoint=sweep/a", "dataset=[image_folder,glyphs]", "datasets.image_folder.root=nowhere"
     code, out, err = metacv("evaluate", *words, *ASKED, "hydra.run.dir=out")

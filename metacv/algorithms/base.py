@@ -39,6 +39,9 @@ class Algorithm(nn.Module, ABC):
         """The network that embeds images."""
         return next(module for module in self.modules() if isinstance(module, Backbone))
 
+    def start_from_backbone(self) -> None:
+        """Make initial weights that depend on those of the backbone, after others were loaded into it."""
+
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the mean loss over all queries, given logits [T, Q, N] and labels [T, Q]."""
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten())

@@ -1,7 +1,7 @@
 """Any network of timm (Wightman, 2019), https://github.com/huggingface/pytorch-image-models, without its last layer."""
 
 import logging
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -37,9 +37,9 @@ class Timm(Pretrained):
         if weights not in (None, "DEFAULT"):
             raise ValueError(f"weights={weights}: must be null or DEFAULT; a tag of timm's weights belongs to name")
         self.weights, self.weights_file = weights, weights_file
-        given = {} if pool is None else {"global_pool": pool}
+        given: dict[str, Any] = {} if pool is None else {"global_pool": pool}
         try:
-            network = timm.create_model(name, num_classes=0, **given)
+            network: Any = timm.create_model(name, num_classes=0, **given)
         except (RuntimeError, TypeError, AssertionError, ValueError, KeyError) as error:
             raise ValueError(f"name={name}{f', pool={pool}' if pool else ''}: {first_line(error)}") from None
         self.about = about = network.pretrained_cfg

@@ -1,8 +1,10 @@
 """Several data sets as one, as in Meta-Dataset (Triantafillou et al., 2020), https://arxiv.org/abs/1903.03096"""
 
 from dataclasses import dataclass, field, replace
+from itertools import product
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from metacv.bounds import Positive, Size
@@ -27,6 +29,10 @@ class Mixture(Dataset):
     def __post_init__(self) -> None:
         if self.weights is not None and len(self.weights) != len(self.sets):
             raise ValueError(f"weights={self.weights}: must have a number for each of {', '.join(self.sets)}")
+        for (name, own), split in product(self.sets.items(), ("train", "test")):
+            if (rotation := own.rotation(split)) != "none":
+                text = f"{split}_rotation={rotation}: tasks of all data sets are rotated in one way"
+                raise ValueError(f"sets.{name}.{text}; set dataset.{split}_rotation")
 
     def load(self, split: str) -> ImageBank:
         if not self.sets:
@@ -58,6 +64,6 @@ class Mixture(Dataset):
     def read(self, path: Readable) -> Tensor:
         """Prepare an image like the first data set's."""
         first = next(iter(self.sets.values()))
-        channels = max(own.load("train").image_shape[0] for own in self.sets.values())
+        channels = max(own.read(Image.new("RGB", (84, 84))).shape[0] for own in self.sets.values())
         image = first.read(path)
         return fitted(image[None], (channels, self.size or image.shape[1], self.size or image.shape[2]))[0]

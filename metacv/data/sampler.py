@@ -265,6 +265,8 @@ class ImageSampler(Sampler):
         check_crop(bank, augment)
         if rotation not in ("none", "as_classes"):
             raise UserError(f"dataset.train_rotation={rotation}: must be none or as_classes for training on images")
+        if len({*bank.chances}) > 1:
+            raise UserError("dataset.weights: must be null for training on images, which takes all equally often")
         self.bank, self.device, self.augment, self.seed = bank, device, augment, seed
         self.images = placed(rotated(bank, rotation), device)
         self.classes = len(bank.sizes) * (4 if rotation == "as_classes" else 1)
@@ -351,7 +353,7 @@ class EpisodeList:
         if query_balance == own.query_balance:
             return self
         task = own.bank, own.way, own.shot, own.query, own.rotation, own.seed, own.device
-        return EpisodeList(EpisodeSampler(*task, query_balance=query_balance), len(self))
+        return EpisodeList(EpisodeSampler(*task, query_balance=query_balance, vary=own.vary), len(self))
 
     @property
     def queries(self) -> int:

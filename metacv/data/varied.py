@@ -14,7 +14,7 @@ from torch import Tensor
 
 from metacv.bounds import Vary
 
-MOST_SUPPORT = 500  # images of a task, in Meta-Dataset
+MOST_SUPPORT = 500  # images of a task, in Meta-Dataset; more only if it has more classes
 LEAST_WAY = {"uniform": 2, "meta_dataset": 5}
 ABSENT = -1  # a row that is no image
 
@@ -44,7 +44,7 @@ def varied(rule: Vary, rows: Tensor, sizes: Tensor, random: Tensor, shot: int, q
         spread = math.log(0.5) + random[:, 2:] * math.log(4)  # from log 0.5 to log 2
         parts = spread.exp() * sizes * inside
         parts = parts / parts.sum(1, keepdim=True)
-        shots = (1 + (parts * (total - ways)).floor().long()).minimum(room)
+        shots = (1 + (parts * (total - ways).clamp(min=0)).floor().long()).minimum(room)
     queries, support = rows[:, :, :query], rows[:, :, query : query + shot]
     support = F.pad(support, [0, shot - support.shape[2]], value=ABSENT)
     support = support.masked_fill(torch.arange(shot) >= shots.unsqueeze(2), ABSENT)

@@ -206,6 +206,29 @@ def test_each_inner_step_has_its_own_batch_norm():
     assert not any(p.requires_grad for layer in batch_norms(algorithm.net) for p in layer.parameters())
 
 
+def test_batch_norm_of_each_step_starts_from_that_of_loaded_weights():
+    algorithm, other = make(MAMLPlusPlus), SmoothNet().double()
+    with torch.no_grad():
+        for layer in batch_norms(other):
+            layer.weight.fill_(3)
+    algorithm.embedding.load_state_dict(other.state_dict())
+    algorithm.start_from_backbone()
+    scales = [algorithm.norms[key(name)] for name in algorithm.norm_names if name.endswith("weight")]
+    assert len(scales) == 2
+    assert all(scale.eq(3).all() for scale in scales)
+
+
+def test_features_are_those_before_adaptation_with_the_batch_norm_of_the_first_step():
+    algorithm, tasks = make(MAMLPlusPlus, inner_steps=2), random_tasks(dtype=torch.float64)
+    with torch.no_grad():
+        for values in algorithm.norms.values():
+            values.copy_(torch.tensor([[5.0], [7.0]]).expand_as(values))
+    assert all(layer.weight.eq(5).all() and layer.bias.eq(5).all() for layer in batch_norms(algorithm.embedding))
+    features = algorithm.embedding.features(tasks.query_x[0])
+    params = algorithm.at_step(algorithm.initial(tasks), 0)
+    torch.testing.assert_close(algorithm.net.head(features), algorithm.classify(params, tasks.query_x)[0])
+
+
 def test_first_order_steps_precede_steps_of_second_order():
     tasks = random_tasks(dtype=torch.float64)
     settings = {"per_step_norm": False, "learn_rates": False}

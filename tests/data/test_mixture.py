@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 from conftest import bank_of
+from PIL import Image
 
-from metacv.data.bank import Dataset, ImageBank, fitted
+from metacv.data.bank import Dataset, ImageBank, Readable, fitted
 from metacv.data.mixture import Mixture
 from metacv.data.sampler import EpisodeSampler, ImageSampler
 from metacv.errors import UserError
@@ -24,6 +25,16 @@ class Plain(Dataset):
     def load(self, split: str) -> ImageBank:
         bank = bank_of([4] * self.classes, shape=self.shape)
         return ImageBank(split, torch.full_like(bank.images, self.value), bank.offsets, bank.class_names)
+
+
+class Unloaded(Plain):
+    """It reads images, and none of its own is there."""
+
+    def load(self, split: str) -> ImageBank:
+        raise UserError("missing")
+
+    def read(self, path: Readable) -> torch.Tensor:
+        return torch.full(self.shape, self.value, dtype=torch.uint8)
 
 
 def mixture(tmp_path, sets: dict[str, dict], **settings) -> Mixture:
@@ -89,6 +100,22 @@ def test_weights_must_fit_the_data_sets(tmp_path):
         mixture(tmp_path, {"a": {}, "b": {}}, weights=[1])
     with pytest.raises(UserError, match="sets is empty"):
         mixture(tmp_path, {}).load("train")
+
+
+def test_settings_of_one_data_set_that_have_no_effect_are_refused(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"sets\.b\.train_rotation=per_class: tasks of all data sets are rotated in one"
+    ):
+        mixture(tmp_path, {"a": {}, "b": {"train_rotation": "per_class"}})
+    bank = mixture(tmp_path, {"a": {}, "b": {}}, weights=[1, 2]).load("train")
+    with pytest.raises(UserError, match=r"dataset\.weights: must be null for training on images"):
+        ImageSampler(bank, "none", 0, "cpu")
+
+
+def test_an_image_is_read_without_loading_the_data_sets(tmp_path):
+    grey, colour = Unloaded(tmp_path, shape=(1, 8, 8), value=7), Unloaded(tmp_path, value=9)
+    found = Mixture(tmp_path, sets={"grey": grey, "colour": colour}, size=5).read(Image.new("L", (8, 8)))
+    assert torch.equal(found, torch.full((3, 5, 5), 7, dtype=torch.uint8))
 
 
 def test_classes_keep_the_identities_that_they_have_in_their_own_data_set(tmp_path):

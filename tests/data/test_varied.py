@@ -13,7 +13,7 @@ from metacv.algorithms.metric.protonet import ProtoNet
 from metacv.data.sampler import EpisodeList, EpisodeSampler
 from metacv.data.task import TaskList
 from metacv.data.transforms import Augment
-from metacv.data.varied import ABSENT, values_per_task, varied
+from metacv.data.varied import ABSENT, MOST_SUPPORT, values_per_task, varied
 from metacv.episodes import evaluate_episodes
 from metacv.errors import UserError
 
@@ -72,6 +72,15 @@ def test_alpha_between_log_half_and_log_two_shifts_images_between_equal_classes(
     total = 5 * 45
     expected = [math.floor(factor / 5.5 * (total - 5)) + 1 for factor in (0.5, 2, 1, 1, 1)]
     assert (found[0, :, :100] != ABSENT).sum(1).tolist() == expected
+
+
+def test_each_class_has_a_support_image_also_in_tasks_of_more_classes_than_support_images_at_most():
+    way = MOST_SUPPORT + 100
+    random = torch.rand(20, values_per_task(way), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rows, sizes = torch.arange(8).expand(20, way, 8), torch.full((20, way), 8)
+    found = varied("meta_dataset", rows, sizes, random, 5, 1) != ABSENT
+    assert torch.equal(found[:, :, :5].any(2), found[:, :, 5])
+    assert found[:, :, 5].sum(1).max() > MOST_SUPPORT
 
 
 @pytest.mark.parametrize("vary", ["uniform", "meta_dataset"])
@@ -147,6 +156,17 @@ def test_training_and_evaluation_with_varied_tasks(metacv):
     assert "up to 8-way 4-shot (uniform), 2 queries per class, 10 episodes" in out
     code, out, err = metacv("evaluate", "checkpoint=run", "episodes=10", "vary=meta_dataset", "head=logistic")
     assert "up to 8-way 4-shot (meta_dataset)" in out
+    code, _, err = metacv("train", "algo=protonet", *words[1:], "way=8", "shot=4", "query=2", "hydra.run.dir=fixed")
+    assert (code, err) == (0, "")
+    code, _, err = metacv("compare", "run", "fixed", "episodes=10")
+    assert (code, err) == (1, "metacv: fixed has vary=None, run has vary=uniform; set vary=VALUE for all runs\n")
+    assert metacv("compare", "run", "fixed", "episodes=10", "vary=none")[0] == 0
+    code, out, _ = metacv("evaluate", "checkpoint=run", "episodes=10", "vary=none")
+    assert "ProtoNet, 8-way 4-shot, 2 queries per class" in out
+    code, out, _ = metacv("evaluate", "checkpoint=run", "episodes=10", "head=tim")
+    assert (code, out.count("accuracy "), out.count("up to 8-way 4-shot (uniform)")) == (0, 2, 3)
+    code, _, err = metacv("evaluate", "checkpoint=run", "episodes=10", "query_balance=both")
+    assert (code, err) == (1, "metacv: query_balance=both: cannot be set together with vary=uniform\n")
     code, _, err = metacv("train", "algo=maml", *words[1:], "way=8", "query=2", "vary=uniform", "hydra.run.dir=other")
     assert (code, err.count("\n")) == (1, 1)
     assert "algo.way=8: must be" in err

@@ -128,7 +128,9 @@ class InnerLoop(Algorithm):
         if way == self.way:
             return params
         if self.training:
-            raise UserError(f"algo.way={self.way}: must be {way}, the number of classes of the training tasks")
+            raise UserError(
+                f"algo.way={self.way}: must be the number of classes of all training tasks, and one has {way}"
+            )
         rows = {name: params.get(name, self.net.get_parameter(name)) for name in ("head.weight", "head.bias")}
         return params | {name: own[:way] if way < self.way else self.more_rows(own, way) for name, own in rows.items()}
 

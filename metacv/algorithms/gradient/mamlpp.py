@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from metacv.algorithms.base import accuracies
 from metacv.algorithms.gradient.inner_loop import Params, key
 from metacv.algorithms.gradient.maml import MAML
+from metacv.backbones.base import Backbone
 from metacv.backbones.batch_norm import batch_norms, keeps_running_statistics
 from metacv.bounds import Range
 from metacv.data.task import TaskBatch
@@ -62,6 +63,19 @@ class MAMLPlusPlus(MAML):
                     self.norm_names.append(name)
                     self.norms[key(name)] = nn.Parameter(p.detach().repeat(self.inner_steps, 1))
                     p.requires_grad_(False)  # replaced by those of each step
+
+    @property
+    def embedding(self) -> Backbone:
+        """The backbone before adaptation, with the batch norm of the first inner step."""
+        with torch.no_grad():
+            for name in self.norm_names:
+                self.net.get_parameter(name).copy_(self.norms[key(name)][0])
+        return super().embedding
+
+    def start_from_backbone(self) -> None:
+        with torch.no_grad():
+            for name in self.norm_names:
+                self.norms[key(name)].copy_(self.net.get_parameter(name))
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *others: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *others)
