@@ -53,7 +53,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "Relation Networks, vectors": ("relationnet", {"algo.relation": "mlp"}),
     "classifier, angles": ("classifier", {"algo.rotations": True, "algo.cosine": True, "head.augment": 2}),
 }
-SLOW = {"MAML, steps computed again", "Reptile, SGD", "Reptile, fresh moments"}
+SLOW = {"anil", "boil", "meta_sgd", "MAML, steps computed again", "Reptile, SGD", "Reptile, fresh moments"}
 FEW_STEPS = {"algo.inner_steps": 1, "algo.eval_inner_steps": 1, "head.steps": 2}
 
 
@@ -223,7 +223,7 @@ def error_on_gpu() -> Iterator[Callable[..., str]]:
         yield lambda *arguments: process.submit(error_of, *arguments).result()
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in ALGORITHMS])
 def test_a_method_trains_and_predicts_on_its_device_without_waiting(name, error_on_gpu, data_dir):
     assert error_on_gpu(run_method, name, data_dir, {}, {}) == ""
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ALGORITHMS, quick
+from conftest import KINDS, quick
 
 from metacv.config import flat, to_dict
 from metacv.data.sampler import EpisodeList, EpisodeSampler
@@ -21,7 +21,8 @@ from metacv.logger import Logger
 from metacv.model import build_dataset, load_checkpoint
 from metacv.results import read_results
 
-INNER_LOOPS = {"maml", "anil", "boil", "meta_sgd", "mamlpp", "protomaml", "reptile"}
+INNER_LOOPS = {"maml", "mamlpp", "reptile"}
+ALGORITHMS = sorted([*KINDS, "feat", "mamlpp"])
 
 
 @pytest.fixture(scope="module")

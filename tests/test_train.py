@@ -50,6 +50,7 @@ from metacv.text import duration
 from metacv.train import clip, log_window, training_step
 
 RUN = "hydra.run.dir=run"
+VARIANTS = {"anil", "boil", "meta_sgd", "simpleshot", "baseline", "baselinepp"}  # of methods that are tested too
 PROTONET = ("train", *quick("protonet"))
 EXPERIMENTS = sorted(
     p.relative_to(CONFIG_DIR / "experiment").with_suffix("").as_posix()
@@ -164,7 +165,9 @@ def test_training_learns_the_glyphs(metacv, algo):
     assert result.accuracy - result.ci95 > 0.3
 
 
-@pytest.mark.parametrize("algo", ALGORITHMS)
+@pytest.mark.parametrize(
+    "algo", [algo if algo not in VARIANTS else pytest.param(algo, marks=pytest.mark.slow) for algo in ALGORITHMS]
+)
 def test_the_same_seed_gives_the_same_run(metacv, trained, algo):
     assert metacv("train", *quick(algo), RUN)[0] == 0
     assert_same_run("run", trained(algo))
