@@ -162,15 +162,18 @@ class Evaluation:
             **summary(accuracy, self.episodes.rounds),
         )
 
-    def calibration(self, cfg: EvaluateConfig, result: Result) -> dict[str, Any]:
-        """Return the fields of a result on calibration. Images that the evaluation embedded are not embedded again."""
-        algorithm, validation = alone(self.algorithm, result.batch_norm, "calibrate"), None
+    def validation_episodes(self) -> EpisodeList:
+        """Return episodes of the same task from the validation classes, for calibration."""
+        own = self.episodes.sampler
+        task = own.way, own.shot, own.query, self.dataset.rotation("val"), self.config.seed, own.device
+        return EpisodeList(EpisodeSampler(self.dataset.load("val"), *task), VALIDATION_EPISODES)
+
+    def calibration(self, result: Result, validation: EpisodeList | None) -> dict[str, Any]:
+        """Return the fields of a result on calibration, by leave-one-out without `validation`. Images that the
+        evaluation embedded are not embedded again."""
+        algorithm = alone(self.algorithm, result.batch_norm, "calibrate")
         own, device = self.episodes.sampler, self.episodes.sampler.device
         before = self.shared.get(self.algorithm, result.batch_norm, Progress("calibrating", lines=True))
-        if cfg.calibrate == "val":
-            task = own.way, own.shot, own.query, self.dataset.rotation("val"), self.config.seed, device
-            sampler = EpisodeSampler(self.dataset.load("val"), *task)
-            validation = EpisodeList(sampler, VALIDATION_EPISODES)
 
         def embed(sampler: EpisodeSampler, rows: Tensor, copies: bool) -> Tensor:
             known, values = torch.empty(0, dtype=torch.long), torch.empty(0)
@@ -190,7 +193,7 @@ class Evaluation:
 
         with evaluating(algorithm, result.batch_norm, device):
             fields = measure(algorithm, self.episodes, validation, embed, FEATURES_AT_ONCE)
-        return fields | {"calibrated": cfg.calibrate}
+        return fields | {"calibrated": "val" if validation else "loo"}
 
 
 def record(config: TrainConfig, episodes: EpisodeList, **measured: Any) -> Result:
@@ -240,17 +243,22 @@ def evaluate_checkpoint(cfg: EvaluateConfig) -> list[tuple[Predictions, Result]]
     given = dataclasses.replace(cfg, batch_norm=modes[0])
     evaluation = prepare(checkpoint_or_pretrained(cfg, cfg.checkpoint), given)
     names = [mode or evaluation.config.batch_norm for mode in modes]
+    validation = None
     if cfg.calibrate:
         if evaluation.config.vary:
             raise UserError(f"calibrate={cfg.calibrate}: cannot be set together with vary={evaluation.config.vary}")
         for name in names:
             alone(evaluation.algorithm, name, f"calibrate={cfg.calibrate}")
+        if cfg.calibrate == "val":
+            validation = evaluation.validation_episodes()
+        elif evaluation.config.shot < 2:
+            raise UserError("calibrate=loo: needs shot=2 or more, to classify each image by others of its class")
     cases = [*product(names, evaluation.variants(cfg))]
     say(header([evaluation.about]))
     measured = [(one, *one.run(name)) for name, one in cases]
     if not cfg.calibrate:
         return [(predictions, result) for _, predictions, result in measured]
-    return [(own, dataclasses.replace(result, **one.calibration(cfg, result))) for one, own, result in measured]
+    return [(own, dataclasses.replace(result, **one.calibration(result, validation))) for one, own, result in measured]
 
 
 def evaluate_runs(cfg: EvaluateConfig, folder: Path, places: list[Path]) -> None:

@@ -88,7 +88,7 @@ def export(cfg: ExportConfig, folder: Path) -> None:
     if path.suffix != f".{cfg.format}":
         raise UserError(f"file={path}: must end with .{cfg.format}, as format={cfg.format}")
     predictor = Predictor.load(str(cfg.checkpoint or cfg.adapted), PredictConfig(head=cfg.head, device="cpu"))
-    method = alone(predictor.algorithm, predictor.config.batch_norm, f"format={cfg.format}")
+    method = alone(predictor.algorithm, predictor.config.batch_norm, "export")
     model, about = Exported(method), {"metacv": version(), "normalization": "included"}
     if cfg.adapted:
         support = predictor.kept_support()

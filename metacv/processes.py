@@ -5,11 +5,14 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
 from metacv.errors import UserError
 from metacv.terminal import world_size
+
+GRACE = 60  # seconds, also to save after a signal
 
 
 def processes_to_start(words: Sequence[str]) -> int:
@@ -32,14 +35,30 @@ def train_in_processes(words: Sequence[str]) -> int:
     shared = {"OMP_NUM_THREADS": str(max(1, cores // count))} | os.environ
     shared |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
     command = [sys.executable, "-m", "metacv", "train", *words]
-    ranks = ({"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count))
-    children = [subprocess.Popen(command, env=shared | own) for own in ranks]
+    children: list[subprocess.Popen[bytes]] = []
 
     def pass_on(number: int, _: Any) -> None:
         for child in children:
             child.send_signal(number)
 
-    signal.signal(signal.SIGTERM, pass_on)
-    signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C reaches the children without help
-    codes = [child.wait() for child in children]
+    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & {*dir(signal)}:
+        signal.signal(getattr(signal, name), pass_on)
+    for rank in range(count):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        # In sessions of their own, so that Ctrl-C reaches them once, from here.
+        children.append(subprocess.Popen(command, env=shared | own, start_new_session=True))
+    while None in (now := [child.poll() for child in children]) and not any(now):
+        time.sleep(0.1)
+    codes = [ended(child) for child in children]
     return next((code if code > 0 else 128 - code for code in codes if code), 0)
+
+
+def ended(child: subprocess.Popen[bytes]) -> int:
+    """Return the exit code, after one of the processes ended with an error or all ended. The others notice the error
+    and end too, unless they still wait for that process to connect."""
+    try:
+        return child.wait(GRACE)
+    except subprocess.TimeoutExpired:
+        print("metacv: a process was killed, and the others do not end; stopping them", file=sys.stderr)
+        child.kill()
+        return child.wait()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from metacv.algorithms.base import Algorithm, MetricMethod
+from metacv.algorithms.heads.base import WithHead
 from metacv.calibration import (
     auroc,
     calibration_error,
@@ -46,8 +47,9 @@ def alone(algorithm: Algorithm, batch_norm: str, setting: str) -> MetricMethod:
         raise UserError(f"{setting}: not available for a head that labels all queries of a task together")
     if isinstance(algorithm, MetricMethod) and algorithm.embeds_each_image_alone(batch_norm):
         return algorithm
-    what = f"{type(algorithm).__name__} with batch_norm={batch_norm}"
-    raise UserError(f"{setting}: {what} does not embed each image by itself, so this setting is not available for it")
+    own = algorithm.embedding if isinstance(algorithm, WithHead) else algorithm
+    without = f"which {type(own).__name__} with batch_norm={batch_norm} does not"
+    raise UserError(f"{setting}: needs a model that embeds each image by itself, {without}")
 
 
 def folds(labels: Tensor) -> Iterator[Tensor]:

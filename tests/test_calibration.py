@@ -137,8 +137,8 @@ def test_evaluate_prints_and_records_label_sets_errors_and_auroc(metacv, trained
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("checkpoint=MAML", "calibrate=loo"), "calibrate=loo: MAML with batch_norm=transductive does not embed each"),
-        (("checkpoint=RUN", "calibrate=loo", "shot=1"), "leave-one-out needs a class with at least two images"),
+        (("checkpoint=MAML", "calibrate=loo"), "calibrate=loo: needs a model that embeds each"),
+        (("checkpoint=RUN", "calibrate=loo", "shot=1"), "calibrate=loo: needs shot=2 or more"),
         (("checkpoint=RUN", "calibrate=test"), "calibrate=test: must be one of val, loo or null"),
         (("features=x.npz", "calibrate=loo"), "calibrate: cannot be set together with features"),
     ],
@@ -185,7 +185,10 @@ def test_predict_marks_unknown_images_and_gives_label_sets(metacv):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["checkpoint=MAML", "unknown=true"], "unknown=true: MAML with batch_norm=transductive does not embed each"),
+        (
+            ["checkpoint=MAML", "unknown=true"],
+            "unknown=true: needs a model that embeds each image by itself, which MAML with batch_norm=transductive",
+        ),
         (["checkpoint=RUN", "coverage=1"], "coverage=1: must be a number above 0 and below 1 or null"),
         (["checkpoint=RUN", "support=single", "coverage=0.9"], "leave-one-out needs a class with at least two images"),
         (["checkpoint=RUN", "support=named", "unknown=true"], "unknown=true: a class is called unknown; rename it"),

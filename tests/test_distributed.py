@@ -238,6 +238,36 @@ def test_processes_on_the_command_line_train_as_torchrun_does(metacv, tmp_path):
     assert metacv("train", "resume=two", "steps=6")[0] == 0
 
 
+def processes(*words: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "metacv", "train", "processes=2", *words]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_the_command_alone_saves_and_stops_its_processes(metacv, number):
+    run = processes(*ENDLESS)
+    wait_for(lambda: Path("run/last.pt").exists(), run, "a checkpoint")
+    run.send_signal(number)
+    out, _ = run.communicate(timeout=60)
+    assert run.returncode == 128 + number
+    assert f"stopped at step {state('run')['step']};" in out
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the processes under /proc")
+def test_if_one_process_is_killed_before_it_connects_the_others_end(metacv):
+    starter = "import sys; from metacv import cli, processes; processes.GRACE = 1; sys.argv[0] = 'metacv'; cli.main()"
+    words = "train", "processes=2", *ENDLESS
+    run = subprocess.Popen([sys.executable, "-c", starter, *words], stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: len(workers(run)) == 2, run, "the processes")
+    others = workers(run)
+    os.kill(others[1], signal.SIGKILL)
+    assert run.communicate(timeout=60)[1] == "metacv: a process was killed, and the others do not end; stopping them\n"
+    assert run.returncode == 128 + signal.SIGKILL
+    assert not Path(f"/proc/{others[0]}").exists()
+
+
 def test_an_error_in_several_processes_is_one_line(metacv, tmp_path):
     command = [sys.executable, "-m", "metacv", "train", "processes=2", "meta_batch=1", "hydra.run.dir=run"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)

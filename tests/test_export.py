@@ -93,7 +93,10 @@ def test_a_head_whose_labels_are_not_linear_is_refused_with_one_clear_line(metac
         (["checkpoint=RUN", "file=a.tf", "format=tf"], "format=tf: must be one of onnx, safetensors"),
         (["adapted=RUN", "file=model.onnx"], "has no support set; save=FILE together with support=FOLDER makes one"),
         (["checkpoint=nowhere", "file=model.onnx"], "nowhere: there is no such file"),
-        (["checkpoint=MAML", "file=model.onnx"], "MAML with batch_norm=transductive does not embed each image by"),
+        (
+            ["checkpoint=MAML", "file=model.onnx"],
+            "export: needs a model that embeds each image by itself, which MAML with batch_norm=transductive does not",
+        ),
         (["checkpoint=RUN", "file=model.onnx"], "onnx is not installed; pip install 'metacv[export]' installs it"),
     ],
 )

@@ -184,6 +184,15 @@ def test_disjoint_episodes_have_an_interval_of_students_t(metacv, trained):
     assert all(one.disjoint for one in results("compared"))
 
 
+def test_classes_with_too_few_images_for_unbalanced_queries_give_a_warning(metacv, trained):
+    words = f"checkpoint={trained('protonet')}", "query_balance=both", "way=3", "episodes=5", "shot=5"
+    _, _, err = metacv("evaluate", *words, "query=10")
+    text = "classes of glyphs test have images for 15 queries only, and 10 on average"
+    advice = "a smaller query gives more unbalanced tasks"
+    assert err == f"metacv: warning: query_balance=dirichlet: {text}; {advice}\n"
+    assert metacv("evaluate", *words, "query=7")[2] == ""
+
+
 def test_disjoint_and_unbalanced_cannot_be_combined(metacv, trained):
     for balance in ("dirichlet", "both"):
         words = (f"checkpoint={trained('protonet')}", "episodes=disjoint", f"query_balance={balance}")

@@ -24,6 +24,7 @@ from metacv.data.task import ImageBatch, TaskBatch, TaskList
 from metacv.data.transforms import Augment
 from metacv.data.varied import ABSENT, values_per_task, varied
 from metacv.errors import UserError
+from metacv.terminal import warn
 from metacv.text import in_bytes
 
 ON_DEVICE = 2**32  # bytes of images that are copied to the device at once
@@ -353,6 +354,9 @@ class EpisodeList:
         if query_balance == own.query_balance:
             return self
         task = own.bank, own.way, own.shot, own.query, own.rotation, own.seed, own.device
+        if (room := int(own.bank.sizes.min()) - own.shot) < 2 * own.query:
+            text = f"classes of {own.bank.name} have images for {room} queries only, and {own.query} on average"
+            warn(f"query_balance={query_balance}: {text}; a smaller query gives more unbalanced tasks")
         return EpisodeList(EpisodeSampler(*task, query_balance=query_balance, vary=own.vary), len(self))
 
     @property
