@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -26,11 +27,11 @@ ALGORITHMS = sorted([*KINDS, "feat", "mamlpp"])
 
 
 @pytest.fixture(scope="module")
-def board(trained, shared):
+def board(trained, tmp_path_factory):
     """A function that queries a TensorBoard over a run of each algorithm."""
+    place = tmp_path_factory.mktemp("runs")
     for algo in ALGORITHMS:
-        trained(algo)
-    place = shared / "runs"
+        shutil.copytree(trained(algo), place / algo)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
