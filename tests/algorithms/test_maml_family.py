@@ -265,6 +265,14 @@ def test_tasks_together_have_the_gradient_of_tasks_in_a_loop(cls, settings):
 
 
 @pytest.mark.parametrize(("cls", "settings"), FAMILY)
+def test_recomputed_inner_steps_have_the_same_gradient(cls, settings):
+    tasks = random_tasks(dtype=torch.float64)
+    gradient = step_gradient(make(cls, **settings), tasks)
+    recomputed = step_gradient(make(cls, **settings, gradient_checkpointing=True), tasks)
+    assert (gradient - recomputed).norm() < 1e-10 * gradient.norm()
+
+
+@pytest.mark.parametrize(("cls", "settings"), FAMILY)
 def test_inductive_predictions_do_not_depend_on_other_queries(cls, settings):
     algorithm, tasks = make(cls, **settings).eval(), random_tasks(dtype=torch.float64)
     fewer = replace(tasks, query_x=tasks.query_x[:, :2], query_y=tasks.query_y[:, :2])

@@ -45,7 +45,7 @@ class MAML(InnerLoop):
             raise ValueError(f"gradient_checkpointing=true: {text}")
         self.inner_lr, self.inner_steps, self.eval_inner_steps = inner_lr, inner_steps, eval_inner_steps
         self.first_order, self.inner_loss = first_order, inner_loss
-        self.gradient_checkpointing = gradient_checkpointing
+        self.gradient_checkpointing = gradient_checkpointing and adapt != "head"  # whose steps need little memory
         self.one_task_in_training = gradient_checkpointing and task_batching == "auto"  # needs the least memory
         self.adapts = adapt
         self.set_order(first_order)
