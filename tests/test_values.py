@@ -11,6 +11,7 @@ import pydoc
 import re
 import shutil
 import socket
+import time
 import typing
 from collections.abc import Iterator
 from functools import cache
@@ -208,6 +209,7 @@ def refused_or_built(metacv, trained, monkeypatch):
         raise OSError("tests have no network")
 
     monkeypatch.setattr(socket, "socket", no_network)
+    monkeypatch.setattr(time, "sleep", lambda _: None)  # between a library's attempts to download
     monkeypatch.setattr("metacv.train.train", build)
     monkeypatch.setattr(
         "metacv.evaluate.predict_episodes",

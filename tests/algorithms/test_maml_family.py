@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from conftest import SmoothNet, random_tasks
 from torch import nn
 
+from metacv.algorithms.gradient.anil import ANIL
+from metacv.algorithms.gradient.boil import BOIL
 from metacv.algorithms.gradient.inner_loop import key
 from metacv.algorithms.gradient.maml import MAML
 from metacv.algorithms.gradient.mamlpp import MAMLPlusPlus
@@ -38,14 +40,13 @@ def step_gradient(algorithm, tasks) -> torch.Tensor:
 
 
 FAMILY = [
-    (MAML, {"adapt": "head"}),
-    (MAML, {"adapt": "backbone"}),
+    (ANIL, {}),
+    (BOIL, {}),
     (MetaSGD, {}),
     (ProtoMAML, {"inner_lr": 0.01}),
-    (ProtoMAML, {"adapt": "head", "inner_lr": 0.01}),
     (MAMLPlusPlus, {}),
     (MAMLPlusPlus, {"multi_step_loss_steps": 10}),
-    (MAMLPlusPlus, {"adapt": "head", "per_step_norm": False, "multi_step_loss_steps": 10}),
+    (MAMLPlusPlus, {"per_step_norm": False, "multi_step_loss_steps": 10}),
 ]
 
 
@@ -91,8 +92,8 @@ def by_higher(algorithm, tasks, rates) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("cls", "settings"),
     [
-        (MAML, {"adapt": "head"}),
-        (MAML, {"adapt": "backbone"}),
+        (ANIL, {}),
+        (BOIL, {}),
         (MetaSGD, {"adapt_norm": True}),
         (MAMLPlusPlus, {"adapt_norm": True, "per_step_norm": False}),
     ],
@@ -112,9 +113,9 @@ def test_outer_gradient_equals_that_of_higher(cls, settings):
     assert (ours - theirs).norm() <= 1e-10 * theirs.norm()
 
 
-@pytest.mark.parametrize(("adapt", "changed"), [("head", "head."), ("backbone", "backbone.")])
-def test_only_the_part_in_adapt_changes_in_the_inner_loop(adapt, changed):
-    algorithm = make(adapt=adapt, adapt_norm=True)
+@pytest.mark.parametrize(("cls", "changed"), [(ANIL, "head."), (BOIL, "backbone.")])
+def test_anil_adapts_the_last_layer_only_and_boil_all_others(cls, changed):
+    algorithm = make(cls, adapt_norm=True)
     initial = dict(algorithm.net.named_parameters())
     adapted = algorithm.adapt(random_tasks(dtype=torch.float64))
     assert adapted.keys() == {name for name in initial if name.startswith(changed)}
@@ -122,7 +123,7 @@ def test_only_the_part_in_adapt_changes_in_the_inner_loop(adapt, changed):
 
 
 def test_anil_embeds_the_support_set_once():
-    algorithm = make(adapt="head", inner_steps=4)
+    algorithm = make(ANIL, inner_steps=4)
     seen = []
     algorithm.net.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
     tasks = random_tasks(tasks=1, dtype=torch.float64)
@@ -131,8 +132,8 @@ def test_anil_embeds_the_support_set_once():
 
 
 def test_boil_with_a_frozen_backbone_has_nothing_to_adapt():
-    with pytest.raises(ValueError, match=r"adapt=backbone: nothing to adapt"):
-        make(backbone=SmoothNet().requires_grad_(False), adapt="backbone")
+    with pytest.raises(ValueError, match="leaves this method nothing to adapt"):
+        make(BOIL, SmoothNet().requires_grad_(False))
 
 
 @pytest.mark.parametrize("cls", [MetaSGD, MAMLPlusPlus])
@@ -248,10 +249,9 @@ def test_maml_plus_plus_counts_its_outer_steps_in_the_checkpoint():
     assert restored.done == 3
 
 
-@pytest.mark.parametrize("settings", [{"adapt": "head"}, {"adapt_norm": True}])
-def test_batch_norm_of_each_step_is_refused_where_it_has_no_meaning(settings):
+def test_batch_norm_of_each_step_is_refused_where_it_has_no_meaning():
     with pytest.raises(ValueError, match="per_step_norm=true: needs"):
-        make(MAMLPlusPlus, **settings)
+        make(MAMLPlusPlus, adapt_norm=True)
     with pytest.raises(ValueError, match="per_step_norm=true: needs"):
         make(MAMLPlusPlus, SmoothNet(running_stats=True))
 

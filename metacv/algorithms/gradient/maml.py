@@ -1,8 +1,4 @@
-"""Model-Agnostic Meta-Learning (Finn et al., 2017), https://arxiv.org/abs/1703.03400
-
-With `adapt` also ANIL (Raghu et al., 2020, arXiv:1909.09157), which adapts the last layer only, and BOIL (Oh et al.,
-2021, arXiv:2008.08882), which adapts all but the last layer.
-"""
+"""Model-Agnostic Meta-Learning (Finn et al., 2017), https://arxiv.org/abs/1703.03400"""
 
 from dataclasses import replace
 from typing import Literal
@@ -23,6 +19,7 @@ class MAML(InnerLoop):
     """Learn initial parameters that minimize the query loss after gradient steps on the support set."""
 
     execution_settings = InnerLoop.execution_settings | {"gradient_checkpointing"}
+    part = ""  # the inner loop adapts the parameters whose names begin so
 
     def __init__(
         self,
@@ -32,7 +29,6 @@ class MAML(InnerLoop):
         inner_steps: InnerSteps,
         eval_inner_steps: EvalInnerSteps,
         first_order: bool = False,  # FOMAML: inner gradients are constants
-        adapt: Literal["all", "head", "backbone"] = "all",  # the parameters that the inner loop adapts
         inner_loss: Literal["mean", "sum_per_shot"] = "mean",
         adapt_norm: bool = False,
         gradient_checkpointing: bool = False,  # recompute inner steps in the outer backward pass
@@ -45,16 +41,14 @@ class MAML(InnerLoop):
             raise ValueError(f"gradient_checkpointing=true: {text}")
         self.inner_lr, self.inner_steps, self.eval_inner_steps = inner_lr, inner_steps, eval_inner_steps
         self.first_order, self.inner_loss = first_order, inner_loss
-        self.gradient_checkpointing = gradient_checkpointing and adapt != "head"  # whose steps need little memory
+        self.gradient_checkpointing = gradient_checkpointing
         self.one_task_in_training = gradient_checkpointing and task_batching == "auto"  # needs the least memory
-        self.adapts = adapt
         self.set_order(first_order)
         kept = set() if adapt_norm else {p for norm in batch_norms(self.net) for p in norm.parameters()}
-        part = "" if adapt == "all" else f"{adapt}."
-        trained = [(name, p) for name, p in self.net.named_parameters() if p.requires_grad and name.startswith(part)]
-        self.adapted = [name for name, p in trained if p not in kept]
+        trained = [(name, p) for name, p in self.net.named_parameters() if p.requires_grad and p not in kept]
+        self.adapted = [name for name, _ in trained if name.startswith(self.part)]
         if not self.adapted:
-            raise ValueError(f"adapt={adapt}: nothing to adapt, because the backbone is frozen")
+            raise ValueError("backbone.frozen=true: leaves this method nothing to adapt")
 
     def set_order(self, first_order: bool) -> None:
         """Use gradients of first order only, or of second order too."""
@@ -63,11 +57,8 @@ class MAML(InnerLoop):
             if isinstance(norm, BatchNorm):
                 norm.second_order = not first_order
 
-    def adapt(self, tasks: TaskBatch) -> Params:
-        return super().adapt(self.with_features(tasks) if self.adapts == "head" else tasks)
-
     def with_features(self, tasks: TaskBatch) -> TaskBatch:
-        """Replace the support images by their features [T, S, D], which no step of the head changes."""
+        """Replace the support images by their features [T, S, D]."""
         backbone = self.net.backbone
         with torch.set_grad_enabled(self.training):
             return replace(tasks, support_x=per_task(backbone, backbone.features, tasks.support_x))
@@ -96,8 +87,6 @@ class MAML(InnerLoop):
 
     def support_logits(self, params: Params, tasks: TaskBatch, step: int) -> Tensor:
         """Return logits [T, S, N] of the support set with the parameters before inner step number `step`."""
-        if self.adapts == "head":
-            return torch.baddbmm(params["head.bias"].unsqueeze(1), tasks.support_x, params["head.weight"].mT)
         return self.classify(params, tasks.support_x)
 
     def rate(self, name: str, step: int, way: int) -> float | Tensor:

@@ -54,9 +54,8 @@ class MAMLPlusPlus(MAML):
                 self.rates[key(name)] = nn.Parameter(torch.full((self.inner_steps,), self.inner_lr))
         self.norm_names: list[str] = []
         if per_step_norm:
-            if keeps_running_statistics(self.net) or self.adapts == "head" or settings.get("adapt_norm"):
-                needed = "backbone.running_stats=false and adapt_norm=false, and cannot be used with adapt=head"
-                raise ValueError(f"per_step_norm=true: needs {needed}")
+            if keeps_running_statistics(self.net) or settings.get("adapt_norm"):
+                raise ValueError("per_step_norm=true: needs backbone.running_stats=false and adapt_norm=false")
             learned = {p for norm in batch_norms(self.net) for p in norm.parameters() if p.requires_grad}
             for name, p in self.net.named_parameters():
                 if p in learned:
@@ -103,8 +102,6 @@ class MAMLPlusPlus(MAML):
     def add_gradient(self, tasks: TaskBatch, share: float) -> dict[str, Tensor]:
         if self.done >= self.multi_step_loss_steps:
             return super().add_gradient(tasks, share)
-        if self.adapts == "head":
-            tasks = self.with_features(tasks)
         params = self.initial(tasks)
         total = torch.zeros((), device=tasks.query_x.device)
         for step, weight in enumerate(self.loss_weights):

@@ -18,8 +18,7 @@ class ProtoMAML(MAML):
         self.net.head.requires_grad_(False)  # each task has its own
 
     def initial(self, tasks: TaskBatch) -> Params:
-        embedded = tasks if self.adapts == "head" else self.with_features(tasks)
-        means = tasks.class_means(embedded.support_x)  # [T, N, D]
+        means = tasks.class_means(self.with_features(tasks).support_x)  # [T, N, D]
         head = {"head.weight": 2 * means, "head.bias": -means.square().sum(-1)}
         if not self.training:
             head = {name: value.detach().requires_grad_() for name, value in head.items()}
