@@ -47,7 +47,8 @@ class RunRecord:
     @cached_property
     def settings(self) -> dict[str, str]:
         """Every setting that may change the result, as the run was trained with it."""
-        return self.overrides | {name: printable(str(value)) for name, value in flat(to_dict(self.config))}
+        known = {name: printable(str(value)) for name, value in flat(to_dict(self.config))}
+        return self.overrides | known | {"algo": self.overrides.get("algo", self.algorithm)}
 
     @cached_property
     def protocol(self) -> dict[str, str]:

@@ -214,15 +214,21 @@ def varied_settings(rows: list[Row]) -> list[str]:
     changed = {name for row in rows for name in (*row.run.overrides, *row.changes)}
     varied = differing(rows, changed | {"batch_norm", "eval_episodes"})  # the last two are of validation
     headings, alike = defaultdict(list), defaultdict(list)
+    swept = all("algo" in row.run.overrides for row in rows)  # the word tells Baseline from Baseline++, of one class
     for row in rows:
         headings[row.heading].append(row)
     for group in headings.values():  # rows under one heading that were not validated alike
         varied |= differing(group, {name for row in group for name in row.run.protocol})
     for row in rows:
-        alike[row.heading, row.run.algorithm, tuple(row.settings.get(name) for name in varied)].append(row)
-    for group in alike.values():
-        varied |= differing(group, {name for row in group for name in row.settings})
-    return sorted(varied - {"algo"})  # the column algorithm
+        method = row.settings["algo"] if swept else row.run.algorithm
+        alike[row.heading, method, tuple(row.settings.get(name) for name in varied - {"algo"})].append(row)
+    for group in alike.values():  # the class of a schedule or head, not the settings that only this class has
+        known = {name for row in group for name in row.settings}
+        varied |= {name for name in known if len({row.settings.get(name) for row in group} - {None}) > 1}
+    methods = {(row.run.algorithm, row.settings["algo"]) for row in rows}
+    if not swept or len(methods) == len({row.run.algorithm for row in rows}):
+        varied -= {"algo"}  # the same as the column algorithm
+    return sorted(varied)
 
 
 def differing(rows: list[Row], names: Iterable[str]) -> set[str]:

@@ -505,6 +505,17 @@ def test_the_command_to_compare_batch_norm_modes_is_accepted_as_printed(folder, 
     assert (len(config.runs), config.split, config.batch_norm) == (2, "val", "inductive")
 
 
+def test_a_sweep_over_methods_shows_their_names_and_not_the_settings_that_follow(folder, capsys):
+    classifier, losses = "metacv.algorithms.classifier.Classifier", {"baseline": False, "baselinepp": True}
+    for name, cosine in losses.items():
+        make_run(folder / name, 0.6, (f"algo={name}",), algo={"_target_": classifier, "cosine": cosine})
+    make_run(folder / "protonet", 0.7, ("algo=protonet",), optimizer={"_target_": "torch.optim.SGD", "momentum": 0.9})
+    rows(folder)
+    out = capsys.readouterr().out
+    assert re.search(r"^run +algorithm +validation % +selection +algo$", out, re.M)
+    assert re.search(r"^baselinepp +Classifier .* baselinepp$", out, re.M)
+
+
 def test_no_two_rows_of_a_group_are_equal(folder):
     """With or without a known command line; rows differ in validation, data or method."""
     changes = [
