@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from metacv import CONFIG_DIR, limits
-from metacv.config import LOCAL, TrainConfig, flat, to_dict, validation_protocol
+from metacv.config import LOCAL, TrainConfig, class_name, flat, to_dict, validation_protocol
 from metacv.errors import UserError
 from metacv.files import read_text
 from metacv.model import load_checkpoint, uses_query_set
@@ -42,7 +42,7 @@ class RunRecord:
 
     @property
     def algorithm(self) -> str:
-        return class_name(self.config.algo)
+        return printable(class_name(self.config.algo))
 
     @cached_property
     def settings(self) -> dict[str, str]:
@@ -67,7 +67,7 @@ class RunRecord:
     def validation_text(self) -> str:
         """The images and episodes of validation, for people to read."""
         config = self.config
-        where = f"{plural(config.eval_episodes, 'episode')} of {class_name(config.dataset)} val"
+        where = f"{plural(config.eval_episodes, 'episode')} of {printable(class_name(config.dataset))} val"
         whole = " batch norm, head uses all queries" * uses_query_set(config)
         return f"{where}, {plural(config.query, 'query', 'queries')}, {config.batch_norm}{whole}"
 
@@ -186,7 +186,8 @@ def overrides(folder: Path, files: list[ResultFile]) -> dict[str, str]:
         words = []
     texts = dict.fromkeys(word for word in words if isinstance(word, str)) if isinstance(words, list) else {}
     pairs = [upgrade_override(printable(word).lstrip("+")).partition("=") for word in texts]
-    return {n: value for n, _, value in pairs if n.split(".")[0] not in RUNNERS | LOCAL}
+    # dataset@dataset.sets.NAME=NAME, of dataset=[A,B], chooses settings that the config has too.
+    return {n: value for n, _, value in pairs if n.split(".")[0] not in RUNNERS | LOCAL and "@dataset." not in n}
 
 
 def metrics(path: Path) -> list[dict[str, float]]:
@@ -216,7 +217,3 @@ def read(path: Path) -> str:
 
 def is_number(*values: Any) -> bool:
     return all(type(value) in (int, float) and abs(value) < 1e15 for value in values)
-
-
-def class_name(node: dict[str, Any]) -> str:
-    return printable(str(node.get("_target_")).rpartition(".")[2])
