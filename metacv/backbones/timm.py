@@ -9,6 +9,7 @@ from metacv.backbones.base import ImageShape
 from metacv.backbones.pretrained import Pretrained
 from metacv.bounds import Size
 from metacv.errors import UserError
+from metacv.terminal import say
 from metacv.text import first_line
 from metacv.words import nearest
 
@@ -62,13 +63,16 @@ class Timm(Pretrained):
         if self.weights is None:
             return None
         import timm
+        from huggingface_hub import try_to_load_from_cache
 
         logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # it repeats what the error below says
+        hub = self.about.get("hf_hub_id")
+        if not (hub and try_to_load_from_cache(hub, "model.safetensors")):
+            say(f"downloading the weights of {self.name}")  # without a network the library tries for a minute
         try:
             found = timm.create_model(self.name, pretrained=True).state_dict()
             self.network.load_state_dict({name: found[name] for name in self.network.state_dict()})
         except Exception as error:  # no network, no weights under this name, ...
-            hub = self.about.get("hf_hub_id")
             place = f"https://huggingface.co/{hub}/model.safetensors" if hub else self.about.get("url") or self.name
             reason = f"{place} could not be downloaded ({first_line(error)})"
             advice = "download it elsewhere and set backbone.weights_file to its path"

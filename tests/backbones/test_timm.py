@@ -66,7 +66,7 @@ def test_invalid_settings_are_refused(settings, words):
         Timm((3, 84, 84), **settings)
 
 
-def test_a_failed_download_says_where_to_put_the_file(timm, monkeypatch):
+def test_a_failed_download_says_where_to_put_the_file(timm, monkeypatch, capsys):
     backbone = Timm((3, 64, 64), SMALL, weights="DEFAULT")
 
     def create_model(*_: object, **__: object) -> None:
@@ -75,6 +75,7 @@ def test_a_failed_download_says_where_to_put_the_file(timm, monkeypatch):
     monkeypatch.setattr(timm, "create_model", create_model)
     with pytest.raises(UserError, match=r"could not be downloaded \(no network\); .* set backbone.weights_file to its"):
         backbone.load_pretrained()
+    assert capsys.readouterr().out == f"downloading the weights of {SMALL}\n"
 
 
 def test_without_timm_an_error_says_how_to_install_it(monkeypatch):
