@@ -18,6 +18,7 @@ from metacv.words import IN_ITS_FOLDER, hydra_overrides, quoted
 
 
 def main() -> None:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # threads do not use up a core that another process needs
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # some terminals cannot encode ±
@@ -137,8 +138,7 @@ def _train(words: list[str], reported: list[Exception]) -> int:
         hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="train")(job)()
     except OSError as error:
         if error.filename or not error.strerror or error in reported:
-            raise
-        # Hydra's error names no file.
+            raise  # the others are Hydra's, which name no file
         named = (re.fullmatch(r"(?:hydra\.(?:run|sweep)\.dir|resume)=(.+)", word) for word in words)
         folder = next((found[1] for found in named if found and found[1] not in IN_ITS_FOLDER), "outputs")
         raise UserError(f"{folder}: Hydra cannot write the settings of the run there: {error.strerror}") from error

@@ -40,6 +40,18 @@ def run(metacv, trained):
     return metacv
 
 
+def test_threads_wait_asleep_unless_the_environment_says_how_long_they_spin(metacv, monkeypatch):
+    """libgomp reads the variable when torch is imported, which no command does before it is set."""
+    command = [sys.executable, "-c", "import sys, metacv.cli; print('torch' in sys.modules)"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "False\n"
+    for given, expected in ((None, "1000"), ("5", "5")):
+        monkeypatch.setenv("GOMP_SPINCOUNT", given or "")
+        if given is None:
+            monkeypatch.delenv("GOMP_SPINCOUNT")
+        metacv("--version")
+        assert os.environ["GOMP_SPINCOUNT"] == expected
+
+
 def results() -> list[Result]:
     return read_results(Path("evaluation/result.json")).results
 
