@@ -46,6 +46,14 @@ def test_a_model_that_is_always_right_has_a_temperature_above_zero():
     assert 0.01 < float(temperature) < 4
 
 
+def test_a_few_images_at_chance_keep_the_temperature_within_a_few_spreads_of_the_logits():
+    """Most likely by themselves is an infinite temperature; the prior is around the logits' spread."""
+    logits = torch.tensor([[4.0, 0.0], [0.0, 4.0]]).repeat(10, 1)
+    labels = torch.zeros(20, dtype=torch.long)
+    assert float(logits.std()) < float(fit_temperature(logits, labels)) < 10 * float(logits.std())
+    assert float(fit_temperature(logits.repeat(100, 1), labels.repeat(100))) > 10 * float(logits.std())
+
+
 def test_scores_are_log_odds_against_a_class_also_of_confident_models():
     probabilities = torch.tensor([0.7, 0.2, 0.1])
     expected = ((1 - probabilities) / probabilities).log().double()
@@ -107,6 +115,23 @@ def test_leave_one_out_classifies_by_the_other_images_only():
     held = leave_one_out(method, tasks, tasks.support_x.unsqueeze(2))
     assert held.labels.tolist() == [0, 1, 0, 1]  # first of each class, then second
     assert held.logits[0].tolist() == [[-4, -49], [-9, -4], [-4, -9], [-49, -4]]
+
+
+def test_the_scale_of_new_logits_is_that_of_leave_one_out_continued_by_one_over_the_number_of_images():
+    """Logits are 1 + 8 / n times as wide with n images, for n = 4 with one lacking fold and n = 3 with two.
+
+    The ratio of widths is (1 + 8 / 4) / (1 + 8 / 3) = 9 / 11, and three of five images remain: the exponent is 0.6.
+    """
+
+    class Widening(ProtoNet):
+        def head(self, tasks: TaskBatch) -> torch.Tensor:
+            logits = super().head(tasks)
+            return logits / logits.std(-1, keepdim=True) * (1 + 8 * tasks.way / tasks.support_x.shape[1])
+
+    support = [[c + 0.1 * k, 0.0] for c in (0, 5) for k in range(5)]
+    tasks = task(support, [0] * 5 + [1] * 5, [[0.0, 0.0]])
+    held = leave_one_out(Widening(Identity()), tasks, tasks.support_x.unsqueeze(2))
+    assert float(held.scale) == pytest.approx((9 / 11) ** 0.6, rel=1e-4)
 
 
 def answers(out: str) -> dict[str, float]:
