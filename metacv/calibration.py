@@ -20,10 +20,10 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> Tensor:
 
     The likelihood is that of Guo et al., 2017, https://arxiv.org/abs/1706.04599. By it alone, 25 images that are all
     right have a temperature of 0, and 25 that are right no more often than by chance an infinite one. So the logarithm
-    of the temperature has a normal prior, around that of the logits' standard deviation and with a deviation of 1,
-    which counts for little with many images. Bisection finds where the derivative of the posterior is zero.
+    of the temperature has a normal prior, around that of the logits' standard deviation over classes and with a
+    deviation of 1, which counts for little with many images. Bisection finds where the posterior's derivative is zero.
     """
-    unit = logits.double().std(dim=(-2, -1), keepdim=True).clamp_min(1e-12)
+    unit = logits.double().std(-1, keepdim=True).mean(-2, keepdim=True).clamp_min(1e-12)
     scaled = logits.double() / unit
     own = scaled.gather(-1, labels.expand(scaled.shape[:-1]).unsqueeze(-1)).sum((-2, -1))
     low, high = torch.full_like(own, -12), torch.full_like(own, 12)  # logarithm of the inverse temperature

@@ -32,13 +32,14 @@ def test_temperature_makes_the_mean_probability_that_of_the_frequencies():
     assert float(fit_temperature(logits, labels)) == pytest.approx(4 / math.log(3), rel=1e-3)
 
 
-def test_temperatures_of_several_tasks_are_those_of_each_alone_and_follow_the_scale():
+def test_temperatures_of_several_tasks_are_those_of_each_alone_and_follow_the_scale_only():
     logits = torch.randn(3, 50, 4, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(50) % 4
     logits[..., 0] += 1.0
     together = fit_temperature(logits, labels)
     torch.testing.assert_close(together, torch.stack([fit_temperature(own, labels) for own in logits]))
     torch.testing.assert_close(fit_temperature(1000 * logits, labels), 1000 * together)
+    torch.testing.assert_close(fit_temperature(logits + torch.arange(50.0)[:, None], labels), together)
 
 
 def test_a_model_that_is_always_right_has_a_temperature_above_zero():
