@@ -39,7 +39,7 @@ def test_temperatures_of_several_tasks_are_those_of_each_alone_and_follow_the_sc
     together = fit_temperature(logits, labels)
     torch.testing.assert_close(together, torch.stack([fit_temperature(own, labels) for own in logits]))
     torch.testing.assert_close(fit_temperature(1000 * logits, labels), 1000 * together)
-    torch.testing.assert_close(fit_temperature(logits + torch.arange(50.0)[:, None], labels), together)
+    torch.testing.assert_close(fit_temperature(logits.double() + torch.arange(50)[:, None], labels), together)
 
 
 def test_a_model_that_is_always_right_has_a_temperature_above_zero():
