@@ -136,6 +136,8 @@ def worst_pairs(taken: "sparse.csr_matrix", together: "sparse.csr_matrix") -> li
 
     found = taken.tocoo()
     wrong = found.row != found.col
+    if not wrong.any():
+        return []
     true, other, count = found.row[wrong], found.col[wrong], found.data[wrong]
     queries = numpy.asarray(together[true, other]).ravel()
     order = numpy.argsort(-special.betaincinv(count, queries - count + 1, 0.025), kind="stable")
