@@ -132,13 +132,15 @@ def table(rows: Tensor, columns: Tensor, shape: tuple[int, int], values: Tensor)
 def worst_pairs(taken: "sparse.csr_matrix", together: "sparse.csr_matrix") -> list[Pair]:
     """Sort pairs of different classes by the lower end of the share's 95 % interval (Clopper and Pearson), so that a
     pair that was in few tasks together is not first by chance."""
-    from scipy import stats
+    from scipy import special
 
     found = taken.tocoo()
     wrong = found.row != found.col
+    if not wrong.any():
+        return []
     true, other, count = found.row[wrong], found.col[wrong], found.data[wrong]
     queries = numpy.asarray(together[true, other]).ravel()
-    order = numpy.argsort(-stats.beta.ppf(0.025, count, queries - count + 1), kind="stable")
+    order = numpy.argsort(-special.betaincinv(count, queries - count + 1, 0.025), kind="stable")
     columns = (column[order].tolist() for column in (true, other, count, queries))
     return [Pair(*own) for own in zip(*columns, strict=True)]
 

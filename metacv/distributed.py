@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from metacv.errors import UserError
+from metacv.processes import end_with_starter
 from metacv.terminal import error_line, world_size
 from metacv.text import first_line
 
@@ -95,6 +96,7 @@ def connect() -> Ranks:
     """Connect the processes of this run, by NCCL between GPUs and by gloo between CPUs."""
     if world_size() == 1:
         return Ranks()
+    end_with_starter()
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         # Long, because one process may wait while another decodes images. An exited process is noticed at once.

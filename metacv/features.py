@@ -12,7 +12,7 @@ import torch
 from metacv import version
 from metacv.algorithms.base import predicted
 from metacv.algorithms.heads.base import Head
-from metacv.config import EvaluateConfig, class_name
+from metacv.config import EvaluateConfig, NormalizeConfig, class_name
 from metacv.confusion import Predictions
 from metacv.data.bank import ImageBank
 from metacv.data.sampler import EpisodeList, EpisodeSampler
@@ -33,7 +33,7 @@ def evaluate_features(cfg: EvaluateConfig) -> list[tuple[Predictions, Result]]:
     """Evaluate a head on a file of features, as a checkpoint's features are; return predictions and results. UserError
     if a setting is invalid."""
     names = ("checkpoint", "backbone", "batch_norm", "calibrate", "vary", "algo", "dataset")
-    given = {name: getattr(cfg, name) for name in names}
+    given = {name: getattr(cfg, name) for name in names} | {"normalize": cfg.normalize != NormalizeConfig()}
     if wrong := [name for name, value in given.items() if value] + ["split"] * (cfg.split != "test"):
         raise UserError(f"{wrong[0]}: cannot be set together with features, which have no {wrong[0]}")
     node = cfg.head if "_target_" in cfg.head else DEFAULT_HEAD | cfg.head

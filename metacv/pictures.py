@@ -90,7 +90,8 @@ def embedding(predictions: Predictions, tested: str) -> Figure | None:
     if len(features) < FEWEST or features.shape[1] < 2 or not features.var(dim=0).any():
         return None
     with threadpool_limits(1):  # several threads would wait for each other at every small step
-        points = TSNE(init="pca", perplexity=min(30, len(features) / 4), random_state=0).fit_transform(features.numpy())
+        given = {"init": "pca", "perplexity": min(30, len(features) / 4), "max_iter": 500, "random_state": 0}
+        points = TSNE(**given).fit_transform(features.numpy())
     names = legible_names(class_names(sampler), own.tolist())
     figure = Figure(figsize=(4.6 + LETTER * max(map(columns, names)), 4.4))
     width, height = figure.get_size_inches()

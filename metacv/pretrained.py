@@ -1,5 +1,6 @@
 """Use a pre-trained network without a training run: build a checkpoint of it in memory, which is in no file."""
 
+import copy
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -34,15 +35,15 @@ from metacv.model import Checkpoint, Training, build, build_dataset, build_node,
 class Unsaved(Checkpoint):
     """A pre-trained network in the form of a checkpoint. `path` is the name of its weights."""
 
+    network: Algorithm
+
     @cached_property
     def sha256(self) -> str:
         """The hash of its weights."""
         return digest(self.content["algorithm"])
 
     def build(self, config: TrainConfig | None = None) -> Algorithm:
-        algorithm = build(config or self.config, self.image_shape)
-        self.load_weights(algorithm)
-        return algorithm.requires_grad_(False)
+        return copy.deepcopy(self.network)  # the settings of the command line have no others
 
 
 def checkpoint_or_pretrained(given: EvaluateConfig | PredictConfig, place: object) -> Checkpoint:
@@ -80,7 +81,8 @@ def pretrained(given: EvaluateConfig | PredictConfig) -> Checkpoint:
         "splits": {"train": [], "val": []},  # their classes are unknown
     }
     place = config.backbone.get("weights_file") or config.backbone.get("name", "weights")
-    return Unsaved(Path(Path(place).name), config, image_shape, 0, training, None, content)
+    network = algorithm.requires_grad_(False)
+    return Unsaved(Path(Path(place).name), config, image_shape, 0, training, None, content, network)
 
 
 def _settings(given: EvaluateConfig | PredictConfig) -> TrainConfig:

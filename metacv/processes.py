@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from metacv.errors import UserError
 from metacv.terminal import world_size
 
 GRACE = 60  # seconds, also to save after a signal
+STARTER = "METACV_STARTED_BY"  # id of the process that started this one
 
 
 def processes_to_start(words: Sequence[str]) -> int:
@@ -33,7 +35,12 @@ def train_in_processes(words: Sequence[str]) -> int:
         port = free.getsockname()[1]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     shared = {"OMP_NUM_THREADS": str(max(1, cores // count))} | os.environ
-    shared |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+    shared |= {
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(count),
+        STARTER: str(os.getpid()),
+    }
     command = [sys.executable, "-m", "metacv", "train", *words]
     children: list[subprocess.Popen[bytes]] = []
 
@@ -62,3 +69,17 @@ def ended(child: subprocess.Popen[bytes]) -> int:
         print("metacv: a process was killed, and the others do not end; stopping them", file=sys.stderr)
         child.kill()
         return child.wait()
+
+
+def end_with_starter() -> None:
+    """Stop this process, as a signal does, as soon as the process that started it for `processes=N` has been killed."""
+
+    def watch() -> None:
+        while os.getppid() == starter:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(GRACE)
+        os._exit(1)
+
+    if starter := int(os.environ.pop(STARTER, "0")):
+        threading.Thread(target=watch, daemon=True).start()

@@ -204,9 +204,9 @@ def summary(accuracies: Tensor, rounds: int = 0) -> dict[str, float]:
 
 def t_interval(values: Tensor, alpha: float = 0.05) -> float:
     """Return half the (1 - `alpha`) confidence interval of the mean of values [E], by Student's t distribution."""
-    from scipy import stats  # takes a second to import, for which training need not wait
+    from scipy import special  # takes time to import, for which training need not wait
 
-    quantile = float(stats.t.ppf(1 - alpha / 2, len(values) - 1))
+    quantile = float(special.stdtrit(len(values) - 1, 1 - alpha / 2))
     return quantile * float(values.std(correction=1)) / len(values) ** 0.5
 
 

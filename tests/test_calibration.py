@@ -32,18 +32,27 @@ def test_temperature_makes_the_mean_probability_that_of_the_frequencies():
     assert float(fit_temperature(logits, labels)) == pytest.approx(4 / math.log(3), rel=1e-3)
 
 
-def test_temperatures_of_several_tasks_are_those_of_each_alone_and_follow_the_scale():
+def test_temperatures_of_several_tasks_are_those_of_each_alone_and_follow_the_scale_only():
     logits = torch.randn(3, 50, 4, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(50) % 4
     logits[..., 0] += 1.0
     together = fit_temperature(logits, labels)
     torch.testing.assert_close(together, torch.stack([fit_temperature(own, labels) for own in logits]))
     torch.testing.assert_close(fit_temperature(1000 * logits, labels), 1000 * together)
+    torch.testing.assert_close(fit_temperature(logits.double() + torch.arange(50)[:, None], labels), together)
 
 
 def test_a_model_that_is_always_right_has_a_temperature_above_zero():
     temperature = fit_temperature(torch.tensor([[4.0, 0.0]]).repeat(25, 1), torch.zeros(25, dtype=torch.long))
     assert 0.01 < float(temperature) < 4
+
+
+def test_a_few_images_at_chance_keep_the_temperature_within_a_few_spreads_of_the_logits():
+    """Most likely by themselves is an infinite temperature; the prior is around the logits' spread."""
+    logits = torch.tensor([[4.0, 0.0], [0.0, 4.0]]).repeat(10, 1)
+    labels = torch.zeros(20, dtype=torch.long)
+    assert float(logits.std()) < float(fit_temperature(logits, labels)) < 10 * float(logits.std())
+    assert float(fit_temperature(logits.repeat(100, 1), labels.repeat(100))) > 10 * float(logits.std())
 
 
 def test_scores_are_log_odds_against_a_class_also_of_confident_models():
@@ -107,6 +116,23 @@ def test_leave_one_out_classifies_by_the_other_images_only():
     held = leave_one_out(method, tasks, tasks.support_x.unsqueeze(2))
     assert held.labels.tolist() == [0, 1, 0, 1]  # first of each class, then second
     assert held.logits[0].tolist() == [[-4, -49], [-9, -4], [-4, -9], [-49, -4]]
+
+
+def test_the_scale_of_new_logits_is_that_of_leave_one_out_continued_by_one_over_the_number_of_images():
+    """Logits are 1 + 8 / n times as wide with n images, for n = 4 with one lacking fold and n = 3 with two.
+
+    The ratio of widths is (1 + 8 / 4) / (1 + 8 / 3) = 9 / 11, and three of five images remain: the exponent is 0.6.
+    """
+
+    class Widening(ProtoNet):
+        def head(self, tasks: TaskBatch) -> torch.Tensor:
+            logits = super().head(tasks)
+            return logits / logits.std(-1, keepdim=True) * (1 + 8 * tasks.way / tasks.support_x.shape[1])
+
+    support = [[c + 0.1 * k, 0.0] for c in (0, 5) for k in range(5)]
+    tasks = task(support, [0] * 5 + [1] * 5, [[0.0, 0.0]])
+    held = leave_one_out(Widening(Identity()), tasks, tasks.support_x.unsqueeze(2))
+    assert float(held.scale) == pytest.approx((9 / 11) ** 0.6, rel=1e-4)
 
 
 def answers(out: str) -> dict[str, float]:

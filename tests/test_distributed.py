@@ -268,6 +268,16 @@ def test_if_one_process_is_killed_before_it_connects_the_others_end(metacv):
     assert not Path(f"/proc/{others[0]}").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="Windows does not tell a process that its parent has ended")
+def test_if_the_command_is_killed_its_processes_save_and_end(metacv):
+    run = processes(*ENDLESS)
+    wait_for(lambda: Path("run/last.pt").exists(), run, "a checkpoint")
+    run.kill()
+    out, _ = run.communicate(timeout=60)  # its processes have the same output, so this waits for them
+    assert f"stopped at step {state('run')['step']};" in out
+
+
 def test_an_error_in_several_processes_is_one_line(metacv, tmp_path):
     command = [sys.executable, "-m", "metacv", "train", "processes=2", "meta_batch=1", "hydra.run.dir=run"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)

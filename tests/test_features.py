@@ -70,6 +70,7 @@ def test_invalid_features_and_settings_exit_with_one_clear_line(metacv, exported
         ("features=flat.npz",): "features=flat.npz cannot be used (features (5,) and labels (5,), not [M, D] and [M])",
         (f"features={exported}", "head=cl2n"): "head: augment, flip and cl2n need images, which features do not have",
         (f"features={exported}", "head=ncm", "head.flip=true"): "head: augment, flip and cl2n need images",
+        (f"features={exported}", "normalize.mean=[0.5]"): "normalize: cannot be set together with features",
         (f"features={exported}", "checkpoint=run"): "checkpoint: cannot be set together with features",
         (f"features={exported}", "way=9"): "way=9, but features.npz has only 6 classes",
         (): "checkpoint is missing",

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from metacv.backbones.base import Backbone, ImageShape
 from metacv.backbones.weights import load_weights
+from metacv.bounds import Size
 from metacv.text import first_line
 from metacv.words import nearest
 
@@ -20,29 +21,29 @@ class Pretrained(Backbone):
     frozen  do not train the network, which also keeps the running statistics of batch norm
     """
 
-    weights_file: str | None
     name: str  # in the library
     size: int | None
     own_size: int  # height and width of images in the training of the weights
     removed: tuple[str, ...] = ()  # names of modules that the network had before it became a feature extractor
     channels_last = False  # whether its maps are [h, w, D]
 
-    def finish(
+    def __init__(
         self,
-        image_shape: ImageShape,
-        network: nn.Module,
-        name: str,
-        *,
-        frozen: bool,
-        layer: str | None,
-        size: int | Literal["own"] | None,
+        weights_file: str | None = None,
+        frozen: bool = False,
+        layer: str | None = None,
+        size: Size | Literal["own"] | None = None,
     ) -> None:
+        super().__init__()
+        self.weights_file, self.frozen, self.layer, self.wanted_size = weights_file, frozen, layer, size
+
+    def finish(self, image_shape: ImageShape, network: nn.Module, name: str) -> None:
         """Take the network, and set `out_shape`; ValueError if a setting or the size of the images does not fit."""
-        self.network, self.name, self.layer, self.frozen = network, name, layer, frozen
-        self.size = self.own_size if size == "own" else size
+        self.network, self.name, layer = network, name, self.layer
+        self.size = self.own_size if self.wanted_size == "own" else self.wanted_size
         if layer is not None and layer not in (known := [path for path, _ in network.named_modules() if path]):
             raise ValueError(f"layer={layer}: {name} has no such module{nearest(layer, known)}")
-        self.requires_grad_(not frozen)
+        self.requires_grad_(not self.frozen)
         self.to(memory_format=torch.channels_last)  # the fastest layout on CPUs
         try:
             self.out_shape = self.shape_of_output(image_shape)

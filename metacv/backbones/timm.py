@@ -1,13 +1,12 @@
 """Any network of timm (Wightman, 2019), https://github.com/huggingface/pytorch-image-models, without its last layer."""
 
 import logging
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
 from metacv.backbones.base import ImageShape
 from metacv.backbones.pretrained import Pretrained
-from metacv.bounds import Size
 from metacv.errors import UserError
 from metacv.terminal import say
 from metacv.text import first_line
@@ -18,17 +17,9 @@ class Timm(Pretrained):
     """`name` may end with the tag of timm's weights. `weights_file` is read instead of a download."""
 
     def __init__(
-        self,
-        image_shape: ImageShape,
-        name: str,
-        weights: str | None = None,
-        weights_file: str | None = None,
-        frozen: bool = False,
-        layer: str | None = None,
-        pool: str | None = None,
-        size: Size | Literal["own"] | None = None,
+        self, image_shape: ImageShape, name: str, weights: str | None = None, pool: str | None = None, **settings: Any
     ) -> None:
-        super().__init__()
+        super().__init__(**settings)
         try:
             import timm  # an optional dependency
         except ImportError:
@@ -37,7 +28,7 @@ class Timm(Pretrained):
             raise ValueError(f"name={name}: timm has no such network{nearest(name, timm.list_models())}")
         if weights not in (None, "DEFAULT"):
             raise ValueError(f"weights={weights}: must be null or DEFAULT; a tag of timm's weights belongs to name")
-        self.weights, self.weights_file = weights, weights_file
+        self.weights = weights
         given: dict[str, Any] = {} if pool is None else {"global_pool": pool}
         try:
             network: Any = timm.create_model(name, num_classes=0, **given)
@@ -51,7 +42,7 @@ class Timm(Pretrained):
         self.prefix_tokens = getattr(network, "num_prefix_tokens", 0)  # such as the class token of a ViT
         self.pool = pool or getattr(network, "global_pool", None)
         self.set_normalization(list(about["mean"]), list(about["std"]))
-        self.finish(image_shape, network, name, frozen=frozen, layer=layer, size=size)
+        self.finish(image_shape, network, name)
 
     def pooled(self, output: Tensor) -> Tensor:
         """As the network pools: take the class token [0], or average the others."""

@@ -1,14 +1,13 @@
 """Any torchvision classifier without its last layer, optionally with torchvision's pre-trained weights."""
 
 import re
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 from torchvision import models
 
 from metacv.backbones.base import ImageShape
 from metacv.backbones.pretrained import Pretrained
-from metacv.bounds import Size
 from metacv.errors import UserError
 from metacv.text import first_line
 
@@ -16,17 +15,8 @@ from metacv.text import first_line
 class Torchvision(Pretrained):
     """`weights_file` is read instead of a download; without `weights` it has the mean and std of the default ones."""
 
-    def __init__(
-        self,
-        image_shape: ImageShape,
-        name: str,
-        weights: str | None = None,
-        weights_file: str | None = None,
-        frozen: bool = False,
-        layer: str | None = None,
-        size: Size | Literal["own"] | None = None,
-    ) -> None:
-        super().__init__()
+    def __init__(self, image_shape: ImageShape, name: str, weights: str | None = None, **settings: Any) -> None:
+        super().__init__(**settings)
         if name not in models.list_models(module=models):
             raise ValueError(f"name={name}: torchvision has no such classifier")
         found = models.get_model_weights(name).__members__
@@ -34,17 +24,16 @@ class Torchvision(Pretrained):
         if weights not in (None, *choices):
             raise ValueError(f"weights={weights}: must be null or one of {', '.join(choices)}")
         self.weights = choices[weights] if weights else None
-        self.weights_file = weights_file
         known = self.weights or choices["DEFAULT"]
         self.own_size = known.transforms().crop_size[0]
-        pretrained = self.weights is not None or weights_file is not None
+        pretrained = self.weights is not None or self.weights_file is not None
         sizes = {"image_size": known.meta["min_size"][0]} if pretrained and name.startswith("vit_") else {}
         network = models.get_model(name, weights=None, **sizes)
         self._make_feature_extractor(network, name, pretrained)
         if pretrained:  # normalize images as in the training of the weights
             self.set_normalization(list(known.transforms().mean), list(known.transforms().std))
         self.channels_last = isinstance(network, models.SwinTransformer)
-        self.finish(image_shape, network, name, frozen=frozen, layer=layer, size=size)
+        self.finish(image_shape, network, name)
 
     def _make_feature_extractor(self, network: Any, name: str, pretrained: bool) -> None:
         for auxiliary in ("aux1", "aux2", "AuxLogits"):  # in GoogLeNet and Inception

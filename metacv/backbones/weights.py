@@ -127,7 +127,9 @@ def matched(own: Weights, found: Weights, removed: tuple[str, ...] = ()) -> tupl
     parts = {name.partition(".")[0] for name in own}
     surplus = [name for name in found if name not in own and not name.startswith(removed)]
     if extra := [name for name in surplus if name.partition(".")[0] in parts]:
-        raise ValueError(f"it has {shown[extra[0]]}, which the network does not have: it may be of a deeper network")
+        statistics = extra[0].endswith(("running_mean", "running_var"))
+        cause = "set backbone.running_stats=true" if statistics else "it may be of a deeper network"
+        raise ValueError(f"it has {shown[extra[0]]}, which the network does not have: {cause}")
     return {name: found[name] for name in own}, True
 
 

@@ -162,3 +162,9 @@ def test_code_in_a_file_of_the_old_format_does_not_run(tmp_path, recwarn):
             load_weights(Net(), "Net", str(tmp_path / "weights.pth"))
     assert not (tmp_path / "touched").exists()
     assert len(recwarn) == 0
+
+
+def test_running_statistics_for_a_network_without_them_name_the_setting(tmp_path):
+    network = Conv4((3, 32, 32), running_stats=False)
+    with pytest.raises(UserError, match=r"running_mean, which the network does not have: set backbone.running_stats="):
+        loaded(tmp_path, weights_of(Conv4((3, 32, 32))), network)

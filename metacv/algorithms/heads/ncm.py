@@ -2,8 +2,7 @@
 
 from torch import Tensor
 
-from metacv.algorithms.heads.base import Head
-from metacv.algorithms.metric.protonet import negative_squared_distance
+from metacv.algorithms.heads.base import Head, closeness
 from metacv.bounds import Copies
 from metacv.data.task import TaskBatch
 
@@ -30,4 +29,5 @@ class CL2N(NearestMean):
 
 def nearest_mean(tasks: TaskBatch) -> Tensor:
     """Return minus the squared distances [T, Q, N] of queries to class means, for tasks of features."""
-    return negative_squared_distance(tasks.query_x, tasks.class_means(tasks.support_x))
+    means = tasks.class_means(tasks.support_x)
+    return 2 * closeness(tasks.query_x, means) - tasks.query_x.square().sum(-1, keepdim=True)
