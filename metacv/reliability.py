@@ -201,23 +201,19 @@ def tasks_of(
     supports, support_index = episodes.rows[:, :way, :shot].unique(return_inverse=True)
     features = embed(sampler, rows, False)
     copies = embed(sampler, supports, True) if algorithm.copies else None
-    labels = torch.arange(way, device=sampler.device)
     numbers = (index[0].numel() + algorithm.copies * support_index[0].numel()) * features[0].numel()
     size = max(1, at_once // max(numbers, ((1 + algorithm.copies) * support_index[0].numel()) ** 2))
     for some, places, own in zip(*(part.split(size) for part in (episodes.rows, index, support_index)), strict=True):
-        found = sampler.gathered(features, places)  # [T, N, K + Q, ...]
-        known, others = found[:, :way], found[:, way:]
-        support = known[:, :, :shot].flatten(1, 2)
-        tasks = TaskBatch(
-            support_x=support,
-            support_y=labels.repeat_interleave(shot).expand(len(some), -1),
-            query_x=torch.cat([known[:, :, shot:].flatten(1, 2), others[:, :, shot:].flatten(1, 2)], 1),
-            query_y=labels.repeat_interleave(sampler.query).expand(len(some), -1),
+        every = sampler.tasks(features, some, places)
+        tasks = replace(
+            every,
+            support_x=every.support_x[:, : way * shot],
+            support_y=every.support_y[:, : way * shot],
+            query_y=every.query_y[:, : way * sampler.query],
             way=way,
-            classes=sampler.classes_of(some[:, :way, 0]).to(sampler.device),
-            seeds=some.flatten(1) @ torch.arange(1, some[0].numel() + 1),
+            classes=every.classes[:, :way],
         )
-        with_copies = support.unsqueeze(2)
+        with_copies = tasks.support_x.unsqueeze(2)
         if copies is not None:
             with_copies = torch.cat([with_copies, sampler.gathered(copies, own).flatten(1, 2)], 2)
         yield tasks, with_copies
