@@ -37,7 +37,7 @@ from metacv.config import (
 from metacv.confusion import Predictions
 from metacv.data.bank import Dataset, ImageBank, fitted
 from metacv.data.sampler import EpisodeList, EpisodeSampler
-from metacv.episodes import FEATURES_AT_ONCE, SharedFeatures, embed_rows, evaluate_episodes, predict_episodes
+from metacv.episodes import FEATURES_AT_ONCE, SharedFeatures, embed_rows, predict_episodes
 from metacv.errors import UserError
 from metacv.feature_cache import feature_cache
 from metacv.features import DEFAULT_HEAD, evaluate_features
@@ -180,7 +180,8 @@ class Evaluation:
         for rate in RATES:
             config = dataclasses.replace(self.config, head=self.config.head | {"lr": rate})
             one = dataclasses.replace(self, config=config, algorithm=with_head(self.algorithm, config))
-            accuracy = evaluate_episodes(one.algorithm, episodes, batch_norm, f"trying head.lr={rate:g}")
+            progress = Progress(f"trying head.lr={rate:g}", lines=True)
+            accuracy = predict_episodes(one.algorithm, episodes, batch_norm, progress).accuracy
             found[rate] = float(accuracy.nan_to_num(0).mean()), one
         best = max(RATES, key=lambda rate: found[rate][0])
         tried = ", ".join(f"{rate:g}: {100 * accuracy:.1f} %" for rate, (accuracy, _) in found.items())

@@ -242,7 +242,7 @@ def label(algorithm: Algorithm, support: Support, images: Tensor, batch_norm: st
     or the head, all are queries of one task."""
     alone = batch_norm == "inductive" and not algorithm.uses_query_set
     if isinstance(algorithm, Tuned):  # once for all groups
-        steps = Progress("tuning the network").track(algorithm.steps, "step")
+        steps = Progress("tuning the network", lines=True).track(algorithm.steps, "step")
         with evaluating(algorithm, batch_norm, device), steps as done:
             algorithm = algorithm.tuned(support.task(images[:0], device), done)
     groups = images.split(QUERIES_AT_ONCE if alone else len(images))
