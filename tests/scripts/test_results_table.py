@@ -152,7 +152,7 @@ def test_the_table_shows_which_experiments_were_not_run(reptile):
     )
     heads = len(results_table.QUERY_SET_HEADS) + 1  # and the nearest class mean
     named = len([name for name in results_table.EXPERIMENTS if name.startswith(others)])
-    assert len(lines) == papers + common + named + heads
+    assert len(lines) == papers + common + named + heads + len(results_table.TUNED)
 
 
 def test_results_of_another_checkpoint_are_not_shown(reptile):
