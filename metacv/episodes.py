@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metacv.algorithms.base import Algorithm, MetricMethod, evaluating, predicted
+from metacv.algorithms.heads.finetune import Tuned
 from metacv.confusion import Predictions
 from metacv.data.sampler import EpisodeList, EpisodeSampler
 from metacv.data.varied import ABSENT
@@ -68,9 +69,9 @@ def predict_episodes(
     if features:
         assert isinstance(algorithm, MetricMethod)
         return from_features(algorithm, episodes, batch_norm, progress, features)
-    results = []
+    results, at_once = [], max(1, IMAGES_AT_ONCE // episodes.rows[0].numel())
     with progress.track(len(episodes), "task") as done:
-        for tasks in episodes.batches(max(1, IMAGES_AT_ONCE // episodes.rows[0].numel())):
+        for tasks in episodes.batches(1 if isinstance(algorithm, Tuned) else at_once):  # which is slow: show each task
             results.append(predicted(algorithm.predict(tasks, batch_norm)))
             done(len(tasks))
     return Predictions(episodes, in_rows(results, episodes.queries))

@@ -22,6 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from metacv import CONFIG_DIR, seen, version
 from metacv.algorithms.base import Algorithm, evaluating
 from metacv.algorithms.heads.base import WithHead
+from metacv.algorithms.heads.finetune import RATES, Tuned
 from metacv.config import (
     BatchNormMode,
     EvaluateConfig,
@@ -71,6 +72,7 @@ from metacv.text import aligned, percent, plural, printable, shortened
 CHANGEABLE = ("way", "shot", "query", "vary", "episodes", "batch_norm", "seed")
 CLASSES = {"dataset": "dataset", "method": "algo", "head": "head"}  # field of a result -> group of settings
 CENTRED_ON = 2000  # training images for the mean feature
+RATED_ON = 10  # validation episodes to choose a learning rate on; the authors of P>M>F use 3 to 5
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ class Evaluation:
     dataset: Dataset
     left_out: int  # number of classes of the split that are left out
     shared: SharedFeatures  # with other evaluations of the same backbone
+    chosen: dict[str, Any] = dataclasses.field(default_factory=dict)  # as Result has it
 
     @property
     def changes(self) -> dict[str, Any]:
@@ -135,6 +138,8 @@ class Evaluation:
 
     def run(self, batch_norm: str, label: str = "evaluating") -> tuple[Predictions, Result]:
         """Run the evaluation; return predictions and the result. UserError if predictions are not finite."""
+        if isinstance(self.algorithm, Tuned) and self.algorithm.lr == "auto":
+            return self.with_rate(batch_norm).run(batch_norm, label)
         start = time.perf_counter()
         progress = Progress(label, lines=True)
         features = self.shared.get(self.algorithm, batch_norm, progress)
@@ -152,6 +157,7 @@ class Evaluation:
             episodes_sha256=self.episodes.fingerprint,
             images_sha256=self.episodes.sampler.bank.fingerprint,
             changes=self.changes,
+            chosen=self.chosen,
             checkpoint=str(self.checkpoint.path),
             checkpoint_sha256=self.checkpoint.sha256,
             step=self.checkpoint.step,
@@ -162,11 +168,34 @@ class Evaluation:
             **summary(accuracy, self.episodes.rounds),
         )
 
-    def validation_episodes(self) -> EpisodeList:
+    def with_rate(self, batch_norm: str) -> "Evaluation":
+        """Choose the learning rate of a head that tunes the network on validation episodes; of equally good rates, the
+        smallest."""
+        try:
+            episodes = self.validation_episodes(RATED_ON)
+        except UserError as error:
+            text = "the rate is chosen on validation episodes; set a number, such as head.lr=0.0001"
+            raise UserError(f"head.lr=auto: {error}; {text}") from None
+        found: dict[float, tuple[float, Evaluation]] = {}
+        for rate in RATES:
+            config = dataclasses.replace(self.config, head=self.config.head | {"lr": rate})
+            one = dataclasses.replace(self, config=config, algorithm=with_head(self.algorithm, config))
+            progress = Progress(f"trying head.lr={rate:g}", lines=True)
+            accuracy = predict_episodes(one.algorithm, episodes, batch_norm, progress).accuracy
+            found[rate] = float(accuracy.nan_to_num(0).mean()), one
+        best = max(RATES, key=lambda rate: found[rate][0])
+        tried = ", ".join(f"{rate:g}: {100 * accuracy:.1f} %" for rate, (accuracy, _) in found.items())
+        say(f"head.lr={best:g}, chosen on {len(episodes)} validation episodes ({tried})")
+        accuracies = {f"{rate:g}": accuracy for rate, (accuracy, _) in found.items()}
+        chosen = {"head.lr": best, "split": "val", "episodes": len(episodes), "accuracy": accuracies}
+        return dataclasses.replace(found[best][1], chosen=chosen)
+
+    def validation_episodes(self, count: int = VALIDATION_EPISODES) -> EpisodeList:
         """Return episodes of the same task from the validation classes, for calibration."""
-        own = self.episodes.sampler
+        own, bank = self.episodes.sampler, self.dataset.load("val")
+        bank = dataclasses.replace(bank, images=fitted(bank.images, own.bank.image_shape))
         task = own.way, own.shot, own.query, self.dataset.rotation("val"), self.config.seed, own.device
-        return EpisodeList(EpisodeSampler(self.dataset.load("val"), *task), VALIDATION_EPISODES)
+        return EpisodeList(EpisodeSampler(bank, *task, vary=own.vary), count)
 
     def calibration(self, result: Result, validation: EpisodeList | None) -> dict[str, Any]:
         """Return the fields of a result on calibration, by leave-one-out without `validation`. Images that the

@@ -38,8 +38,9 @@ def evaluate_features(cfg: EvaluateConfig) -> list[tuple[Predictions, Result]]:
         raise UserError(f"{wrong[0]}: cannot be set together with features, which have no {wrong[0]}")
     node = cfg.head if "_target_" in cfg.head else DEFAULT_HEAD | cfg.head
     head = build_node("head", node, Head)
-    if head.augment or head.flip or head.centred:
-        raise UserError("head: augment, flip and cl2n need images, which features do not have; choose another head")
+    if head.needs_images:
+        needing = "augment, flip, cl2n and adapt=backbone"
+        raise UserError(f"head: {needing} need images, which features do not have; choose another head")
     task = {name: value if (own := getattr(cfg, name)) is None else own for name, value in TASK.items()}
     bank, device = read_features(user_path(str(cfg.features))), pick_device(cfg.device)
     sampler = EpisodeSampler(bank, task["way"], task["shot"], task["query"], seed=cfg.seed, device=device)

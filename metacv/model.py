@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from metacv import KEPT_DIR, limits
 from metacv.algorithms.base import Algorithm
-from metacv.algorithms.heads.base import Head, WithHead
+from metacv.algorithms.heads.base import Head
 from metacv.backbones.base import Backbone
 from metacv.backbones.batch_norm import batch_norms
 from metacv.bounds import TORCH, checked
@@ -229,7 +229,7 @@ def with_head(algorithm: Algorithm, config: TrainConfig, centre: Tensor | None =
             raise UserError(f"head: the mean feature has {len(centre)} numbers: the checkpoint is damaged")
         head.centre = centre
     try:
-        return WithHead(algorithm, head, config.augment)
+        return head.on(algorithm, config.augment)
     except ValueError as error:
         raise UserError(f"head.{error}") from None
 

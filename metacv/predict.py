@@ -41,8 +41,9 @@ def predict(cfg: PredictConfig, folder: Path) -> Predictions:
         check_place_to_save(save)
     check_given(cfg)
     predictor = Predictor.load(cfg.adapted or cfg.checkpoint, cfg)
+    algorithm = predictor.algorithm  # first, as it raises errors in its settings
     if cfg.unknown or cfg.coverage:
-        alone(predictor.algorithm, predictor.config.batch_norm, "unknown=true" if cfg.unknown else "coverage")
+        alone(algorithm, predictor.config.batch_norm, "unknown=true" if cfg.unknown else "coverage")
     support = examples(cfg, predictor)
     predictions: Predictions = []
     if cfg.query is not None:

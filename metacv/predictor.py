@@ -15,6 +15,7 @@ from torch import Tensor
 from metacv import limits
 from metacv.algorithms.base import Algorithm, MetricMethod, evaluating
 from metacv.algorithms.heads.base import WithHead
+from metacv.algorithms.heads.finetune import Tuned
 from metacv.calibration import familiarity, scores, vectors
 from metacv.config import PredictConfig, TrainConfig, to_dict, with_paths
 from metacv.data.bank import Dataset, pictures
@@ -137,6 +138,8 @@ class Predictor:
         if isinstance(algorithm, WithHead) and algorithm.needs_centre:
             path = self.checkpoint.path
             raise UserError(f"head: {path} has no mean feature of training images; choose another head")
+        if isinstance(algorithm, Tuned):
+            algorithm.check_rate()
         return algorithm
 
     def check_shape(self, kind: str, images: Tensor) -> None:
@@ -238,6 +241,10 @@ def label(algorithm: Algorithm, support: Support, images: Tensor, batch_norm: st
     """Return logits [B, N] of query images [B, C, H, W] (uint8). If they depend on the other images, through batch norm
     or the head, all are queries of one task."""
     alone = batch_norm == "inductive" and not algorithm.uses_query_set
+    if isinstance(algorithm, Tuned):  # once for all groups
+        steps = Progress("tuning the network", lines=True).track(algorithm.steps, "step")
+        with evaluating(algorithm, batch_norm, device), steps as done:
+            algorithm = algorithm.tuned(support.task(images[:0], device), done)
     groups = images.split(QUERIES_AT_ONCE if alone else len(images))
     try:
         return torch.cat([algorithm.predict(support.task(group, device), batch_norm)[0] for group in groups])

@@ -14,8 +14,10 @@ from PIL import Image
 from metacv import CONFIG_DIR
 from metacv.algorithms.base import Algorithm
 from metacv.algorithms.heads.base import Embedding
+from metacv.algorithms.heads.finetune import SHIFT
 from metacv.backbones.base import Backbone
 from metacv.config import (
+    AugmentConfig,
     EvaluateConfig,
     NormalizeConfig,
     PredictConfig,
@@ -72,6 +74,7 @@ def pretrained(given: EvaluateConfig | PredictConfig) -> Checkpoint:
         advice = f"set {download}backbone.weights_file=FILE, or train it first"
         raise UserError(f"backbone: {network_name(config.backbone)} has no trained weights; {advice}")
     training = Training(stages=[f"{network_name(config.backbone)}, {source}"])
+    config = replace(config, augment=AugmentConfig(crop=min(height, width) // SHIFT, flip=True))  # of head.augment, ...
     content = {
         "config": to_dict(config),
         "image_shape": [*image_shape],

@@ -53,6 +53,7 @@ class Result:
     backbone: str = ""  # class name of the network, and its name in a library
     head: str = ""  # class name of the head that classified instead of the algorithm, if any
     changes: dict[str, Any] = field(default_factory=dict)  # algo settings that differ from those of training
+    chosen: dict[str, Any] = field(default_factory=dict)  # a setting chosen on validation episodes
     checkpoint: str = ""
     checkpoint_sha256: str = ""
     step: int = 0
@@ -160,7 +161,8 @@ def read_results(path: Path) -> ResultFile:
 
 
 def _result(record: dict[str, Any]) -> Result:
-    check_extent(record.get("changes"), limits.WORDS)
+    for name in ("changes", "chosen"):
+        check_extent(record.get(name), limits.WORDS)
     if any(isinstance(value, int | float) and abs(value) >= 1e25 for value in record.values()):
         raise ValueError
     return from_dict(Result, record)

@@ -102,6 +102,7 @@ def test_runs_of_the_loss_scale_table_differ_in_the_inner_loss_alone(method):
 def reptile(tmp_path, monkeypatch) -> Path:
     """A made-up result of reptile_5w1s, which is all that the table has."""
     monkeypatch.setattr(results_table, "TRANSDUCTIVE", tmp_path / "outputs/transductive")
+    monkeypatch.setattr(results_table, "FINETUNE", tmp_path / "outputs/finetune")
     monkeypatch.setattr(results_table, "ROOT", tmp_path)
     monkeypatch.setattr(results_table, "REFERENCE", tmp_path / "outputs/reference")
     folder = tmp_path / "outputs/reference/omniglot/reptile_5w1s"
@@ -151,7 +152,7 @@ def test_the_table_shows_which_experiments_were_not_run(reptile):
     )
     heads = len(results_table.QUERY_SET_HEADS) + 1  # and the nearest class mean
     named = len([name for name in results_table.EXPERIMENTS if name.startswith(others)])
-    assert len(lines) == papers + common + named + heads
+    assert len(lines) == papers + common + named + heads + len(results_table.TUNED)
 
 
 def test_results_of_another_checkpoint_are_not_shown(reptile):

@@ -37,6 +37,16 @@ class Head(nn.Module, ABC):
     def forward(self, tasks: TaskBatch) -> Tensor:
         """Return query logits [T, Q, N] of tasks whose images are features [T, S, D]."""
 
+    @property
+    def needs_images(self) -> bool:
+        """Whether features alone are not enough."""
+        return bool(self.augment or self.flip or self.centred)
+
+    def on(self, algorithm: Algorithm, augment: AugmentConfig) -> "WithHead":
+        """Return the backbone of a method with this head; ValueError if the head does not suit a model whose training
+        had the augmentation `augment`."""
+        return WithHead(algorithm, self, augment)
+
 
 class Embedding(Algorithm):
     """A pre-trained network without a classifier of its own, for use with a head."""
@@ -79,8 +89,8 @@ class WithHead(MetricMethod):
 
     def augmented(self, images: Tensor, seeds: Iterable[int]) -> Tensor:
         """Return augmented copies [B * copies, C, H, W] of images [B, C, H, W]; `seeds`: one for each image."""
-        changes = [Augment(**vars(self.augment), seed=seed).draw(self.copies) for seed in seeds]
-        return Augment(**vars(self.augment))(images.repeat_interleave(self.copies, 0), torch.cat(changes))
+        changes = changes_of_each(self.augment, seeds, self.copies).flatten(0, 1)
+        return Augment(**vars(self.augment))(images.repeat_interleave(self.copies, 0), changes)
 
     @property
     def embedding_key(self) -> list[Any]:
@@ -96,6 +106,11 @@ class WithHead(MetricMethod):
         with torch.no_grad():
             self.classify.centre = torch.cat([self.embed(some) for some in images.split(200)]).mean(0)
         return self.classify.centre
+
+
+def changes_of_each(augment: AugmentConfig, seeds: Iterable[int], count: int) -> Tensor:
+    """Draw `count` changes of each image, [B, count, 6]; `seeds`: one for each image."""
+    return torch.stack([Augment(**vars(augment), seed=seed).draw(count) for seed in seeds])
 
 
 def closeness(features: Tensor, centres: Tensor) -> Tensor:
