@@ -169,24 +169,22 @@ class Evaluation:
         )
 
     def with_rate(self, batch_norm: str) -> "Evaluation":
-        """Choose the learning rate of a head that tunes the network on validation episodes; of equally good rates, the
-        smallest."""
+        """Choose the learning rate of a head that tunes the network on validation episodes."""
         try:
             episodes = self.validation_episodes(RATED_ON)
         except UserError as error:
             text = "the rate is chosen on validation episodes; set a number, such as head.lr=0.0001"
             raise UserError(f"head.lr=auto: {error}; {text}") from None
-        found: dict[float, tuple[float, Evaluation]] = {}
+        found: dict[float, tuple[Tensor, Evaluation]] = {}
         for rate in RATES:
             config = dataclasses.replace(self.config, head=self.config.head | {"lr": rate})
             one = dataclasses.replace(self, config=config, algorithm=with_head(self.algorithm, config))
             progress = Progress(f"trying head.lr={rate:g}", lines=True)
-            accuracy = predict_episodes(one.algorithm, episodes, batch_norm, progress).accuracy
-            found[rate] = float(accuracy.nan_to_num(0).mean()), one
-        best = max(RATES, key=lambda rate: found[rate][0])
-        tried = ", ".join(f"{rate:g}: {100 * accuracy:.1f} %" for rate, (accuracy, _) in found.items())
+            found[rate] = predict_episodes(one.algorithm, episodes, batch_norm, progress).accuracy.nan_to_num(0), one
+        best = best_rate({rate: accuracy for rate, (accuracy, _) in found.items()})
+        accuracies = {f"{rate:g}": float(accuracy.mean()) for rate, (accuracy, _) in found.items()}
+        tried = ", ".join(f"{rate}: {100 * accuracy:.1f} %" for rate, accuracy in accuracies.items())
         say(f"head.lr={best:g}, chosen on {len(episodes)} validation episodes ({tried})")
-        accuracies = {f"{rate:g}": accuracy for rate, (accuracy, _) in found.items()}
         chosen = {"head.lr": best, "split": "val", "episodes": len(episodes), "accuracy": accuracies}
         return dataclasses.replace(found[best][1], chosen=chosen)
 
@@ -223,6 +221,14 @@ class Evaluation:
         with evaluating(algorithm, result.batch_norm, device):
             fields = measure(algorithm, self.episodes, validation, embed, FEATURES_AT_ONCE)
         return fields | {"calibrated": "val" if validation else "loo"}
+
+
+def best_rate(accuracies: dict[float, Tensor]) -> float:
+    """Return the best of the rates that gain more than one standard error over rate 0, otherwise 0, for accuracies [E]
+    on the same episodes (the one-standard-error rule, Breiman et al., 1984)."""
+    gains = {rate: own - accuracies[0.0] for rate, own in accuracies.items()}
+    sure = [rate for rate, own in gains.items() if own.mean() > own.std() / len(own) ** 0.5]
+    return max(sure, key=lambda rate: float(gains[rate].mean()), default=0.0)
 
 
 def record(config: TrainConfig, episodes: EpisodeList, **measured: Any) -> Result:

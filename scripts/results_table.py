@@ -413,7 +413,7 @@ results are in outputs/transductive.
 ## CIFAR-FS, networks that are tuned on each task
 
 `metacv evaluate head=finetune head.adapt=backbone` with the classifier of the sections above
-(outputs/reference/cifar_fs/classifier_5w5s), `head.steps=10` and `head.lr=auto`, which chooses the rate on ten
+(outputs/reference/cifar_fs/classifier_5w5s), `head.steps=10` and the rate with the highest accuracy on ten
 validation episodes. The nearest class mean (`head=ncm`) classifies the same test tasks. The difference is paired. The
 results are in outputs/finetune.
 

@@ -20,6 +20,7 @@ from metacv.backbones.base import Backbone
 from metacv.config import AugmentConfig
 from metacv.data.task import TaskBatch
 from metacv.data.transforms import Augment
+from metacv.evaluate import best_rate
 
 TUNE = ("head=finetune", "head.adapt=backbone")
 FLIP = AugmentConfig(flip=True)
@@ -177,14 +178,30 @@ def test_evaluate_chooses_the_rate_on_validation_episodes_and_records_it(metacv,
     result = json.loads(Path("auto/result.json").read_text())["results"][0]
     chosen = result["chosen"]
     assert (chosen["split"], chosen["episodes"], [*chosen["accuracy"]]) == ("val", 3, ["0", "0.001", "0.1"])
-    assert chosen["accuracy"][f"{chosen['head.lr']:g}"] == max(chosen["accuracy"].values())
     assert result["changes"]["head.lr"] == chosen["head.lr"]
     assert f"head.lr={chosen['head.lr']:g}, chosen on 3 validation episodes (0: " in out
+    found = {}
     for rate, accuracy in chosen["accuracy"].items():
         metacv(*words, f"head.lr={rate}", "split=val", "episodes=3", "hydra.run.dir=val")
-        assert np.load("val/accuracies.npy").mean() == pytest.approx(accuracy)
+        found[float(rate)] = torch.from_numpy(np.load("val/accuracies.npy"))
+        assert float(found[float(rate)].mean()) == pytest.approx(accuracy)
+    assert chosen["head.lr"] == best_rate(found)
     metacv(*words, f"head.lr={chosen['head.lr']}", "episodes=4", "hydra.run.dir=given")
     assert np.array_equal(np.load("given/accuracies.npy"), np.load("auto/accuracies.npy"))
+
+
+@pytest.mark.parametrize(
+    ("gains", "best"),
+    [
+        ({0.1: [0.1, 0.2, 0.3, 0.2], 0.2: [0.1, 0.1, 0.1, 0.1]}, 0.1),
+        ({0.1: [0.6, -0.5, 0.6, -0.5], 0.2: [0.01, 0.01, 0.01, 0.01]}, 0.2),  # the first gains more, by chance
+        ({0.1: [0.6, -0.5, 0.6, -0.5], 0.2: [-0.1, -0.1, -0.1, -0.1]}, 0.0),
+        ({0.1: [0.0, 0.0, 0.0, 0.0]}, 0.0),
+    ],
+)
+def test_a_rate_is_chosen_only_if_its_gain_exceeds_its_standard_error(gains, best):
+    plain = torch.tensor([0.3, 0.6, 0.5, 0.4])
+    assert best_rate({0.0: plain} | {rate: plain + torch.tensor(own) for rate, own in gains.items()}) == best
 
 
 def photos(folder: str, count: int) -> None:
