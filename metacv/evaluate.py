@@ -191,7 +191,9 @@ class Evaluation:
         return dataclasses.replace(found[best][1], chosen=chosen)
 
     def validation_episodes(self, count: int = VALIDATION_EPISODES) -> EpisodeList:
-        """Return episodes of the same task from the validation classes, for calibration."""
+        """Return episodes of the same task from the validation classes; UserError if the test has these classes."""
+        if self.split == "val":
+            raise UserError("split=val: the test must not have the classes of the validation episodes")
         own, bank = self.episodes.sampler, self.dataset.load("val")
         bank = dataclasses.replace(bank, images=fitted(bank.images, own.bank.image_shape))
         task = own.way, own.shot, own.query, self.dataset.rotation("val"), self.config.seed, own.device

@@ -233,6 +233,7 @@ def test_what_cannot_be_is_refused_in_one_line(metacv, trained):
         ): "head.adapt=backbone: is for evaluate and predict",
         ("evaluate", "checkpoint=run", "calibrate=val", "shot=2"): "calibrate=val: not available with head.adapt",
         ("evaluate", "checkpoint=run", "way=9"): "way=9, but ",
+        ("evaluate", "checkpoint=run", "split=val"): "head.lr=auto: split=val: the test must not have the classes of",
         ("evaluate", "checkpoint=run", "head.cosine=true"): "cosine=true: only with adapt=head",
         ("evaluate", "checkpoint=run", "head.adapt=head", "head.lr=0"): "lr=0: must be above 0 with adapt=head",
         ("evaluate", "checkpoint=run", "head.lr=-1"): "head.lr=-1: must be a number from 0 to 1000000000 or",
