@@ -185,7 +185,7 @@ class Evaluation:
             found[rate] = float(accuracy.nan_to_num(0).mean()), one
         best = max(RATES, key=lambda rate: found[rate][0])
         tried = ", ".join(f"{rate:g}: {100 * accuracy:.1f} %" for rate, (accuracy, _) in found.items())
-        say(f"head.lr={best:g}, chosen on {len(episodes)} validation episodes ({tried})")
+        say(f"{batch_norm}: head.lr={best:g}, chosen on {len(episodes)} validation episodes ({tried})")
         accuracies = {f"{rate:g}": accuracy for rate, (accuracy, _) in found.items()}
         chosen = {"head.lr": best, "split": "val", "episodes": len(episodes), "accuracy": accuracies}
         return dataclasses.replace(found[best][1], chosen=chosen)

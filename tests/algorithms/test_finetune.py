@@ -179,7 +179,7 @@ def test_evaluate_chooses_the_rate_on_validation_episodes_and_records_it(metacv,
     assert (chosen["split"], chosen["episodes"], [*chosen["accuracy"]]) == ("val", 3, ["0", "0.001", "0.1"])
     assert chosen["accuracy"][f"{chosen['head.lr']:g}"] == max(chosen["accuracy"].values())
     assert result["changes"]["head.lr"] == chosen["head.lr"]
-    assert f"head.lr={chosen['head.lr']:g}, chosen on 3 validation episodes (0: " in out
+    assert f"inductive: head.lr={chosen['head.lr']:g}, chosen on 3 validation episodes (0: " in out
     for rate, accuracy in chosen["accuracy"].items():
         metacv(*words, f"head.lr={rate}", "split=val", "episodes=3", "hydra.run.dir=val")
         assert np.load("val/accuracies.npy").mean() == pytest.approx(accuracy)
