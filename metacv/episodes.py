@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metacv.algorithms.base import Algorithm, MetricMethod, evaluating, predicted
-from metacv.algorithms.heads.finetune import Tuned
 from metacv.confusion import Predictions
 from metacv.data.sampler import EpisodeList, EpisodeSampler
 from metacv.data.varied import ABSENT
@@ -71,7 +70,7 @@ def predict_episodes(
         return from_features(algorithm, episodes, batch_norm, progress, features)
     results, at_once = [], max(1, IMAGES_AT_ONCE // episodes.rows[0].numel())
     with progress.track(len(episodes), "task") as done:
-        for tasks in episodes.batches(1 if isinstance(algorithm, Tuned) else at_once):  # which is slow: show each task
+        for tasks in episodes.batches(1 if algorithm.tunes_network else at_once):  # which is slow: show each task
             results.append(predicted(algorithm.predict(tasks, batch_norm)))
             done(len(tasks))
     return Predictions(episodes, in_rows(results, episodes.queries))

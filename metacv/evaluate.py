@@ -184,12 +184,14 @@ class Evaluation:
         best = best_rate({rate: accuracy for rate, (accuracy, _) in found.items()})
         accuracies = {f"{rate:g}": float(accuracy.mean()) for rate, (accuracy, _) in found.items()}
         tried = ", ".join(f"{rate}: {100 * accuracy:.1f} %" for rate, accuracy in accuracies.items())
-        say(f"head.lr={best:g}, chosen on {len(episodes)} validation episodes ({tried})")
+        say(f"{batch_norm}: head.lr={best:g}, chosen on {len(episodes)} validation episodes ({tried})")
         chosen = {"head.lr": best, "split": "val", "episodes": len(episodes), "accuracy": accuracies}
         return dataclasses.replace(found[best][1], chosen=chosen)
 
     def validation_episodes(self, count: int = VALIDATION_EPISODES) -> EpisodeList:
-        """Return episodes of the same task from the validation classes, for calibration."""
+        """Return episodes of the same task from the validation classes; UserError if the test has these classes."""
+        if self.split == "val":
+            raise UserError("split=val: the test must not have the classes of the validation episodes")
         own, bank = self.episodes.sampler, self.dataset.load("val")
         bank = dataclasses.replace(bank, images=fitted(bank.images, own.bank.image_shape))
         task = own.way, own.shot, own.query, self.dataset.rotation("val"), self.config.seed, own.device

@@ -55,4 +55,5 @@ def readable(text: str) -> str:
     """Return the settings of a YAML file without lines that only Hydra needs."""
     text = re.sub(r"^defaults: \[(.*)\]", r"# as \1, except:", text, flags=re.MULTILINE)
     text = re.sub(r"^defaults:\n( .*\n)+\n?", "", text, flags=re.MULTILINE)
-    return re.sub(r"^(# @package| *_target_:).*\n", "", text, flags=re.MULTILINE).strip()
+    text = re.sub(r"^(# @package| *_target_:).*\n", "", text, flags=re.MULTILINE)
+    return re.sub(r"^\w+:\n(?=\w|\Z)", "", text, flags=re.MULTILINE).strip()  # a class only

@@ -72,7 +72,10 @@ def ended(child: subprocess.Popen[bytes]) -> int:
 
 
 def end_with_starter() -> None:
-    """Stop this process, as a signal does, as soon as the process that started it for `processes=N` has been killed."""
+    """Stop this process, as a signal does, as soon as the process that started it for `processes=N` has been killed.
+
+    Not on Windows, where the parent may be a launcher of Python.
+    """
 
     def watch() -> None:
         while os.getppid() == starter:
@@ -81,5 +84,5 @@ def end_with_starter() -> None:
         time.sleep(GRACE)
         os._exit(1)
 
-    if starter := int(os.environ.pop(STARTER, "0")):
+    if (starter := int(os.environ.pop(STARTER, "0"))) and os.name != "nt":
         threading.Thread(target=watch, daemon=True).start()

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from metacv.algorithms.base import Algorithm, MetricMethod
 from metacv.algorithms.heads.base import WithHead
-from metacv.algorithms.heads.finetune import Tuned
 from metacv.calibration import (
     auroc,
     calibration_error,
@@ -46,7 +45,7 @@ def alone(algorithm: Algorithm, batch_norm: str, setting: str) -> MetricMethod:
     """Return the method if its features of an image depend on no other image; otherwise UserError for `setting`."""
     if algorithm.uses_query_set:
         raise UserError(f"{setting}: not available for a head that labels all queries of a task together")
-    if isinstance(algorithm, Tuned):
+    if algorithm.tunes_network:
         raise UserError(f"{setting}: not available with head.adapt=backbone, which tunes the network on the examples")
     if isinstance(algorithm, MetricMethod) and algorithm.embeds_each_image_alone(batch_norm):
         return algorithm

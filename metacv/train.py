@@ -18,7 +18,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from metacv import seen
 from metacv.algorithms.base import Algorithm
 from metacv.algorithms.heads.base import WithHead
-from metacv.algorithms.heads.finetune import Tuned
 from metacv.backbones.batch_norm import running_statistics
 from metacv.config import TrainConfig, class_name, network_name, to_dict
 from metacv.data.sampler import MOST, EpisodeList, EpisodeSampler, ImageSampler
@@ -314,7 +313,7 @@ def prepare(config: TrainConfig, overrides: list[str], ranks: Ranks) -> tuple[Ru
             expected = training.bank.image_shape
             raise UserError(f"algo.teacher={teacher}: trained on images {learned.image_shape}, must be {expected}")
         algorithm.learn_from(learned.build().to(device))
-    if isinstance(with_head(algorithm, config), Tuned):  # raises errors in its settings before training
+    if with_head(algorithm, config).tunes_network:  # raises errors in its settings before training
         raise UserError("head.adapt=backbone: is for evaluate and predict, because it tunes the network for each task")
     flops = flops_of_a_step(algorithm, training, config.meta_batch, ranks) if optimizer else 0.0
     if config.compile and config.train_vary:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from conftest import TRAIN, bank_of
 from hydra import compose, initialize_config_dir
 
 from metacv import CONFIG_DIR
+from metacv import processes as processes_module
 from metacv.config import TrainConfig, typed
 from metacv.data.sampler import EpisodeSampler
 from metacv.data.transforms import Augment
@@ -276,6 +278,14 @@ def test_if_the_command_is_killed_its_processes_save_and_end(metacv):
     run.kill()
     out, _ = run.communicate(timeout=60)  # its processes have the same output, so this waits for them
     assert f"stopped at step {state('run')['step']};" in out
+
+
+def test_on_windows_the_parent_may_be_a_launcher_and_is_not_watched(monkeypatch):
+    monkeypatch.setenv(processes_module.STARTER, "1")
+    monkeypatch.setattr(threading, "Thread", lambda **_: pytest.fail("watches its parent"))
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "name", "nt")
+        processes_module.end_with_starter()
 
 
 def test_an_error_in_several_processes_is_one_line(metacv, tmp_path):

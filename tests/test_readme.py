@@ -175,6 +175,14 @@ def test_the_page_of_commands_is_up_to_date():
     assert DOCS["cli.md"] == docs_cli.page(), "run scripts/docs_cli.py"
 
 
+def test_descriptions_of_choices_end_on_their_line_and_blocks_of_settings_are_not_empty():
+    for path in CONFIG_DIR.glob("*/**/*.yaml"):
+        description, after = [line for line in path.read_text().splitlines() if "@package" not in line][:2]
+        assert description.startswith("# ")
+        assert not re.match("# (?!metacv )[a-z]", after), path
+    assert not re.search(r"```yaml\n(\w+:\n)*```", DOCS["cli.md"])
+
+
 def anchors(page: str) -> set[str]:
     """The anchors of the headings of a page."""
     headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", page, flags=re.DOTALL), re.MULTILINE)

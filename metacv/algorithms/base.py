@@ -24,6 +24,7 @@ class Algorithm(nn.Module, ABC):
     batches: ClassVar[Literal["episodes", "images"]] = "episodes"  # what `training_step` takes
     execution_settings: ClassVar[frozenset[str]] = frozenset()  # settings that change speed and memory only
     uses_query_set = False  # whether logits depend on the other queries of the task, not only through batch norm
+    tunes_network = False  # whether it tunes a copy of the network on each task, so that no features can be kept
     sequential_because: str | None = None  # reason why processes cannot share the tasks of a step
 
     def __init__(self) -> None:

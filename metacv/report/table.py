@@ -222,9 +222,11 @@ def varied_settings(rows: list[Row]) -> list[str]:
     for row in rows:
         method = row.settings["algo"] if swept else row.run.algorithm
         alike[row.heading, method, tuple(row.settings.get(name) for name in varied - {"algo"})].append(row)
-    for group in alike.values():  # the class of a schedule or head, not the settings that only this class has
-        known = {name for row in group for name in row.settings}
-        varied |= {name for name in known if len({row.settings.get(name) for row in group} - {None}) > 1}
+    for group in alike.values():
+        found = differing(group, {name for row in group for name in row.settings} - {"algo"})
+        several = {name for name in found if len({row.settings.get(name, "None") for row in group} - {"None"}) > 1}
+        # Of different schedules or heads the class, not the settings that only one of them has.
+        varied |= several | {name for name in found if name.split(".")[0] not in found - {name}}
     methods = {(row.run.algorithm, row.settings["algo"]) for row in rows}
     if not swept or len(methods) == len({row.run.algorithm for row in rows}):
         varied -= {"algo"}  # the same as the column algorithm
@@ -232,7 +234,7 @@ def varied_settings(rows: list[Row]) -> list[str]:
 
 
 def differing(rows: list[Row], names: Iterable[str]) -> set[str]:
-    return {name for name in names if len({row.settings.get(name) for row in rows}) > 1}
+    return {name for name in names if len({row.settings.get(name, "None") for row in rows}) > 1}
 
 
 def shown_columns(cells: list[dict[str, str]]) -> list[str]:

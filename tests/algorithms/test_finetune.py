@@ -179,7 +179,7 @@ def test_evaluate_chooses_the_rate_on_validation_episodes_and_records_it(metacv,
     chosen = result["chosen"]
     assert (chosen["split"], chosen["episodes"], [*chosen["accuracy"]]) == ("val", 3, ["0", "0.001", "0.1"])
     assert result["changes"]["head.lr"] == chosen["head.lr"]
-    assert f"head.lr={chosen['head.lr']:g}, chosen on 3 validation episodes (0: " in out
+    assert f"inductive: head.lr={chosen['head.lr']:g}, chosen on 3 validation episodes (0: " in out
     found = {}
     for rate, accuracy in chosen["accuracy"].items():
         metacv(*words, f"head.lr={rate}", "split=val", "episodes=3", "hydra.run.dir=val")
@@ -250,6 +250,7 @@ def test_what_cannot_be_is_refused_in_one_line(metacv, trained):
         ): "head.adapt=backbone: is for evaluate and predict",
         ("evaluate", "checkpoint=run", "calibrate=val", "shot=2"): "calibrate=val: not available with head.adapt",
         ("evaluate", "checkpoint=run", "way=9"): "way=9, but ",
+        ("evaluate", "checkpoint=run", "split=val"): "head.lr=auto: split=val: the test must not have the classes of",
         ("evaluate", "checkpoint=run", "head.cosine=true"): "cosine=true: only with adapt=head",
         ("evaluate", "checkpoint=run", "head.adapt=head", "head.lr=0"): "lr=0: must be above 0 with adapt=head",
         ("evaluate", "checkpoint=run", "head.lr=-1"): "head.lr=-1: must be a number from 0 to 1000000000 or",

@@ -74,6 +74,13 @@ def test_nearest_mean_and_its_centred_form_by_hand():
     assert torch.allclose(centred(tasks), 2 * cosines - 2)
 
 
+def test_nearest_mean_keeps_its_digits_far_from_the_origin():
+    tasks = feature_tasks(dtype=torch.float32)
+    far = tasks.map(lambda features: features + 10_000)
+    expected = NearestMean(normalize=False)(far.map(torch.Tensor.double))
+    assert torch.allclose(NearestMean(normalize=False)(far).double(), expected, atol=0.1)
+
+
 @pytest.mark.parametrize("cosine", [False, True])
 def test_finetune_learns_the_support_set_and_leaves_features_alone(cosine):
     tasks = feature_tasks(5, dtype=torch.float32)

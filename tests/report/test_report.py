@@ -522,6 +522,8 @@ def test_no_two_rows_of_a_group_are_equal(folder):
         {"eval_episodes": 50}, {"batch_norm": "transductive"}, {"query": 5}, {"clip_norm": 5.0},
         {"dataset": CONFIG["dataset"] | {"split": "lake"}}, {"backbone": CONFIG["backbone"] | {"channels": 32}},
         {"algo": {"_target_": "metacv.algorithms.metric.feat.FEAT", "temperature": 64.0}, "eval_episodes": 60},
+        {"head": {"_target_": "metacv.algorithms.heads.ncm.NearestMean", "flip": True}},
+        {"algo": CONFIG["algo"] | {"removed_in_this_version": True}},
     ]  # fmt: skip
     for i, change in enumerate([{}, *changes]):
         make_test(make_run(folder / f"a{i}", **change), folder / f"a{i}/test", {})
@@ -529,7 +531,8 @@ def test_no_two_rows_of_a_group_are_equal(folder):
     without_name = [
         tuple(text for name, text in row.items() if name != "run" and "accuracy" not in name) for row in rows(folder)
     ]
-    assert len({*without_name}) == len(without_name) == 16
+    assert "head.flip" not in rows(folder)[0]
+    assert len({*without_name}) == len(without_name) == 20
     sections = Path("out/report.md").read_text().split("## ")[1:]
     for section in sections:
         cells = [line.split(" | ") for line in section.splitlines() if line.startswith("|")][2:]

@@ -100,6 +100,8 @@ class Tuned(WithHead):
     running statistics.
     """
 
+    tunes_network = True
+
     def __init__(self, algorithm: Algorithm, head: Finetune, augment: AugmentConfig) -> None:
         super().__init__(algorithm, head, augment)
         self.steps, self.lr = head.steps, head.lr

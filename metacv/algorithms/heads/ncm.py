@@ -30,4 +30,6 @@ class CL2N(NearestMean):
 def nearest_mean(tasks: TaskBatch) -> Tensor:
     """Return minus the squared distances [T, Q, N] of queries to class means, for tasks of features."""
     means = tasks.class_means(tasks.support_x)
-    return 2 * closeness(tasks.query_x, means) - tasks.query_x.square().sum(-1, keepdim=True)
+    origin = means.mean(1, keepdim=True)  # near the features, so that their squares do not hide the distances
+    queries, means = tasks.query_x - origin, means - origin
+    return 2 * closeness(queries, means) - queries.square().sum(-1, keepdim=True)
