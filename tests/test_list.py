@@ -29,6 +29,7 @@ def test_a_list_has_every_file_with_its_first_comment_in_100_columns(metacv, wha
         for comment in comments:
             first = next(line for line in comment.splitlines() if "@package" not in line)
             assert first.lstrip("# ") in text
+            assert first.endswith((".", ")"))  # not within a sentence
 
 
 def test_the_lines_of_a_list_fit_the_terminal(metacv, monkeypatch):

@@ -46,7 +46,7 @@ def load_weights(
     network.load_state_dict(fitting, strict=False)
     return (
         f"weights of {printable(path.name)}, sha256 {sha256(path)[:16]}, trained elsewhere, "
-        "in most such files on ImageNet, and so perhaps on classes of the test"
+        "perhaps on classes of the test: most such files are trained on ImageNet"
     )
 
 

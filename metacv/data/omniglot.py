@@ -15,6 +15,7 @@ from metacv.data.image_files import as_tensor, open_exactly, open_image, read_cl
 from metacv.data.sources import extract
 from metacv.errors import UserError
 from metacv.files import read_text, rename_unless_there, user_path
+from metacv.text import first_line
 
 CHARACTERS = {"images_background": 964, "images_evaluation": 659}
 DRAWERS = 20
@@ -144,6 +145,6 @@ class Omniglot(Dataset):
                 extract(Path(temporary) / f"{part}.zip", Path(temporary))
                 rename_unless_there(Path(temporary) / part, target)
         except (OSError, RuntimeError) as error:
-            missing = f"data_dir={self.data_dir}: omniglot/{part} is missing"
-            raise UserError(f"{missing}, and {url} cannot be downloaded ({error})") from None
+            missing = f"{target} is missing, and {url} cannot be downloaded ({first_line(error)})"
+            raise UserError(f"data_dir: {missing}; download it elsewhere, and unpack it into {target.parent}") from None
         return target

@@ -93,7 +93,7 @@ class EpisodeSampler(Sampler):
         _, height, width = bank.image_shape
         check_crop(bank, augment)
         for wrong, message in (
-            (way > most, f"{prefix}way={way}, but {place}"),
+            (way > most, f"{prefix}way={way}, but {place}; lower it, or set dataset.fractions if the split is random"),
             (least + query > size, f"{need} but {name} of {bank.name} has {size}"),
             (rotation != "none" and height != width, f"rotation={rotation} needs square images, not {height}x{width}"),
         ):

@@ -188,7 +188,8 @@ def sample_episode(folder: Path) -> bytes | None:
         return None
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(folder), size_guidance={"images": 1, "scalars": 1})
+    # Without the purge, TensorBoard prints nothing about a run that was resumed.
+    events = EventAccumulator(str(folder), size_guidance={"images": 1, "scalars": 1}, purge_orphaned_data=False)
     try:
         events.Reload()
         picture: bytes = events.Images("val/episode")[-1].encoded_image_string

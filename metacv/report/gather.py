@@ -129,7 +129,7 @@ def gather(places: list[Path]) -> tuple[list[RunRecord], list[str]]:
     unmatched = {path for test, path in tests.values() if test.checkpoint_sha256 not in known and path in files}
     notes = [
         left_out("run", "without a best.pt (failed, or not validated yet)", failed),
-        left_out("evaluation", "of a checkpoint that is missing or has changed since", unmatched),
+        left_out("evaluation", "of a checkpoint that is not in these folders, or has changed since", unmatched),
         left_out("evaluation", "of version 1: evaluate again", old),
     ]
     return list(runs.values()), [note for note in notes if note]

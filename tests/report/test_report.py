@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import io
 import json
 import re
 import shlex
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import open_dict
+from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from metacv.compare import check_same_tasks
@@ -20,7 +22,7 @@ from metacv.config import CompareConfig, ReportConfig, composed, typed
 from metacv.files import sha256
 from metacv.model import load_checkpoint, save_checkpoint
 from metacv.report import report
-from metacv.report.figures import draw, point, svg
+from metacv.report.figures import draw, point, sample_episode, svg
 from metacv.results import Result, ResultFile
 from metacv.text import csv_safe, shortened_in_the_middle
 from metacv.words import hydra_overrides
@@ -297,6 +299,17 @@ def test_names_cannot_break_the_page_or_the_tables(folder, capsys):
     assert "\\[a\\](http" in markdown
     assert "'=1+1" in [row["run"] for row in table]
     assert "'-1+cmd|' /C calc'!A0" in [row["'@SUM(1)"] for row in table]
+
+
+def test_a_resumed_run_has_its_last_picture_and_nothing_is_printed_about_it(folder, caplog):
+    run = make_run(folder / "run")
+    for step, grey, first in (10, 50, None), (5, 99, 1):  # the resumed run repeats steps after its checkpoint
+        with SummaryWriter(str(run), purge_step=first) as writer:
+            writer.add_scalar("train/loss", 1.0, step)
+            writer.add_image("val/episode", torch.full((3, 20, 20), grey, dtype=torch.uint8), step)
+    picture = Image.open(io.BytesIO(sample_episode(run) or b""))
+    assert picture.getpixel((0, 0)) == (99, 99, 99)
+    assert caplog.text == ""
 
 
 def test_an_empty_and_a_missing_folder_are_reported_in_one_line(metacv):
@@ -659,7 +672,7 @@ def test_runs_and_evaluations_that_are_left_out_are_counted_and_named(folder, ca
     out = capsys.readouterr().out
     assert "left out: 2 evaluations of version 1: evaluate again: own/both.json, own/old.json\n" in out
     assert "left out: 1 run without a best.pt (failed, or not validated yet): own/failed\n" in out
-    assert "left out: 1 evaluation of a checkpoint that is missing or has changed since: own/b/" in out
+    assert "left out: 1 evaluation of a checkpoint that is not in these folders, or has changed since: own/b/" in out
     assert "own/failed" in Path("out/report.html").read_text()
 
 
