@@ -189,10 +189,12 @@ class Evaluation:
         return dataclasses.replace(found[best][1], chosen=chosen)
 
     def validation_episodes(self, count: int = VALIDATION_EPISODES) -> EpisodeList:
-        """Return episodes of the same task from the validation classes; UserError if the test has these classes."""
+        """Return episodes of the same task from the validation classes that the model was not trained on; UserError if
+        the test has validation classes."""
         if self.split == "val":
             raise UserError("split=val: the test must not have the classes of the validation episodes")
-        own, bank = self.episodes.sampler, self.dataset.load("val")
+        own = self.episodes.sampler
+        bank = seen.unseen(self.dataset, self.dataset.load("val"), "val", [self.checkpoint], only=True)
         bank = dataclasses.replace(bank, images=fitted(bank.images, own.bank.image_shape))
         task = own.way, own.shot, own.query, self.dataset.rotation("val"), self.config.seed, own.device
         return EpisodeList(EpisodeSampler(bank, *task, vary=own.vary), count)

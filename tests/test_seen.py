@@ -61,6 +61,14 @@ def test_validation_classes_may_be_validated_again_but_training_classes_may_not(
     assert "glyphs val: 5 of its 10 classes (glyph00025, ...) were used" in err
 
 
+@pytest.mark.parametrize("words", [("calibrate=val", "head=ncm"), ("head=finetune", "head.adapt=backbone")])
+def test_nothing_is_chosen_on_validation_classes_of_another_split_that_were_in_training(metacv, trained, words):
+    shifted = ("dataset.classes={train:25,val:10,test:11}", "unseen_only=true", "way=6")  # training used 25 to 29
+    code, _, err = metacv("evaluate", f"checkpoint={trained('protonet')}", *shifted, *TEST, *words)
+    assert code == 1
+    assert "way=6, but glyphs val has only 5 classes" in err
+
+
 def test_glyphs_with_another_seed_are_other_classes(metacv, trained):
     assert metacv("evaluate", f"checkpoint={trained('protonet')}", *TEST, SHIFTED, "dataset.seed=1")[0] == 0
 
