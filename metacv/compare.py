@@ -58,8 +58,8 @@ def show(differences: list[dict[str, Any]], episodes: int, disjoint: bool) -> No
         pair = printable(f"{one['of']} - {one['less']}")
         print(f"{pair:<{width}}  {100 * one['mean']:+6.2f} ± {100 * one['ci95']:.2f} %{note}")
     covered = "the choice of these images of the classes" if disjoint else "the choice of episodes from these images"
-    print(f"(The intervals cover {covered}, for these models. They do not cover other")
-    print("training seeds or other classes.)" if disjoint else "training seeds or other images.)")
+    print(f"(The intervals cover {covered}, for these models.")
+    print(f"They do not cover other training seeds or other {'classes' if disjoint else 'images'}.)")
 
 
 def difference(one: Tensor, other: Tensor, pairs: int = 1) -> dict[str, float]:

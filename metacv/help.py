@@ -1,6 +1,8 @@
 """`metacv COMMAND --help`: choices, settings and comments from the YAML files."""
 
 import re
+import shutil
+import textwrap
 
 import yaml
 
@@ -8,6 +10,7 @@ from metacv import CONFIG_DIR
 from metacv.words import choices as choices_of
 from metacv.words import groups
 
+WIDTH = 100  # columns of a line at most
 COMMANDS = sorted(path.stem for path in CONFIG_DIR.glob("*.yaml"))  # each has a function of its name in metacv/
 
 
@@ -19,10 +22,8 @@ def help_text(command: str, words: list[str]) -> str:
     choices = []
     for group, chosen in _chosen(command, words).items():
         files = {name: CONFIG_DIR / group / f"{name}.yaml" for name in choices_of(group)}
-        width = len(group) + 2 + max(map(len, files))
-        for name, path in files.items():
-            choices.append(f"  {f'{group}={name}':<{width}} {about(path.read_text('utf-8'))}")
-        choices.append("")
+        texts = {f"{group}={name}": about(path.read_text("utf-8")) for name, path in files.items()}
+        choices += [in_two_columns(texts, "  "), ""]
         if chosen not in files:
             continue
         text = files[chosen].read_text("utf-8")
@@ -38,6 +39,15 @@ def about(text: str) -> str:
     """Return the first comment of a YAML file, which describes it in one line."""
     lines = [line for line in text.splitlines() if not line.startswith("# @package")]
     return "".join(lines[:1]).lstrip("# ")
+
+
+def in_two_columns(texts: dict[str, str], start: str = "") -> str:
+    """Format names and their texts, wrapped to the terminal."""
+    width = max(map(len, texts)) + 2
+    indent = len(start) + width
+    columns = max(min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns), indent + 20)
+    wrap = textwrap.TextWrapper(columns, start, " " * indent, break_on_hyphens=False)
+    return "\n".join(wrap.fill(f"{name:<{width}}{text}") for name, text in texts.items())
 
 
 def _chosen(command: str, words: list[str]) -> dict[str, str | None]:

@@ -1,8 +1,6 @@
 """`metacv list`: the available methods, data sets, networks, heads and experiments, with our results."""
 
 import json
-import shutil
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,13 +11,12 @@ from metacv import CONFIG_DIR, KEPT_DIR
 from metacv.config import ListConfig
 from metacv.errors import UserError
 from metacv.experiments import published, under_its_protocol
-from metacv.help import about
+from metacv.help import about, in_two_columns
 from metacv.text import aligned, percent
 from metacv.words import choices, nearest
 
 GROUPS = {"methods": "algo", "datasets": "dataset", "backbones": "backbone", "heads": "head"}  # folders in configs/
 GROUPS |= {"experiments": "experiment"}
-WIDTH = 100  # columns of a line at most
 NOTE = """\
 ours: accuracy of the model that comes with metacv, often trained for fewer steps
 than the paper's (see RESULTS.md). metacv evaluate checkpoint=NAME repeats it."""
@@ -27,12 +24,9 @@ than the paper's (see RESULTS.md). metacv evaluate checkpoint=NAME repeats it.""
 
 def table_of(group: str) -> str:
     """Format the names and first comments of a group's files, one or two lines each."""
-    names = choices(group)
-    indent = max(map(len, names)) + 2
-    texts = ((name, about((CONFIG_DIR / group / f"{name}.yaml").read_text("utf-8"))) for name in names)
-    width = min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns)
-    wrap = textwrap.TextWrapper(max(width, indent + 20), subsequent_indent=" " * indent, break_on_hyphens=False)
-    return "\n".join(wrap.fill(f"{name:<{indent}}{text}") for name, text in texts)
+    return in_two_columns(
+        {name: about((CONFIG_DIR / group / f"{name}.yaml").read_text("utf-8")) for name in choices(group)}
+    )
 
 
 def experiment_rows() -> Iterator[tuple[str, ...]]:

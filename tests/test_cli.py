@@ -23,6 +23,7 @@ from metacv import CONFIG_DIR, cli, completion
 from metacv.config import EvaluateConfig
 from metacv.errors import UserError
 from metacv.evaluate import prepare
+from metacv.help import about
 from metacv.model import load_checkpoint
 from metacv.results import Result, read_results
 from metacv.terminal import error_line
@@ -147,7 +148,7 @@ def assert_one_line(answer: tuple[int, str, str], message: str) -> None:
         (("hydra/launcher=5",), "hydra/launcher=5: must be the name of a file"),
         (("algo=null",), "algo=null: must be the name of a file in configs/algo"),
         (("way=many",), "way=many: must be a whole number from 2 to 10000"),
-        (("train_way=1000",), "way=1000, but glyphs train has only 30 classes; lower it, or set dataset.fractions"),
+        (("train_way=1000",), "way=1000, but glyphs train has only 30 classes; lower train_way, or set"),
         (("shot=15", "query=10"), "train_shot=15 + train_query=10 needs 25 images per class, but"),
         (("algo.inner_lr=fast",), "algo.inner_lr=fast: must be a number above 0 and at most 1000000000"),
         (("algo.inner_lr=-1",), "algo.inner_lr=-1: must be a number above 0"),
@@ -371,26 +372,36 @@ def test_help_names_the_commands_and_the_version(metacv):
     from metacv import __version__
 
     usage = metacv("--help")[1]
+    assert max(map(len, usage.splitlines())) < 80
     assert all(f"metacv {command} " in usage for command in COMMANDS)
     assert metacv("help")[1] == usage
     assert metacv("--version") == (0, f"metacv {__version__}\n", "")
 
 
-def test_the_help_of_train_has_a_line_for_every_file_of_configs(metacv):
+def test_the_help_of_train_has_an_entry_for_every_file_of_configs(metacv):
     train, evaluate = metacv("train", "--help")[1], metacv("evaluate", "-h")[1]
     choices = [
         p.relative_to(CONFIG_DIR).with_suffix("").as_posix().split("/", 1) for p in CONFIG_DIR.glob("*/**/*.yaml")
     ]
     assert len(choices) > 40
     for group, name in choices:
-        (line,) = re.findall(rf"^  {group}={name} +(\S.+)$", train, re.MULTILINE)
-        assert len(line) > 20
+        text = about((CONFIG_DIR / group / f"{name}.yaml").read_text())
+        assert len(text) > 20
+        assert re.search(rf"^  {group}={name} ", train, re.MULTILINE)
+        assert f" {group}={name} {text} " in " ".join(train.split())
         assert (f"  {group}={name} " in evaluate) == (group in ("dataset", "backbone", "head"))
     assert "meta_batch: 4 # tasks per step" in train
     assert "episodes: null" in evaluate
     assert re.search(r"^  images: 20 # \w+", train, re.MULTILINE)
     assert 'eval "$(metacv -sc install=bash)"' in train
     assert "_target_" not in train
+
+
+def test_the_choices_in_the_help_fit_the_terminal(metacv, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    choices = metacv("train", "--help")[1].partition("\nChoices")[2].partition("\nSettings")[0].splitlines()
+    assert len(choices) > 100
+    assert 70 < max(map(len, choices)) <= 80
 
 
 def test_help_shows_the_settings_of_the_chosen_files(metacv):

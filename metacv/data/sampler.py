@@ -87,13 +87,14 @@ class EpisodeSampler(Sampler):
         self.classes = len(bank.sizes) * turns
         most = turns * min(bank.classes_of_groups)
         place = f"{bank.name} has only {most} classes{' in one of its data sets' * (most < self.classes)}"
+        advice = f"lower {prefix}way, or set dataset.fractions if the split is random"
         size, name = min(zip(bank.sizes.tolist(), bank.class_names, strict=True), default=(0, ""))
         least = 1 if vary else shot
         need = f"{prefix}shot={least} + {prefix}query={query} needs {least + query} images per class,"
         _, height, width = bank.image_shape
         check_crop(bank, augment)
         for wrong, message in (
-            (way > most, f"{prefix}way={way}, but {place}; lower it, or set dataset.fractions if the split is random"),
+            (way > most, f"{prefix}way={way}, but {place}; {advice}"),
             (least + query > size, f"{need} but {name} of {bank.name} has {size}"),
             (rotation != "none" and height != width, f"rotation={rotation} needs square images, not {height}x{width}"),
         ):
