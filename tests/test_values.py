@@ -66,7 +66,7 @@ ACCEPTED = {  # which of the values a setting may have by its type; a setting th
     "schedule.cycle_momentum head.flip head.cosine head.normalize resume dry_run evaluate:unseen_only "
     "compare:unseen_only predict:unknown",
     "zero": "algo.multi_step_loss_steps algo.first_order_steps augment.crop backbone.padding head.augment "
-    "schedule.total_iters",
+    "schedule.total_iters finetune:head.lr",
     "list": "normalize.mean normalize.std evaluate:normalize.mean evaluate:normalize.std predict:normalize.mean "
     "predict:normalize.std backbone.padding dataset.weights",
     "empty list": "normalize.mean normalize.std evaluate:normalize.mean evaluate:normalize.std predict:normalize.mean "
