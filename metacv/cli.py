@@ -1,7 +1,6 @@
 """`metacv COMMAND name=value ...`: train uses the command line of Hydra, the other commands use its compose API."""
 
 import importlib
-import io
 import os
 import re
 import shlex
@@ -13,15 +12,12 @@ from metacv.completion import complete
 from metacv.errors import UserError
 from metacv.help import COMMANDS, help_text
 from metacv.processes import processes_to_start, train_in_processes
-from metacv.terminal import report_error, silent_unless_rank_zero, world_size
+from metacv.terminal import prepare_process, report_error, silent_unless_rank_zero, world_size
 from metacv.words import IN_ITS_FOLDER, hydra_overrides, quoted
 
 
 def main() -> None:
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # threads do not use up a core that another process needs
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # some terminals cannot encode ±
+    prepare_process()
     try:
         code = _with_errors_in_one_line(sys.argv[1:])
         sys.stdout.flush()

@@ -1,7 +1,10 @@
 """Terminal output: errors and warnings in one line, progress bars, and silence on ranks other than 0."""
 
+import atexit
 import contextlib
 import errno
+import gc
+import io
 import multiprocessing
 import os
 import re
@@ -15,6 +18,15 @@ from tqdm import tqdm
 from metacv.errors import UserError
 from metacv.text import printable, short
 from metacv.words import nearest, settings
+
+
+def prepare_process() -> None:
+    """Make settings of the process that commands need, before torch is imported."""
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # threads do not use up a core that another process needs
+    atexit.register(gc.freeze)  # or Python looks for garbage in all of torch at the end, which takes a second
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # some terminals cannot encode ±
 
 
 def world_size() -> int:

@@ -1,6 +1,8 @@
 """The command line: evaluation, errors in one line, help and completion."""
 
+import atexit
 import errno
+import gc
 import hashlib
 import os
 import pickle
@@ -51,6 +53,13 @@ def test_threads_wait_asleep_unless_the_environment_says_how_long_they_spin(meta
             monkeypatch.delenv("GOMP_SPINCOUNT")
         metacv("--version")
         assert os.environ["GOMP_SPINCOUNT"] == expected
+
+
+def test_python_does_not_look_for_garbage_at_the_end_of_a_command(metacv, monkeypatch):
+    at_the_end: list[object] = []
+    monkeypatch.setattr(atexit, "register", at_the_end.append)
+    metacv("--version")
+    assert at_the_end == [gc.freeze]
 
 
 def results() -> list[Result]:
