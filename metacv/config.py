@@ -125,6 +125,7 @@ class EvaluateConfig(TestConfig):
     backbone: dict[str, Any] = field(default_factory=dict)
     normalize: NormalizeConfig = field(default_factory=NormalizeConfig)
     calibrate: Literal["val", "loo"] | None = None
+    pictures: bool = True
 
     def balances(self, uses_query_set: bool, vary: str | None = None) -> tuple[QueryBalance, ...]:
         """Return the balances of the queries to measure. null: both for a head that uses the whole query set, whose

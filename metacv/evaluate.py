@@ -34,7 +34,7 @@ from metacv.config import (
     network_name,
     validation_protocol,
 )
-from metacv.confusion import Predictions
+from metacv.confusion import Predictions, confusion
 from metacv.data.bank import Dataset, ImageBank, fitted
 from metacv.data.sampler import EpisodeList, EpisodeSampler
 from metacv.episodes import FEATURES_AT_ONCE, SharedFeatures, embed_rows, predict_episodes
@@ -270,10 +270,24 @@ def evaluate(cfg: EvaluateConfig, folder: Path) -> None:
     if len({result.query_balance for _, result in measured}) > 1:
         print(balances_side_by_side([result for _, result in measured]))
     if len({result.batch_norm for _, result in measured}) == 1 and not measured[0][1].vary:
-        from metacv.pictures import write_pictures  # matplotlib is slow to import, and training does not need it
-
-        write_pictures(folder, *measured[0])
+        write_details(folder, *measured[0], with_pictures=cfg.pictures)
     print(f"result: {folder / 'result.json'}")
+
+
+def write_details(folder: Path, predictions: Predictions, result: Result, with_pictures: bool) -> None:
+    """Write classes.csv and the pictures; print the hardest pairs and the files written."""
+    found = confusion(predictions)
+    files = {"classes.csv": found.csv()}
+    if with_pictures:
+        from metacv.pictures import pictures  # matplotlib is slow to import, and training does not need it
+
+        files |= pictures(predictions, result, found)
+    for name, content in files.items():
+        with written_or_refused(folder / name):
+            write_bytes_atomically(folder / name, content)
+    if text := found.describe():
+        print(text)
+    print(f"written: {folder}/{', '.join(files)}")
 
 
 def evaluate_checkpoint(cfg: EvaluateConfig) -> list[tuple[Predictions, Result]]:

@@ -2,7 +2,6 @@
 
 import io
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy
 import torch
@@ -12,10 +11,9 @@ from matplotlib.style import context
 from matplotlib.text import Text
 from threadpoolctl import threadpool_limits
 
-from metacv.confusion import Confusion, Predictions, class_names, confusion
+from metacv.confusion import Confusion, Predictions, class_names
 from metacv.curves import STYLE
 from metacv.drawing import font_for, legible
-from metacv.files import write_bytes_atomically, written_or_refused
 from metacv.results import Result, method_text
 from metacv.text import columns, without_middle
 
@@ -28,20 +26,13 @@ EMBEDDED, IMAGES_EACH, FEWEST = 10, 30, 20  # maximum of classes and of images p
 LETTER, LONGEST = 0.085, 30  # width of a letter in inches; maximum of letters in a name
 
 
-def write_pictures(folder: Path, predictions: Predictions, result: Result) -> None:
-    """Write classes.csv, confusion.png and embedding.png; print the hardest pairs and the files written."""
-    found = confusion(predictions)
-    method = method_text(result.method, result.head)
-    tested = f"{result.dataset} {result.split}, {method}, {result.shape}"
-    files = {"classes.csv": found.csv(), "confusion.png": png(confusion_matrix(found, tested))}
+def pictures(predictions: Predictions, result: Result, found: Confusion) -> dict[str, bytes]:
+    """Draw confusion.png and, if images were embedded once, embedding.png; return the files by name."""
+    tested = f"{result.dataset} {result.split}, {method_text(result.method, result.head)}, {result.shape}"
+    files = {"confusion.png": png(confusion_matrix(found, tested))}
     if len(predictions.features) and (figure := embedding(predictions, tested)):
         files["embedding.png"] = png(figure)
-    for name, content in files.items():
-        with written_or_refused(folder / name):
-            write_bytes_atomically(folder / name, content)
-    if text := found.describe():
-        print(text)
-    print(f"written: {folder}/{', '.join(files)}")
+    return files
 
 
 @context([STYLE, PRINTED])

@@ -171,7 +171,7 @@ def metacv(monkeypatch, tmp_path, data_dir, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("METACV_DATA_DIR", str(data_dir))
     # They take most of the time of a short run; tests/test_pictures.py and tests/test_console.py draw them.
-    monkeypatch.setattr("metacv.pictures.write_pictures", lambda *_: None)
+    monkeypatch.setattr("metacv.evaluate.write_details", lambda *_, **__: None)
     monkeypatch.setattr("metacv.curves.results_picture", lambda *_: b"")
 
     def run(*arguments: str) -> tuple[int, str, str]:

@@ -14,7 +14,8 @@ from PIL import Image
 
 from metacv.confusion import Predictions, confusion
 from metacv.data.sampler import EpisodeList, EpisodeSampler
-from metacv.pictures import clipped, confusion_matrix, embedding, legible_names, png, write_pictures
+from metacv.evaluate import write_details
+from metacv.pictures import clipped, confusion_matrix, embedding, legible_names, png
 from metacv.results import read_results
 
 NAMES = ("a rather long name of a class of birds", "красная_шапочка", "大熊猫", "cost_$x^2$_of_{", "=1+1")
@@ -149,7 +150,7 @@ def test_too_few_or_equal_features_have_no_embedding_picture(known):
 @pytest.fixture
 def drawing(metacv, monkeypatch):
     """The command line, which draws pictures."""
-    monkeypatch.setattr("metacv.pictures.write_pictures", write_pictures)
+    monkeypatch.setattr("metacv.evaluate.write_details", write_details)
     return metacv
 
 
@@ -179,6 +180,14 @@ def test_two_batch_norm_modes_have_no_pictures(drawing, trained):
     code, _, _ = drawing("evaluate", *words, "hydra.run.dir=out")
     assert code == 0
     assert {path.name for path in Path("out").iterdir()} == {"result.json", "accuracies.npy"}
+
+
+def test_without_pictures_the_table_of_classes_is_written_alone(drawing, trained):
+    words = (f"checkpoint={trained('protonet')}", "episodes=4", "query=5", "pictures=false", "device=cpu")
+    code, out, _ = drawing("evaluate", *words, "hydra.run.dir=out")
+    assert code == 0
+    assert {path.name for path in Path("out").iterdir()} == {"result.json", "accuracies.npy", "classes.csv"}
+    assert "written: out/classes.csv\n" in out
 
 
 def test_evaluating_features_writes_pictures(drawing):

@@ -64,7 +64,7 @@ ACCEPTED = {  # which of the values a setting may have by its type; a setting th
     "backbone.ceil_pool algo.learn_rates algo.per_step_norm backbone.global_pool backbone.norm_scale "
     "backbone.running_stats backbone.frozen dataset.crop dataset.color dataset.invert dataset.resize "
     "schedule.cycle_momentum head.flip head.cosine head.normalize resume dry_run evaluate:unseen_only "
-    "compare:unseen_only predict:unknown",
+    "evaluate:pictures compare:unseen_only predict:unknown",
     "zero": "algo.multi_step_loss_steps algo.first_order_steps augment.crop backbone.padding head.augment "
     "schedule.total_iters finetune:head.lr",
     "list": "normalize.mean normalize.std evaluate:normalize.mean evaluate:normalize.std predict:normalize.mean "
