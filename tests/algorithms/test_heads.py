@@ -74,6 +74,17 @@ def test_nearest_mean_and_its_centred_form_by_hand():
     assert torch.allclose(centred(tasks), 2 * cosines - 2)
 
 
+def test_with_cosine_the_label_is_that_of_the_largest_cosine_to_a_class_mean():
+    support = torch.tensor([[[1.0, 0.0], [0.0, 3.0], [0.8, 0.6], [1.6, 1.2]]])
+    labels, query = torch.tensor([[0, 0, 1, 1]]), torch.tensor([[[2.0, 0.0]]])
+    tasks = TaskBatch(support, labels, query, torch.zeros(1, 1, dtype=torch.long), 2, labels[:, :1])
+    # The means (0.5, 0.5) and (0.8, 0.6) against (1, 0): the first is scaled to (0.71, 0.71).
+    assert torch.allclose(NearestMean()(tasks), torch.tensor([[[-0.5, -0.4]]]))
+    assert torch.allclose(NearestMean(cosine=True)(tasks), torch.tensor([[[2 * 0.5**0.5 - 2, 2 * 0.8 - 2]]]))
+    with pytest.raises(ValueError, match="cosine=true: needs normalize=true"):
+        NearestMean(normalize=False, cosine=True)
+
+
 def test_nearest_mean_keeps_its_digits_far_from_the_origin():
     tasks = feature_tasks(dtype=torch.float32)
     far = tasks.map(lambda features: features + 10_000)
