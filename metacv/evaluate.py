@@ -29,7 +29,6 @@ from metacv.config import (
     TestConfig,
     TrainConfig,
     class_name,
-    differences,
     merged,
     network_name,
     validation_protocol,
@@ -92,12 +91,8 @@ class Evaluation:
     @property
     def changes(self) -> dict[str, Any]:
         """Settings of algorithm and head that differ from training, except those that change speed only."""
-        own, trained = self.config, self.checkpoint.config
-        of_algo = {name: now for name, now, _ in differences(own.algo, trained.algo)}
-        of_head = {f"head.{name}": now for name, now, _ in differences(own.head, trained.head)}
-        if of_head.pop("head._target_", None):
-            of_head = {"head": class_name(own.head), **of_head}
-        return {name: now for name, now in of_algo.items() if name not in self.algorithm.execution_settings} | of_head
+        found = self.checkpoint.changes(self.config)
+        return {name: now for name, now in found.items() if name not in self.algorithm.execution_settings}
 
     @property
     def about(self) -> dict[str, str]:

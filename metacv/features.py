@@ -18,7 +18,7 @@ from metacv.data.bank import ImageBank
 from metacv.data.sampler import EpisodeList, EpisodeSampler
 from metacv.errors import UserError
 from metacv.files import check_growth, size_of, user_path
-from metacv.model import build_node, describe_device, pick_device
+from metacv.model import beyond_defaults, build_node, describe_device, pick_device
 from metacv.progress import Progress, header
 from metacv.results import Result, check_accuracies, summary, task_text
 from metacv.terminal import say
@@ -86,6 +86,7 @@ def measure(node: dict[str, Any], episodes: EpisodeList, cfg: EvaluateConfig) ->
         images_sha256=sampler.bank.fingerprint,
         method="features",
         head=class_name(node),
+        changes=beyond_defaults("head", node, Head),
         device=describe_device(sampler.device),
         tasks_per_second=len(accuracy) / (time.perf_counter() - start),
         torch=str(torch.__version__),

@@ -27,7 +27,7 @@ from metacv.algorithms.heads.base import Head
 from metacv.backbones.base import Backbone
 from metacv.backbones.batch_norm import batch_norms
 from metacv.bounds import TORCH, checked
-from metacv.config import NormalizeConfig, TrainConfig, class_name, from_dict, to_dict
+from metacv.config import NormalizeConfig, TrainConfig, class_name, differences, from_dict, to_dict
 from metacv.data.bank import Dataset, Look
 from metacv.errors import UserError
 from metacv.files import read_checked, sha256, user_path, write_atomically, written_or_refused
@@ -101,6 +101,14 @@ class Checkpoint:
         algorithm = build(*given)
         self.load_weights(algorithm)
         return algorithm
+
+    def changes(self, config: TrainConfig) -> dict[str, Any]:
+        """Return the settings of algorithm and head in `config` that differ from those of the training."""
+        of_algo = {name: now for name, now, _ in differences(config.algo, self.config.algo)}
+        of_head = {f"head.{name}": now for name, now, _ in differences(config.head, self.config.head)}
+        if of_head.pop("head._target_", None):
+            of_head = {"head": class_name(config.head), **of_head}
+        return of_algo | of_head
 
     def load_weights(self, algorithm: Algorithm) -> None:
         try:
@@ -303,6 +311,13 @@ def settings(config: TrainConfig) -> dict[str, Any]:
 def execution_settings(algo: dict[str, Any]) -> set[str]:
     """Return the full names of the algorithm's settings that change its speed and memory, not its result."""
     return {f"algo.{name}" for name in target_class("algo", algo, Algorithm).execution_settings}
+
+
+def beyond_defaults(name: str, node: dict[str, Any], base: type) -> dict[str, Any]:
+    """Return the settings of a config node, by their full names, that are not the defaults of its class."""
+    known = parameters_of(target_class(name, node, base))
+    given = {key: value for key, value in node.items() if key in known and value != known[key].default}
+    return {f"{name}.{key}": value for key, value in given.items()}
 
 
 def parameters_of(cls: type) -> dict[str, inspect.Parameter]:

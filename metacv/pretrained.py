@@ -13,7 +13,7 @@ from PIL import Image
 
 from metacv import CONFIG_DIR
 from metacv.algorithms.base import Algorithm
-from metacv.algorithms.heads.base import Embedding
+from metacv.algorithms.heads.base import Embedding, Head
 from metacv.algorithms.heads.finetune import SHIFT
 from metacv.backbones.base import Backbone
 from metacv.config import (
@@ -30,7 +30,10 @@ from metacv.config import (
 from metacv.errors import UserError
 from metacv.feature_cache import digest
 from metacv.features import DEFAULT_HEAD
-from metacv.model import Checkpoint, Training, build, build_dataset, build_node, load_checkpoint
+from metacv.model import Checkpoint, Training, beyond_defaults, build, build_dataset, build_node, load_checkpoint
+
+# Settings of a network that a result has as `backbone`, or with the weights in `stages` and `checkpoint_sha256`.
+KNOWN_OTHERWISE = {"backbone.name", "backbone.weights", "backbone.weights_file"}
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,13 @@ class Unsaved(Checkpoint):
     def sha256(self) -> str:
         """The hash of its weights."""
         return digest(self.content["algorithm"])
+
+    def changes(self, config: TrainConfig) -> dict[str, Any]:
+        """Return the settings of network, images and head that are not the defaults."""
+        found = beyond_defaults("backbone", config.backbone, Backbone) | beyond_defaults("head", config.head, Head)
+        if config.normalize != NormalizeConfig():
+            found |= {f"normalize.{name}": value for name, value in vars(config.normalize).items()}
+        return {name: now for name, now in found.items() if name not in KNOWN_OTHERWISE and now != "own"}
 
     def build(self, config: TrainConfig | None = None) -> Algorithm:
         return copy.deepcopy(self.network)  # the settings of the command line have no others

@@ -50,6 +50,9 @@ def test_features_use_default_tasks_unless_the_command_line_changes_them(metacv,
     assert code == 0
     assert "NearestMean, 5-way 1-shot, 15 queries per class, 600 episodes of features.npz" in out
     assert (Path("own/accuracies.npy")).exists()
+    assert metacv("evaluate", f"features={exported}", "head=ncm", "head.cosine=true", "hydra.run.dir=cosine")[0] == 0
+    changes = [read_results(Path(place, "result.json")).results[0].changes for place in ("own", "cosine")]
+    assert changes == [{}, {"head.cosine": True}]
 
 
 def test_invalid_features_and_settings_exit_with_one_clear_line(metacv, exported):

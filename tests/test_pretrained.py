@@ -50,6 +50,11 @@ def test_a_network_without_a_run_has_the_accuracy_of_a_checkpoint_with_its_weigh
     assert (own["backbone"], own["method"], own["head"]) == ("Conv4", "Embedding", "NearestMean")
     assert (own["checkpoint"], len(own["checkpoint_sha256"])) == ("weights.pth", 64)
     assert own["episodes_sha256"] == trained["episodes_sha256"]
+    assert own["changes"] == {"backbone.channels": 8}
+    words = ("head.cosine=true", "normalize.mean=[0.5]", "backbone.padding=[1,1,1,1]")
+    assert run("evaluate", *NETWORK, *DATA, *TASK, *words, "hydra.run.dir=c")[0] == 0
+    expected = {"head.cosine": True, "normalize.mean": [0.5], "normalize.std": [1.0], "backbone.padding": [1] * 4}
+    assert result("c")["changes"] == own["changes"] | expected
 
 
 def test_predict_without_a_run_labels_as_evaluate_does_and_saves_a_whole_model(run, tmp_path):
