@@ -47,7 +47,7 @@ from metacv.precision import check_precision, keep_freed_memory, precision, rand
 from metacv.progress import header
 from metacv.results import ResultFile, method_text, shape_text, summary, warn_at_chance
 from metacv.run import Run, Stopped, StopSignals, lock_folder, remove_unused, start, warn_of_few_test_classes
-from metacv.terminal import progress_bar, warn
+from metacv.terminal import progress_bar, warn, world_size
 from metacv.text import duration, in_bytes, percent, plural, setting, significant
 from metacv.unusual import unusual
 
@@ -140,11 +140,21 @@ def about(run: Run, validation: EpisodeList, folder: Path) -> dict[str, str]:
         "method": f"{method(config)}, trained {trained}",
         "data": f"{class_name(config.dataset)}, {size}: {', '.join(splits)}",
         "network": f"{network_name(config.backbone)}, {parameters:,} parameters",
-        "device": ", ".join([run.hardware, *([config.precision] if config.precision != "fp32" else [])]),
+        "device": ", ".join([run.hardware, *([config.precision] if config.precision != "fp32" else [])])
+        + (f" (processes={count} is often faster)" if (count := faster_processes(run)) > 1 else ""),
         "steps": f"{run.steps:,}{start}, validated every {config.eval_every:,} on {len(validation):,} "
         f"{shape_text(config.way, config.shot, config.vary)} tasks",
         "folder": str(folder),
     }
+
+
+def faster_processes(run: Run) -> int:
+    """Return the number of processes that are often faster than one, which computes a task on all cores. Two cores
+    gained most for methods with an inner loop, and nothing for batches of images."""
+    by_tasks = isinstance(run.sampler, EpisodeSampler) and not run.algorithm.sequential_because
+    if not by_tasks or run.sampler.device.type != "cpu" or world_size() > 1:
+        return 1
+    return max(n for n in range(1, torch.get_num_threads() + 1) if run.config.meta_batch % n == 0)
 
 
 def method(config: TrainConfig) -> str:
