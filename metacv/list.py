@@ -18,8 +18,9 @@ from metacv.words import choices, nearest
 GROUPS = {"methods": "algo", "datasets": "dataset", "backbones": "backbone", "heads": "head"}  # folders in configs/
 GROUPS |= {"experiments": "experiment"}
 NOTE = """\
-ours: accuracy of the model that comes with metacv, often trained for fewer steps
-than the paper's (see RESULTS.md). metacv evaluate checkpoint=NAME repeats it."""
+ours: accuracy of the model that comes with metacv, often trained for fewer
+steps than the paper's. metacv evaluate checkpoint=NAME repeats it. RESULTS.md
+names the papers."""
 
 
 def table_of(group: str) -> str:
@@ -30,7 +31,7 @@ def table_of(group: str) -> str:
 
 
 def experiment_rows() -> Iterator[tuple[str, ...]]:
-    """Yield name, batch-norm mode, published accuracy, our accuracy and paper, for each published number."""
+    """Yield name, batch-norm mode, published accuracy and our accuracy, for each published number."""
     for name in choices("experiment"):
         paper = published(yaml.safe_load((CONFIG_DIR / f"experiment/{name}.yaml").read_text("utf-8")).get("paper", []))
         kept = KEPT_DIR / name / "result.json"
@@ -38,14 +39,14 @@ def experiment_rows() -> Iterator[tuple[str, ...]]:
         ours = under_its_protocol(SimpleNamespace(**record) for record in records)
         texts = {mode: percent(result.accuracy, result.ci95) for mode, result in ours.items()}
         if not paper:
-            yield name, "".join([*texts][:1]), "", "".join([*texts.values()][:1]), ""
+            yield name, "".join([*texts][:1]), "", "".join([*texts.values()][:1])
         for number in paper:
-            yield name, number.batch_norm, str(number), texts.get(number.batch_norm, ""), number.source.split(",")[0]
+            yield name, number.batch_norm, str(number), texts.get(number.batch_norm, "")
 
 
 def experiments() -> str:
     """Format a table with a line for each published number."""
-    head = ("", "batch norm", "paper %", "ours %", "published in")
+    head = ("", "batch norm", "paper %", "ours %")
     return f"{aligned([[*row] for row in (head, *experiment_rows())])}\n{NOTE}"
 
 
