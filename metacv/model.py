@@ -97,7 +97,14 @@ class Checkpoint:
         given = config or self.config, self.image_shape, self.training.classes
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns that nothing is copied
-            self.load_weights(build(*given))  # first without memory: settings of a file may ask for any amount
+            try:
+                sketch = build(*given)  # first without memory: settings of a file may ask for any amount
+            except UserError as error:
+                if config is None:
+                    raise UserError(f"{self.path}: {error}") from None
+                self.build()  # an error if the settings of the file are invalid too, not only those of the command
+                raise
+            self.load_weights(sketch)
         algorithm = build(*given)
         self.load_weights(algorithm)
         return algorithm

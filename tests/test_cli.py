@@ -322,6 +322,17 @@ def test_weights_and_images_that_do_not_fit_the_config_are_refused(run):
     assert_one_line(run(*EVALUATE, "checkpoint=large.pt"), message)
 
 
+def test_an_invalid_setting_of_a_checkpoint_is_reported_with_its_file_and_one_of_the_command_without(run):
+    content = torch.load("run/best.pt", weights_only=True)
+    content["config"]["algo"]["depth"] = 3
+    torch.save(content, "newer.pt")
+    expected = "newer.pt: algo.depth: ProtoNet has no such setting"
+    for words in ((), ("algo.metric=cosine",)):
+        assert_one_line(run(*EVALUATE, "checkpoint=newer.pt", *words), expected)
+    code, _, err = run(*EVALUATE, "checkpoint=run", "algo.metric=odd")
+    assert (code, err) == (1, "metacv: algo.metric=odd: must be one of sqeuclidean, cosine\n")
+
+
 def test_hydra_full_error_shows_the_traceback(metacv, monkeypatch):
     def with_traceback(*arguments: str) -> None:
         monkeypatch.setattr(sys, "argv", ["metacv", *arguments])
