@@ -147,6 +147,7 @@ def test_a_shorter_or_different_run_does_not_replace_results(finished, tmp_path,
     assert {path: path.read_bytes() for path in (place.kept / NAME).iterdir()} == before
 
 
+@pytest.mark.slow
 def test_a_run_serves_another_experiment_that_trains_in_the_same_way(finished, tmp_path):
     place = finished.copy(tmp_path)
     place.reproduce("omniglot/protonet_20w1s", "--run-of", NAME, "--", *STEPS)

@@ -147,6 +147,7 @@ def test_the_table_shows_which_experiments_were_not_run(reptile):
         "fc100/",
         "quick/",
         "omniglot/classifier_",
+        "omniglot/mamlpp_",
         "miniimagenet/classifier_5w",
         "miniimagenet/protonet_init",
     )
