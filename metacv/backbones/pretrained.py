@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from metacv.backbones.base import Backbone, ImageShape
 from metacv.backbones.weights import load_weights
 from metacv.bounds import Size
+from metacv.errors import UserError
 from metacv.text import first_line
 from metacv.words import nearest
 
@@ -94,3 +95,8 @@ class Pretrained(Backbone):
     def download(self) -> str | None:
         """Download weights, if the settings ask for it, and load them; return a line for results about them."""
         raise NotImplementedError
+
+    def not_downloaded(self, place: str, error: Exception) -> UserError:
+        """Return the error for weights that cannot be had from `place`: no network, an incomplete file, ..."""
+        advice = "download it elsewhere and set backbone.weights_file to its path"
+        return UserError(f"backbone.weights: {place} could not be downloaded ({first_line(error)}); {advice}")

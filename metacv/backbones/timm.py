@@ -7,7 +7,6 @@ from torch import Tensor
 
 from metacv.backbones.base import ImageShape
 from metacv.backbones.pretrained import Pretrained
-from metacv.errors import UserError
 from metacv.terminal import say
 from metacv.text import first_line
 from metacv.words import nearest
@@ -63,10 +62,8 @@ class Timm(Pretrained):
         try:
             found = timm.create_model(self.name, pretrained=True).state_dict()
             self.network.load_state_dict({name: found[name] for name in self.network.state_dict()})
-        except Exception as error:  # no network, no weights under this name, ...
+        except Exception as error:
             place = f"https://huggingface.co/{hub}/model.safetensors" if hub else self.about.get("url") or self.name
-            reason = f"{place} could not be downloaded ({first_line(error)})"
-            advice = "download it elsewhere and set backbone.weights_file to its path"
-            raise UserError(f"backbone.weights: {reason}; {advice}") from None
+            raise self.not_downloaded(place, error) from None
         tag = self.about.get("tag") or "default"
         return f"weights {tag} of timm, trained on ImageNet or other images, and so perhaps on classes of the test"

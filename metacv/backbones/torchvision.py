@@ -8,8 +8,6 @@ from torchvision import models
 
 from metacv.backbones.base import ImageShape
 from metacv.backbones.pretrained import Pretrained
-from metacv.errors import UserError
-from metacv.text import first_line
 
 
 class Torchvision(Pretrained):
@@ -59,8 +57,6 @@ class Torchvision(Pretrained):
             found = self.weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
             found = {self.renamed(name): value for name, value in found.items()}
             self.network.load_state_dict({name: value for name, value in found.items() if name in own})
-        except Exception as error:  # no network, an incomplete file, ...
-            reason = f"could not be downloaded ({first_line(error)})"
-            advice = "download it elsewhere and set backbone.weights_file to its path"
-            raise UserError(f"backbone.weights: {self.weights.url} {reason}; {advice}") from None
+        except Exception as error:
+            raise self.not_downloaded(self.weights.url, error) from None
         return f"{self.weights} of torchvision, trained on ImageNet, and so perhaps on classes of the test"

@@ -150,10 +150,19 @@ def test_the_table_shows_which_experiments_were_not_run(reptile):
         "omniglot/mamlpp_",
         "miniimagenet/classifier_5w",
         "miniimagenet/protonet_init",
+        "miniimagenet/maml_init",
+        "miniimagenet/fomaml_init",
     )
     heads = len(results_table.QUERY_SET_HEADS) + 1  # and the nearest class mean
     named = len([name for name in results_table.EXPERIMENTS if name.startswith(others)])
     assert len(lines) == papers + common + named + heads + len(results_table.TUNED)
+
+
+def test_a_second_stage_is_shown_beside_the_papers_number_of_its_method():
+    rows = [line for line in results_table.page().splitlines() if line.startswith("| ProtoNet | 5w1s")]
+    stage = read_results(REFERENCE / "miniimagenet/protonet_init_5w1s/result.json").results[0]
+    assert 100 * stage.accuracy > 49.42 - 0.78  # the paper's number without a first stage
+    assert rows[1].endswith(f"| {results_table.percent(stage.accuracy, stage.ci95)}, reached |")
 
 
 def test_results_of_another_checkpoint_are_not_shown(reptile):
