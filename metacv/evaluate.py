@@ -48,6 +48,7 @@ from metacv.model import (
     describe_device,
     load_checkpoint,
     pick_device,
+    settings,
     uses_query_set,
     with_head,
 )
@@ -70,6 +71,7 @@ from metacv.text import aligned, percent, plural, printable, shortened
 
 CHANGEABLE = ("way", "shot", "query", "vary", "episodes", "batch_norm", "seed")
 CLASSES = {"dataset": "dataset", "method": "algo", "head": "head"}  # field of a result -> group of settings
+DETAILS = ("classes.csv", "confusion.png", "embedding.png")  # written for one model in one batch-norm mode
 CENTRED_ON = 2000  # training images for the mean feature
 RATED_ON = 10  # validation episodes to choose a learning rate on; the authors of P>M>F use 3 to 5
 
@@ -415,7 +417,8 @@ def prepare(checkpoint: Checkpoint, given: TestConfig, others: Iterable[Checkpoi
     """
     config = with_changes(checkpoint, given)
     device = pick_device(given.device)
-    dataset = build_dataset(config.dataset, given.data_dir)
+    with checkpoint.blamed(config):
+        dataset = build_dataset(config.dataset, given.data_dir)
     if given.dataset.get("_target_"):
         dataset.prepare_like(build_dataset(checkpoint.config.dataset, given.data_dir))
     bank = dataset.load(given.split)
@@ -433,7 +436,9 @@ def prepare(checkpoint: Checkpoint, given: TestConfig, others: Iterable[Checkpoi
     task = config.way, config.shot, config.query, dataset.rotation(given.split)
     sampler = EpisodeSampler(bank, *task, config.seed, device, vary=config.vary)
     episodes = EpisodeList(sampler, config.episodes)
-    algorithm = with_head(checkpoint.build(config), config, checkpoint.centre).to(device)
+    network = checkpoint.build(config)
+    with checkpoint.blamed(config):
+        algorithm = with_head(network, config, checkpoint.centre).to(device)
     if isinstance(algorithm, WithHead) and algorithm.needs_centre:
         same = config.dataset["_target_"] == checkpoint.config.dataset["_target_"]
         source = dataset if same else build_dataset(checkpoint.config.dataset, given.data_dir)
@@ -465,12 +470,14 @@ def with_changes(checkpoint: Checkpoint, given: Any, names: tuple[str, ...] = CH
         changes["vary"] = None
     if "_target_" in given.algo:
         raise UserError("algo._target_: the method of a checkpoint cannot be changed")
+    known = settings(checkpoint.config)
     for group in ("algo", "dataset", "head"):
         changed = getattr(given, group)
-        trained = changed if "_target_" in changed else getattr(checkpoint.config, group)  # a new data set or head
-        if unknown := changed.keys() - trained.keys():
-            raise UserError(f"{group}.{min(unknown)}: {checkpoint.path} has no such setting")
-        changes[group] = merged(trained, changed)
+        if "_target_" not in changed:  # no new data set or head
+            if unknown := changed.keys() - known[group].keys():
+                raise UserError(f"{group}.{min(unknown)}: {checkpoint.path} has no such setting")
+            changed = merged(getattr(checkpoint.config, group), changed)
+        changes[group] = changed
     return dataclasses.replace(checkpoint.config, **changes)
 
 
@@ -482,6 +489,8 @@ def write_evaluation(
     Rows are in the order of the results; those with fewer episodes are padded with NaN.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    for name in DETAILS:  # of an earlier evaluation
+        (folder / name).unlink(missing_ok=True)
     content = io.BytesIO()
     rows = [accuracy for accuracy, _ in measured]
     numpy.save(content, pad_sequence(rows, batch_first=True, padding_value=math.nan).numpy())

@@ -11,6 +11,8 @@ import platform
 import re
 import typing
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -97,22 +99,30 @@ class Checkpoint:
         given = config or self.config, self.image_shape, self.training.classes
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns that nothing is copied
-            try:
+            with self.blamed(given[0]):
                 sketch = build(*given)  # first without memory: settings of a file may ask for any amount
-            except UserError as error:
-                if config is None:
-                    raise UserError(f"{self.path}: {error}") from None
-                self.build()  # an error if the settings of the file are invalid too, not only those of the command
-                raise
             self.load_weights(sketch)
         algorithm = build(*given)
         self.load_weights(algorithm)
         return algorithm
 
+    @contextmanager
+    def blamed(self, config: TrainConfig) -> Iterator[None]:
+        """Name the file in an error about a setting whose value in `config` is that of the file."""
+        try:
+            yield
+        except UserError as error:
+            group, _, name = re.split("[:=]", str(error))[0].partition(".")
+            now, trained = (getattr(one, group, {}) for one in (config, self.config))
+            if name not in trained or now[name] != trained[name]:
+                raise
+            raise UserError(f"{self.path}: {error}") from None
+
     def changes(self, config: TrainConfig) -> dict[str, Any]:
         """Return the settings of algorithm and head in `config` that differ from those of the training."""
-        of_algo = {name: now for name, now, _ in differences(config.algo, self.config.algo)}
-        of_head = {f"head.{name}": now for name, now, _ in differences(config.head, self.config.head)}
+        own, trained = settings(config), settings(self.config)
+        of_algo = {name: now for name, now, _ in differences(own["algo"], trained["algo"])}
+        of_head = {f"head.{name}": now for name, now, _ in differences(own["head"], trained["head"])}
         if of_head.pop("head._target_", None):
             of_head = {"head": class_name(config.head), **of_head}
         return of_algo | of_head
@@ -309,9 +319,11 @@ def target_class(name: str, node: dict[str, Any], base: type[T]) -> type[T]:
 def settings(config: TrainConfig) -> dict[str, Any]:
     """Return the settings as plain values, with defaults for settings that are newer than the checkpoint."""
     content = to_dict(config)
-    for group, base in (("algo", Algorithm), ("backbone", Backbone), ("schedule", LRScheduler)):
-        parameters = parameters_of(target_class(group, content[group], base)).values()
-        content[group] = {own.name: own.default for own in parameters if own.default is not own.empty} | content[group]
+    for group, base in (("algo", Algorithm), ("backbone", Backbone), ("schedule", LRScheduler), ("head", Head)):
+        if "_target_" in content[group]:
+            parameters = parameters_of(target_class(group, content[group], base)).values()
+            defaults = {own.name: own.default for own in parameters if own.default is not own.empty}
+            content[group] = defaults | content[group]
     return content
 
 

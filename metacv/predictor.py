@@ -130,11 +130,14 @@ class Predictor:
     @cached_property
     def dataset(self) -> Dataset:
         """The data set of training, which prepares images in the same way."""
-        return build_dataset(self.config.dataset, ".")
+        with self.checkpoint.blamed(self.config):
+            return build_dataset(self.config.dataset, ".")
 
     @cached_property
     def algorithm(self) -> Algorithm:
-        algorithm = with_head(self.checkpoint.build(self.config), self.config, self.checkpoint.centre).to(self.device)
+        network = self.checkpoint.build(self.config)
+        with self.checkpoint.blamed(self.config):
+            algorithm = with_head(network, self.config, self.checkpoint.centre).to(self.device)
         if isinstance(algorithm, WithHead) and algorithm.needs_centre:
             path = self.checkpoint.path
             raise UserError(f"head: {path} has no mean feature of training images; choose another head")

@@ -1,6 +1,8 @@
 """Use a pre-trained network without a training run: build a checkpoint of it in memory, which is in no file."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -28,12 +30,13 @@ from metacv.config import (
     to_dict,
 )
 from metacv.errors import UserError
-from metacv.feature_cache import digest
+from metacv.feature_cache import IGNORED, digest
 from metacv.features import DEFAULT_HEAD
 from metacv.model import Checkpoint, Training, beyond_defaults, build, build_dataset, build_node, load_checkpoint
 
-# Settings of a network that a result has as `backbone`, or with the weights in `stages` and `checkpoint_sha256`.
-KNOWN_OTHERWISE = {"backbone.name", "backbone.weights", "backbone.weights_file"}
+# Settings that do not change features, or that a result has as `backbone` and in `stages` and `checkpoint_sha256`.
+NOT_CHANGES = {"backbone.name", "backbone.weights", *(f"backbone.{name}" for name in IGNORED)}
+DEFAULT_SIZE = ("backbone.size", "own")  # without a training
 
 
 @dataclass(frozen=True)
@@ -47,12 +50,16 @@ class Unsaved(Checkpoint):
         """The hash of its weights."""
         return digest(self.content["algorithm"])
 
+    @contextmanager
+    def blamed(self, config: TrainConfig) -> Iterator[None]:
+        yield  # all settings are those of the command
+
     def changes(self, config: TrainConfig) -> dict[str, Any]:
-        """Return the settings of network, images and head that are not the defaults."""
+        """Return the settings of network, normalization and head that are not the defaults of their classes."""
         found = beyond_defaults("backbone", config.backbone, Backbone) | beyond_defaults("head", config.head, Head)
         if config.normalize != NormalizeConfig():
             found |= {f"normalize.{name}": value for name, value in vars(config.normalize).items()}
-        return {name: now for name, now in found.items() if name not in KNOWN_OTHERWISE and now != "own"}
+        return {name: now for name, now in found.items() if name not in NOT_CHANGES and (name, now) != DEFAULT_SIZE}
 
     def build(self, config: TrainConfig | None = None) -> Algorithm:
         return copy.deepcopy(self.network)  # the settings of the command line have no others

@@ -52,7 +52,7 @@ class Result:
     method: str = ""  # class name of the algorithm
     backbone: str = ""  # class name of the network, and its name in a library
     head: str = ""  # class name of the head that classified instead of the algorithm, if any
-    changes: dict[str, Any] = field(default_factory=dict)  # settings of method and head that differ from training's
+    changes: dict[str, Any] = field(default_factory=dict)  # settings of method and head that differ from training
     chosen: dict[str, Any] = field(default_factory=dict)  # a setting chosen on validation episodes
     checkpoint: str = ""
     checkpoint_sha256: str = ""

@@ -74,12 +74,12 @@ LAST_BLOCKS = {
     "flat": "max pool, flattened: 256 features",
 }
 AUGMENTATIONS = {"none": "none", "cropflip": "crop, flip"}
-# The head of a result and its settings.
+# The head of a result, and the settings head.flip and head.augment where they differ from those of the training.
 RECIPE_HEADS = {
-    "nearest mean": ("NearestMean", False, 0),
-    "CL2N": ("CL2N", False, 0),
-    "logistic": ("Logistic", False, 0),
-    "logistic, mirrored": ("Logistic", True, 0),
+    "nearest mean": ("NearestMean", None, None),
+    "CL2N": ("CL2N", None, None),
+    "logistic": ("Logistic", None, None),
+    "logistic, mirrored": ("Logistic", True, None),
     "logistic, mirrored, 5 copies": ("Logistic", True, 5),
 }
 COMMON_EPISODES = 2000
@@ -299,23 +299,22 @@ def recipes(shot: int) -> str:
     """Validation accuracies in % of classifiers by last block, augmentation and head; the best of a row is bold."""
     rows = []
     for block, features in LAST_BLOCKS.items():
-        for augmentation, text in AUGMENTATIONS.items():
+        for augmentation, images in AUGMENTATIONS.items():
             path = RECIPES / f"{block}_{augmentation}/result.json"
-            results = read_results(path).results if path.exists() else []
-            found = {
-                (result.head, bool(result.changes.get("head.flip")), result.changes.get("head.augment") or 0): result
-                for result in results
-                if result.shot == shot
-            }
-            best = max((result.accuracy for result in found.values()), default=0.0)
-            cells = [found.get(head) for head in RECIPE_HEADS.values()]
-            shown = ["" if cell is None else percent(cell.accuracy, cell.ci95) for cell in cells]
-            bold = [
-                f"**{text}**" if cell and cell.accuracy == best else text
-                for cell, text in zip(cells, shown, strict=True)
-            ]
-            rows.append([features, text, *bold])
+            results = [own for own in read_results(path).results if own.shot == shot] if path.exists() else []
+            assert all((own.split, own.query, own.episodes) == ("val", 15, 1000) for own in results), path
+            found = {(own.head, own.changes.get("head.flip"), own.changes.get("head.augment")): own for own in results}
+            assert len(found) == len(results), path
+            best = max((own.accuracy for own in results), default=0.0)
+            rows.append([features, images, *(recipe_cell(found.get(head), best) for head in RECIPE_HEADS.values())])
     return table(["last block", "augmentation", *RECIPE_HEADS], rows)
+
+
+def recipe_cell(result: Result | None, best: float) -> str:
+    if result is None:
+        return ""
+    shown = percent(result.accuracy, result.ci95)
+    return f"**{shown}**" if result.accuracy == best else shown
 
 
 def beside_unbalanced(results: dict[tuple[bool, str], Result], uses_query_set: bool) -> list[str]:
@@ -458,7 +457,8 @@ The same training with fewer steps, `experiment=quick/cifar_fs`:
 ## CIFAR-FS, which part of the recipe matters
 
 Two code bases publish numbers of RFS with a Conv4 on miniImageNet that differ by seven points (RFS 55.25 ± 0.58,
-LibFewShot 47.97). One network has no max pool in the last block and averages its map, the other pools and flattens.
+LibFewShot 47.97). The network of RFS has no max pool in the last block and averages its map; LibFewShot's pools and
+flattens.
 These are the validation accuracies on CIFAR-FS of six short trainings, 1200 steps of 128 images (4 epochs), which
 differ in the last block and the augmentation only, with five heads. 1000 episodes, 15 queries, one seed. *Mirrored*:
 `head.flip=true`. *5 copies*: `head.augment=5`. The results are in outputs/recipes.

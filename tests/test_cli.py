@@ -22,11 +22,11 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from metacv import CONFIG_DIR, cli, completion
-from metacv.config import EvaluateConfig
+from metacv.config import EvaluateConfig, differences
 from metacv.errors import UserError
 from metacv.evaluate import prepare
 from metacv.help import about
-from metacv.model import load_checkpoint
+from metacv.model import load_checkpoint, settings
 from metacv.results import Result, read_results
 from metacv.terminal import error_line
 from metacv.train import training_step
@@ -322,13 +322,31 @@ def test_weights_and_images_that_do_not_fit_the_config_are_refused(run):
     assert_one_line(run(*EVALUATE, "checkpoint=large.pt"), message)
 
 
-def test_an_invalid_setting_of_a_checkpoint_is_reported_with_its_file_and_one_of_the_command_without(run):
+@pytest.mark.parametrize("group", ["algo", "backbone", "head", "dataset"])
+def test_an_error_in_a_setting_of_a_checkpoint_names_its_file(run, group):
     content = torch.load("run/best.pt", weights_only=True)
-    content["config"]["algo"]["depth"] = 3
+    content["config"]["head"] = {"_target_": "metacv.algorithms.heads.ncm.NearestMean"}
+    content["config"][group]["depth"] = 3
     torch.save(content, "newer.pt")
-    expected = "newer.pt: algo.depth: ProtoNet has no such setting"
     for words in ((), ("algo.metric=cosine",)):
-        assert_one_line(run(*EVALUATE, "checkpoint=newer.pt", *words), expected)
+        code, _, err = run(*EVALUATE, "checkpoint=newer.pt", *words)
+        assert (code, err.count("\n")) == (1, 1)
+        assert re.fullmatch(rf"metacv: newer\.pt: {group}\.depth: \w+ has no such setting\n", err)
+
+
+def test_a_setting_that_is_newer_than_a_checkpoint_has_its_default_and_can_be_changed(run):
+    content = torch.load("run/best.pt", weights_only=True)
+    head = {"_target_": "metacv.algorithms.heads.ncm.NearestMean", "normalize": True, "augment": 0, "flip": False}
+    torch.save(content | {"config": content["config"] | {"head": head}}, "older.pt")  # without `cosine`
+    older = load_checkpoint("older.pt").config
+    newer = replace(older, head=older.head | {"cosine": False})
+    assert [*differences(settings(newer), settings(older))] == []  # so that a run resumes
+    for words, expected in {("head=ncm",): {}, ("head.cosine=true",): {"head.cosine": True}}.items():
+        assert run(*EVALUATE, "checkpoint=older.pt", *words, "episodes=2")[0] == 0
+        assert results()[0].changes == expected
+
+
+def test_an_error_in_a_setting_of_the_command_does_not_name_the_checkpoint(run):
     code, _, err = run(*EVALUATE, "checkpoint=run", "algo.metric=odd")
     assert (code, err) == (1, "metacv: algo.metric=odd: must be one of sqeuclidean, cosine\n")
 

@@ -184,6 +184,8 @@ def test_two_batch_norm_modes_have_no_pictures(drawing, trained):
 
 def test_without_pictures_the_table_of_classes_is_written_alone(drawing, trained):
     words = (f"checkpoint={trained('protonet')}", "episodes=4", "query=5", "pictures=false", "device=cpu")
+    Path("out").mkdir()
+    Path("out/confusion.png").write_text("of another evaluation")
     code, out, _ = drawing("evaluate", *words, "hydra.run.dir=out")
     assert code == 0
     assert {path.name for path in Path("out").iterdir()} == {"result.json", "accuracies.npy", "classes.csv"}
