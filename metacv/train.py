@@ -152,7 +152,7 @@ def about(run: Run, validation: EpisodeList, folder: Path) -> dict[str, str]:
 
 def faster_processes(run: Run) -> int:
     """Return how many processes may train faster than one, which computes each task on all cores; 1 if none. Measured
-    on two cores: MAML gains most, batches of images nothing."""
+    on two cores: methods with an inner loop gain most, batches of images nothing."""
     by_tasks = isinstance(run.sampler, EpisodeSampler) and not run.algorithm.sequential_because and run.optimizer
     if not by_tasks or run.sampler.device.type != "cpu" or world_size() > 1 or "OMP_NUM_THREADS" in os.environ:
         return 1
