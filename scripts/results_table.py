@@ -27,7 +27,6 @@ ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "outputs/reference"
 TRANSDUCTIVE = ROOT / "outputs/transductive"
 FINETUNE = ROOT / "outputs/finetune"
-RECIPES = ROOT / "outputs/recipes"
 CELLS = {"omniglot": ["5w1s", "5w5s", "20w1s", "20w5s"], "miniimagenet": ["5w1s", "5w5s"], "cifar_fs": ["5w1s", "5w5s"]}
 CELLS |= {"fc100": CELLS["cifar_fs"]}
 PAPERS = {"omniglot", "miniimagenet"}  # data sets with all of the methods, and a protocol that they share
@@ -67,21 +66,6 @@ LOSS_SCALE = {
 QUERY_SET_HEADS = {"soft_kmeans": "soft k-means", "laplacian": "LaplacianShot", "tim": "TIM", "pt_map": "PT-MAP"}
 # Folders of outputs/finetune, each with a result and that of the nearest class mean on the same episodes.
 TUNED = {"conv4_5w1s": "Conv4", "conv4_5w5s": "Conv4"}
-# Folders of outputs/recipes are named after the last block of the network and the augmentation.
-LAST_BLOCKS = {
-    "rfs": "no pool, mean: 64 features",
-    "mean": "max pool, mean: 64 features",
-    "flat": "max pool, flattened: 256 features",
-}
-AUGMENTATIONS = {"none": "none", "cropflip": "crop, flip"}
-# The head of a result, and the settings head.flip and head.augment where they differ from those of the training.
-RECIPE_HEADS = {
-    "nearest mean": ("NearestMean", None, None),
-    "CL2N": ("CL2N", None, None),
-    "logistic": ("Logistic", None, None),
-    "logistic, mirrored": ("Logistic", True, None),
-    "logistic, mirrored, 5 copies": ("Logistic", True, 5),
-}
 COMMON_EPISODES = 2000
 METHODS_PAGE = ROOT / "docs/methods.md"
 COSTS = "<!-- by scripts/results_table.py -->", "<!-- end -->"
@@ -249,7 +233,7 @@ def page() -> str:
             f"{data}_changes": "\n".join(changes) or "None.",
         }
     own = {"loss_scale": loss_scale(), "second_seed": second_seed(), "query_set": query_set(), "tuned": tuned()}
-    own |= {"equal_steps": equal_steps(), "recipes_1": recipes(1), "recipes_5": recipes(5)}
+    own["equal_steps"] = equal_steps()
     return PAGE.format(**sections, **own)
 
 
@@ -303,28 +287,6 @@ def tuned() -> str:
         gained = percent_with_sign(gain["mean"], gain["ci95"])
         rows.append([network, f"{result.way}w{result.shot}s", f"{result.episodes}", how, *shown, gained])
     return table(columns, rows)
-
-
-def recipes(shot: int) -> str:
-    """Validation accuracies in % of classifiers by last block, augmentation and head; the best of a row is bold."""
-    rows = []
-    for block, features in LAST_BLOCKS.items():
-        for augmentation, images in AUGMENTATIONS.items():
-            path = RECIPES / f"{block}_{augmentation}/result.json"
-            results = [own for own in read_results(path).results if own.shot == shot] if path.exists() else []
-            assert all((own.split, own.query, own.episodes) == ("val", 15, 1000) for own in results), path
-            found = {(own.head, own.changes.get("head.flip"), own.changes.get("head.augment")): own for own in results}
-            assert len(found) == len(results), path
-            best = max((own.accuracy for own in results), default=0.0)
-            rows.append([features, images, *(recipe_cell(found.get(head), best) for head in RECIPE_HEADS.values())])
-    return table(["last block", "augmentation", *RECIPE_HEADS], rows)
-
-
-def recipe_cell(result: Result | None, best: float) -> str:
-    if result is None:
-        return ""
-    shown = percent(result.accuracy, result.ci95)
-    return f"**{shown}**" if result.accuracy == best else shown
 
 
 def beside_unbalanced(results: dict[tuple[bool, str], Result], uses_query_set: bool) -> list[str]:
@@ -466,23 +428,6 @@ published MAML. ANIL is above MAML here, at less than half its operations, and B
 The same training with fewer steps, `experiment=quick/cifar_fs`:
 
 {quick}
-
-## CIFAR-FS, which part of the recipe matters
-
-Two code bases publish numbers of RFS with a Conv4 on miniImageNet that differ by seven points (RFS 55.25 ± 0.58,
-LibFewShot 47.97). The network of RFS has no max pool in the last block and averages its map; LibFewShot's pools and
-flattens.
-These are the validation accuracies on CIFAR-FS of six short trainings, 1200 steps of 128 images (4 epochs), which
-differ in the last block and the augmentation only, with five heads. 1000 episodes, 15 queries, one seed. *Mirrored*:
-`head.flip=true`. *5 copies*: `head.augment=5`. The results are in outputs/recipes.
-
-With one shot:
-
-{recipes_1}
-
-With five shots:
-
-{recipes_5}
 
 ## CIFAR-FS, heads that use the whole query set
 
