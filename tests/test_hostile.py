@@ -287,7 +287,7 @@ def test_interpolations_in_a_checkpoint_are_text(checkpoint, metacv):
     change(checkpoint, "config", "dataset", **names)
     assert load_checkpoint(checkpoint).config.dataset["a1"].startswith("${dataset.a0}")
     code, _, err = metacv("evaluate", f"checkpoint={checkpoint}")
-    assert (code, err) == (1, "metacv: dataset.a1: Glyphs has no such setting\n")
+    assert (code, err) == (1, f"metacv: {checkpoint}: dataset.a1: Glyphs has no such setting\n")
 
 
 @pytest.mark.parametrize("words", [bomb("dataset.a"), bomb("x"), ["+dataset.root=${oc.env:HOME}"]])
