@@ -45,8 +45,6 @@ METHODS = {
     "meta_baseline": "Meta-Baseline",
     "r2d2": "R2D2",
     "protonet_init": "ProtoNet after a classifier",
-    "maml_init": "MAML after a classifier",
-    "fomaml_init": "FOMAML after a classifier",
 }
 EXPERIMENTS = [
     name
@@ -394,8 +392,8 @@ above, so differences between methods also reflect how long each was trained.
 ## miniImageNet, each method under its paper's protocol
 
 As for Omniglot. All papers use the split of Ravi & Larochelle: 64, 16 and 20 classes. *With pre-training*: the
-accuracy of the same method as a second stage after our classifier (`experiment=miniimagenet/maml_init_5w1s` and others,
-which have rows of their own), with the classifier's network, and whether it reaches the paper's number.
+accuracy of the same method as a second stage after our classifier (`experiment=miniimagenet/protonet_init_5w1s`, which
+has a row of its own), with the classifier's network, and whether it reaches the paper's number.
 
 {miniimagenet}
 
