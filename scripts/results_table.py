@@ -241,12 +241,14 @@ def page() -> str:
 
 
 def equal_steps() -> str:
-    """The paired difference of MAML++ and MAML on Omniglot, in points."""
+    """Accuracies in % of MAML++ and MAML on Omniglot, and their paired difference in points."""
     path = REFERENCE / "omniglot/equal_steps/result.json"
     if not path.exists():
         return "not run"
-    (gain,) = read_results(path).differences or []
-    return percent_with_sign(gain["mean"], gain["ci95"])
+    file = read_results(path)
+    (gain,) = file.differences or []
+    one, other = (percent(result.accuracy, result.ci95) for result in file.results)
+    return f"{one} and {other}, a difference of {percent_with_sign(gain['mean'], gain['ci95'])} points"
 
 
 def second_seed() -> str:
@@ -353,9 +355,9 @@ over episodes.
 
 {omniglot}
 
-Do not compare methods by these numbers: each paper has its own protocol. But MAML and MAML++ were trained alike on
-20-way 1-shot tasks, and tested on the same tasks: the difference of MAML++ and MAML is {equal_steps} points
-(outputs/reference/omniglot/equal_steps).
+Do not compare methods by these numbers: each paper has its own protocol. But MAML++ and MAML were also trained alike
+on 20-way 1-shot tasks, 1500 steps of 8 tasks, and tested on the same 600 tasks: {equal_steps}
+(outputs/reference/omniglot/equal_steps; for MAML++, `algo.multi_step_loss_steps=400`).
 
 We trained with less compute than the papers, so these settings differ from those of the experiments:
 
