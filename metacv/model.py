@@ -114,7 +114,7 @@ class Checkpoint:
         except UserError as error:
             group, _, name = re.split("[:=]", str(error))[0].partition(".")
             now, trained = (getattr(one, group, {}) for one in (config, self.config))
-            if name not in trained or now[name] != trained[name]:
+            if not isinstance(trained, dict) or name not in trained or now.get(name) != trained[name]:
                 raise
             raise UserError(f"{self.path}: {error}") from None
 
@@ -321,9 +321,7 @@ def settings(config: TrainConfig) -> dict[str, Any]:
     content = to_dict(config)
     for group, base in (("algo", Algorithm), ("backbone", Backbone), ("schedule", LRScheduler), ("head", Head)):
         if "_target_" in content[group]:
-            parameters = parameters_of(target_class(group, content[group], base)).values()
-            defaults = {own.name: own.default for own in parameters if own.default is not own.empty}
-            content[group] = defaults | content[group]
+            content[group] = defaults(group, content[group], base) | content[group]
     return content
 
 
@@ -332,11 +330,16 @@ def execution_settings(algo: dict[str, Any]) -> set[str]:
     return {f"algo.{name}" for name in target_class("algo", algo, Algorithm).execution_settings}
 
 
+def defaults(name: str, node: dict[str, Any], base: type) -> dict[str, Any]:
+    """Return the default settings of the class that a config node names."""
+    parameters = parameters_of(target_class(name, node, base)).values()
+    return {own.name: own.default for own in parameters if own.default is not own.empty}
+
+
 def beyond_defaults(name: str, node: dict[str, Any], base: type) -> dict[str, Any]:
     """Return the settings of a config node, by their full names, that are not the defaults of its class."""
-    known = parameters_of(target_class(name, node, base))
-    given = {key: value for key, value in node.items() if key in known and value != known[key].default}
-    return {f"{name}.{key}": value for key, value in given.items()}
+    known = {"_target_": node["_target_"]} | defaults(name, node, base)
+    return {f"{name}.{key}": value for key, value in node.items() if key not in known or value != known[key]}
 
 
 def parameters_of(cls: type) -> dict[str, inspect.Parameter]:

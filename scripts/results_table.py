@@ -217,7 +217,7 @@ def page() -> str:
     for data, cells in [*CELLS.items(), ("quick", [])]:
         own = [experiment for name, experiment in experiments.items() if name.startswith(f"{data}/")]
         common = [
-            [title, *(one.common() if (one := experiments.get(f"{data}/{method}_{cell}")) else "" for cell in cells)]
+            [title, *(experiments[f"{data}/{method}_{cell}"].common() for cell in cells)]
             for method, title in METHODS.items()
             if data in PAPERS and f"{data}/{method}_{cells[0]}" in experiments
         ]

@@ -349,6 +349,10 @@ def test_a_setting_that_is_newer_than_a_checkpoint_has_its_default_and_can_be_ch
 def test_an_error_in_a_setting_of_the_command_does_not_name_the_checkpoint(run):
     code, _, err = run(*EVALUATE, "checkpoint=run", "algo.metric=odd")
     assert (code, err) == (1, "metacv: algo.metric=odd: must be one of sqeuclidean, cosine\n")
+    checkpoint = load_checkpoint("run")
+    for text in ("data_dir: nothing is there", "way=3: too many", "other"):  # of no group of settings
+        with pytest.raises(UserError, match=f"^{text}$"), checkpoint.blamed(checkpoint.config):
+            raise UserError(text)
 
 
 def test_hydra_full_error_shows_the_traceback(metacv, monkeypatch):

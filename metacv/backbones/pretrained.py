@@ -97,6 +97,6 @@ class Pretrained(Backbone):
         raise NotImplementedError
 
     def not_downloaded(self, place: str, error: Exception) -> UserError:
-        """Return the error for weights that cannot be had from `place`: no network, an incomplete file, ..."""
+        """Return the error for weights that were not downloaded from the address `place`, because of `error`."""
         advice = "download it elsewhere and set backbone.weights_file to its path"
         return UserError(f"backbone.weights: {place} could not be downloaded ({first_line(error)}); {advice}")
