@@ -1,6 +1,6 @@
 """Predict the class of each query of evaluation episodes. An image is embedded once if its features allow it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,9 @@ from torch import Tensor
 from metacv.algorithms.base import Algorithm, MetricMethod, evaluating, predicted
 from metacv.confusion import Predictions
 from metacv.data.sampler import EpisodeList, EpisodeSampler
+from metacv.data.task import TaskBatch
 from metacv.data.varied import ABSENT
+from metacv.errors import UserError
 from metacv.feature_cache import FeatureCache
 from metacv.progress import Progress
 
@@ -60,20 +62,45 @@ def evaluate_episodes(
 
 
 def predict_episodes(
-    algorithm: Algorithm, episodes: EpisodeList, batch_norm: str, progress: Progress, features: Features | None = None
+    algorithm: Algorithm,
+    episodes: EpisodeList,
+    batch_norm: str,
+    progress: Progress,
+    features: Features | None = None,
+    cause: str | None = None,
 ) -> Predictions:
     """Predict the class of each query, from the `features` of the images if they are known. Each image is embedded only
-    once if its features depend on no other image."""
+    once if its features depend on no other image.
+
+    Predictions that are not finite have class -1; if a likely `cause` is given, the first raises UserError instead.
+    """
     features = features or embedded_once(algorithm, [episodes], batch_norm, progress)
-    if features:
-        assert isinstance(algorithm, MetricMethod)
-        return from_features(algorithm, episodes, batch_norm, progress, features)
-    results, at_once = [], max(1, IMAGES_AT_ONCE // episodes.rows[0].numel())
+    with evaluating(algorithm, batch_norm, episodes.sampler.device):
+        if features:
+            assert isinstance(algorithm, MetricMethod)
+            batches = from_features(algorithm, episodes, features)
+            return Predictions(episodes, classes(batches, episodes, progress, cause), features.rows, features.features)
+        # A head that tunes the network is slow: show each task.
+        at_once = 1 if algorithm.tunes_network else max(1, IMAGES_AT_ONCE // episodes.rows[0].numel())
+        batches = ((tasks, algorithm.predict(tasks, batch_norm)) for tasks in episodes.batches(at_once))
+        return Predictions(episodes, classes(batches, episodes, progress, cause))
+
+
+def classes(
+    batches: Iterable[tuple[TaskBatch, Tensor]], episodes: EpisodeList, progress: Progress, cause: str | None = None
+) -> Tensor:
+    """Return the predicted classes [E, queries] of batches of episodes with logits [T, Q, N]; tasks with fewer queries
+    are padded. `cause` as in `predict_episodes`."""
+    found: list[Tensor] = []
     with progress.track(len(episodes), "task") as done:
-        for tasks in episodes.batches(1 if algorithm.tunes_network else at_once):  # which is slow: show each task
-            results.append(predicted(algorithm.predict(tasks, batch_norm)))
+        for tasks, logits in batches:
+            own = predicted(logits)
+            if cause is not None and len(wrong := ((own < 0) & (tasks.query_y >= 0)).any(dim=1).nonzero()):
+                which = sum(map(len, found)) + int(wrong[0])
+                raise UserError(f"predictions are not finite in episode {which} (counted from 0){cause}")
+            found.append(F.pad(own, [0, episodes.queries - own.shape[1]]))
             done(len(tasks))
-    return Predictions(episodes, in_rows(results, episodes.queries))
+    return torch.cat(found).cpu()
 
 
 def embedded_once(
@@ -105,29 +132,21 @@ def embedded_once(
 
 
 def from_features(
-    algorithm: MetricMethod, episodes: EpisodeList, batch_norm: str, progress: Progress, known: Features
-) -> Predictions:
-    """Predict the class of each query from known features."""
-    sampler, device, results = episodes.sampler, episodes.sampler.device, []
+    algorithm: MetricMethod, episodes: EpisodeList, known: Features
+) -> Iterator[tuple[TaskBatch, Tensor]]:
+    """Yield batches of episodes with the logits of their queries [T, Q, N], from known features."""
+    sampler, device = episodes.sampler, episodes.sampler.device
     support = algorithm.copies * sampler.way * sampler.shot  # augmented copies in an episode
     images = episodes.rows[0].numel()
     numbers = max((images + support) * known.features[0].numel(), support**2)  # per episode
     numbers = max(numbers, images**2) if algorithm.uses_query_set else numbers  # a head may compare all pairs
-    with evaluating(algorithm, batch_norm, device), progress.track(len(episodes), "task") as done:
-        for rows in episodes.rows.split(1 if sampler.vary else max(1, FEATURES_AT_ONCE // numbers)):
-            tasks = sampler.tasks(known.features, rows, torch.searchsorted(known.rows, rows).to(device))
-            if known.copied is not None:
-                own = rows[:, :, : sampler.shot].flatten(1)
-                places = torch.searchsorted(known.supports, own[own != ABSENT].view(len(own), -1))
-                tasks = tasks.with_copies(known.copied[places.to(device)].flatten(1, 2))
-            results.append(predicted(algorithm.head(tasks)))
-            done(len(tasks))
-    return Predictions(episodes, in_rows(results, episodes.queries), known.rows, known.features)
-
-
-def in_rows(batches: list[Tensor], queries: int) -> Tensor:
-    """Return predictions [E, queries] of batches [T, Q]; tasks with fewer queries are padded."""
-    return torch.cat([F.pad(batch, [0, queries - batch.shape[1]]) for batch in batches]).cpu()
+    for rows in episodes.rows.split(1 if sampler.vary else max(1, FEATURES_AT_ONCE // numbers)):
+        tasks = sampler.tasks(known.features, rows, torch.searchsorted(known.rows, rows).to(device))
+        if known.copied is not None:
+            own = rows[:, :, : sampler.shot].flatten(1)
+            places = torch.searchsorted(known.supports, own[own != ABSENT].view(len(own), -1))
+            tasks = tasks.with_copies(known.copied[places.to(device)].flatten(1, 2))
+        yield tasks, algorithm.head(tasks)
 
 
 def embed_rows(

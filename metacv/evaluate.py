@@ -60,7 +60,6 @@ from metacv.results import (
     UNBALANCED,
     Result,
     ResultFile,
-    check_accuracies,
     method_text,
     summary,
     task_text,
@@ -140,10 +139,10 @@ class Evaluation:
         start = time.perf_counter()
         progress = Progress(label, lines=True)
         features = self.shared.get(self.algorithm, batch_norm, progress)
-        predictions = predict_episodes(self.algorithm, self.episodes, batch_norm, progress, features)
+        cause = learning_rates(self.config)
+        predictions = predict_episodes(self.algorithm, self.episodes, batch_norm, progress, features, cause)
         seconds = time.perf_counter() - start
         accuracy = predictions.accuracy
-        check_accuracies(accuracy, learning_rates(self.config))
         return predictions, record(
             self.config,
             self.episodes,

@@ -10,17 +10,17 @@ import numpy
 import torch
 
 from metacv import version
-from metacv.algorithms.base import predicted
 from metacv.algorithms.heads.base import Head
 from metacv.config import EvaluateConfig, NormalizeConfig, class_name
 from metacv.confusion import Predictions
 from metacv.data.bank import ImageBank
 from metacv.data.sampler import EpisodeList, EpisodeSampler
+from metacv.episodes import classes
 from metacv.errors import UserError
 from metacv.files import check_growth, size_of, user_path
 from metacv.model import beyond_defaults, build_node, describe_device, pick_device
 from metacv.progress import Progress, header
-from metacv.results import Result, check_accuracies, summary, task_text
+from metacv.results import Result, summary, task_text
 from metacv.terminal import say
 from metacv.text import first_line
 
@@ -61,15 +61,12 @@ def measure(node: dict[str, Any], episodes: EpisodeList, cfg: EvaluateConfig) ->
     """Evaluate the head that `node` describes; return predictions and the result."""
     head, sampler = build_node("head", node, Head), episodes.sampler
     start = time.perf_counter()
-    results = []
-    with torch.no_grad(), Progress(lines=True).track(len(episodes), "task") as done:
-        for tasks in episodes.batches(TASKS_AT_ONCE):
-            results.append(predicted(head(tasks.map(lambda features: features.flatten(2)))))
-            done(len(tasks))
-    rows = torch.arange(len(sampler.bank.images))
-    predictions = Predictions(episodes, torch.cat(results).cpu(), rows, sampler.bank.images)
+    batches = (tasks.map(lambda features: features.flatten(2)) for tasks in episodes.batches(TASKS_AT_ONCE))
+    answers = ((tasks, head(tasks)) for tasks in batches)
+    with torch.no_grad():
+        found = classes(answers, episodes, Progress(lines=True), f": {class_name(node)} diverged")
+    predictions = Predictions(episodes, found, torch.arange(len(sampler.bank.images)), sampler.bank.images)
     accuracy = predictions.accuracy
-    check_accuracies(accuracy, f": {class_name(node)} diverged")
     known = {name: getattr(sampler, name) for name in ("way", "shot", "query", "query_balance")}
     known |= summary(accuracy, episodes.rounds)
     return predictions, Result(

@@ -210,10 +210,3 @@ def t_interval(values: Tensor, alpha: float = 0.05) -> float:
 
     quantile = float(special.stdtrit(len(values) - 1, 1 - alpha / 2))
     return quantile * float(values.std(correction=1)) / len(values) ** 0.5
-
-
-def check_accuracies(accuracy: Tensor, settings: str) -> None:
-    """Raise UserError if the accuracy of an episode [E] is NaN; `settings` name the likely cause."""
-    if len(diverged := accuracy.isnan().nonzero()):
-        which = f"{len(diverged)} of {len(accuracy)} episodes, first in episode {int(diverged[0])}"
-        raise UserError(f"predictions are not finite in {which} (counted from 0){settings}")

@@ -388,7 +388,7 @@ def test_commands_refuse_predictions_that_are_not_finite_and_name_the_rate(metac
         assert code == 1, words
         assert out == "" or out.splitlines()[-1].startswith("device    "), out  # the header, and no accuracy
         assert re.fullmatch(
-            rf"metacv: predictions are not finite in \d of 8 episodes, first in episode \d \(counted from 0\): "
+            r"metacv: predictions are not finite in episode \d \(counted from 0\): "
             rf"adaptation diverged with {re.escape(rate)}\n",
             err,
         ), words
