@@ -4,6 +4,7 @@ import hashlib
 import math
 import re
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -28,9 +29,10 @@ from metacv.backbones.conv4 import Conv4
 from metacv.config import AugmentConfig
 from metacv.data.sampler import EpisodeList, EpisodeSampler
 from metacv.data.task import TaskBatch
-from metacv.episodes import evaluate_episodes
+from metacv.episodes import classes, evaluate_episodes
 from metacv.errors import UserError
 from metacv.model import checkpoint_path
+from metacv.progress import Progress
 from metacv.results import summary
 
 SHAPE = (1, 12, 12)
@@ -392,6 +394,21 @@ def test_commands_refuse_predictions_that_are_not_finite_and_name_the_rate(metac
             rf"adaptation diverged with {re.escape(rate)}\n",
             err,
         ), words
+
+
+def test_after_a_prediction_that_is_not_finite_no_further_batch_is_evaluated():
+    episodes = EpisodeList(EpisodeSampler(bank_of([2] * 5), 5, 1, 1), 9)
+
+    def batches():
+        first, second = islice(episodes.batches(3), 2)
+        yield first, torch.zeros(3, 5, 5)
+        logits = torch.zeros(3, 5, 5)
+        logits[1, 2, 3] = torch.nan
+        yield second, logits
+        pytest.fail("a third batch was evaluated")
+
+    with pytest.raises(UserError, match=r"^predictions are not finite in episode 4 \(counted from 0\): by a test$"):
+        classes(batches(), episodes, Progress(), ": by a test")
 
 
 def test_a_kept_model_is_known_by_its_name_unless_a_folder_here_has_it(monkeypatch, tmp_path):
