@@ -106,7 +106,7 @@ def error_line(error: Exception, words: Sequence[str] = ()) -> str:
         kept = dict.fromkeys(" ".join(line.split()) for line in lines if not line.strip().startswith(noise))
         text = " ".join(line for line in kept if line)
         if found := re.search(r"not find 'hydra/(?:launcher|sweeper)/\w*?(joblib|slurm|ray|optuna)'", text):
-            return f"the extra {found[1]} is not installed; in a checkout: pip install '.[{found[1]}]'"
+            return f"the extra {found[1]} is not installed; pip install 'metacv[{found[1]}]' installs it"
         if unknown := re.match(r"Could not override '(.+?)'\..*is not in struct", text):
             name, known = unknown[1], settings()
             if name in known:
