@@ -205,7 +205,7 @@ def test_omniglot_experiments_share_their_test_characters_and_train_on_none_of_t
 def test_every_file_is_an_experiment_of_the_table():
     files = {f"{path.parent.name}/{path.stem}" for path in (CONFIG_DIR / "experiment").glob("*/*.yaml")}
     assert files == {*EXPERIMENTS}
-    others = ("classifier", "_init_", "mamlpp")
+    others = ("classifier", "_init_", "_fast_", "mamlpp")
     papers = [name for name in files if name.startswith(("omniglot/", "miniimagenet/"))]
     papers = [name for name in papers if not any(other in name for other in others)]
     assert len(papers) == 20 + 10

@@ -103,6 +103,7 @@ def reptile(tmp_path, monkeypatch) -> Path:
     """A made-up result of reptile_5w1s, which is all that the table has."""
     monkeypatch.setattr(results_table, "TRANSDUCTIVE", tmp_path / "outputs/transductive")
     monkeypatch.setattr(results_table, "FINETUNE", tmp_path / "outputs/finetune")
+    monkeypatch.setattr(results_table, "FASTER_RUNS", tmp_path / "outputs/faster")
     monkeypatch.setattr(results_table, "ROOT", tmp_path)
     monkeypatch.setattr(results_table, "REFERENCE", tmp_path / "outputs/reference")
     folder = tmp_path / "outputs/reference/omniglot/reptile_5w1s"
@@ -141,7 +142,7 @@ def test_the_table_lists_changed_settings_and_unusual_numbers_of_episodes(reptil
 
 def test_the_table_shows_which_experiments_were_not_run(reptile):
     lines = [line for line in results_table.page().splitlines() if "| not run |" in line]
-    papers, common = (5 * 4 - 1) + (4 - 1) + 5 * 2 + 2, 5 + 7  # each with two rows for Reptile; all methods
+    papers, common = (5 * 4 - 1) + (4 - 1) + 5 * 2 + 2, 6 + 7  # each with two rows for Reptile; all methods
     others = (
         "cifar_fs/",
         "fc100/",
@@ -150,6 +151,7 @@ def test_the_table_shows_which_experiments_were_not_run(reptile):
         "omniglot/mamlpp_",
         "miniimagenet/classifier_5w",
         "miniimagenet/protonet_init",
+        "omniglot/relationnet_fast_",
     )
     heads = len(results_table.QUERY_SET_HEADS) + 1  # and the nearest class mean
     named = len([name for name in results_table.EXPERIMENTS if name.startswith(others)])
@@ -214,6 +216,29 @@ def test_heads_that_use_the_whole_query_set_have_a_table_of_their_own(tmp_path, 
     assert table["TIM"] == [*missing, "80.00 ± 1.00", "65.00 ± 1.00", "-15.00"]
     assert table["nearest class mean"] == [*missing, "70.00 ± 1.00", "70.50 ± 1.00", "+0.50"]
     assert table["PT-MAP"] == missing * 2
+
+
+def test_short_trainings_are_compared_with_those_of_the_same_seeds_without_a_change(tmp_path, monkeypatch):
+    monkeypatch.setattr(results_table, "FASTER_RUNS", tmp_path)
+    assert results_table.faster() == "Not run."
+    for name, accuracies in {"base": (0.8, 0.9), "ema": (0.83, 0.88)}.items():
+        for seed, accuracy in enumerate(accuracies):
+            (tmp_path / f"{name}_{seed}").mkdir()
+            words = ["experiment=omniglot/fomaml_5w1s", f"seed={seed}", "steps=300", *(["ema=0.98"] * (name == "ema"))]
+            file = ResultFile([result(accuracy=accuracy)], {"steps": 300, "overrides": words})
+            file.write(tmp_path / f"{name}_{seed}/result.json")
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in results_table.faster().splitlines()]
+    assert lines[0] == ["change", "settings", "seed 0", "seed 1", "mean", "gain"]
+    assert lines[2] == ["none", "`steps=300`", "80.00", "90.00", "85.00", ""]
+    assert lines[3] == ["averaged weights", "`steps=300` `ema=0.98`", "83.00", "88.00", "85.50", "+0.50"]
+
+
+def test_the_kept_short_trainings_saw_as_many_images_and_the_same_validation_tasks():
+    files = [path for name in results_table.FASTER for path in results_table.FASTER_RUNS.glob(f"{name}_?/result.json")]
+    results = [read_results(path).results[0] for path in files]
+    assert len(files) == 3 * len(results_table.FASTER)
+    protocols = {(one.train_images, one.split, one.episodes, one.query, one.images_sha256) for one in results}
+    assert protocols == {(96_000, "val", 600, 1, results[0].images_sha256)}
 
 
 @pytest.mark.parametrize("path", sorted(results_table.TRANSDUCTIVE.glob("*/result.json")), ids=lambda p: p.parent.name)
