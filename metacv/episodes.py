@@ -72,21 +72,22 @@ def predict_episodes(
     """Predict the class of each query, from the `features` of the images if they are known. Each image is embedded only
     once if its features depend on no other image.
 
-    Predictions that are not finite have class -1; if a likely `cause` is given, the first raises UserError instead.
+    `cause`: the end of the error about the first episode with predictions that are not finite, or empty. None: there is
+    no error, and their class is -1.
     """
     features = features or embedded_once(algorithm, [episodes], batch_norm, progress)
-    with evaluating(algorithm, batch_norm, episodes.sampler.device):
-        if features:
-            assert isinstance(algorithm, MetricMethod)
-            batches = from_features(algorithm, episodes, features)
-            return Predictions(episodes, classes(batches, episodes, progress, cause), features.rows, features.features)
-        # A head that tunes the network is slow: show each task.
-        at_once = 1 if algorithm.tunes_network else max(1, IMAGES_AT_ONCE // episodes.rows[0].numel())
-        batches = ((tasks, algorithm.predict(tasks, batch_norm)) for tasks in episodes.batches(at_once))
-        return Predictions(episodes, classes(batches, episodes, progress, cause))
+    if features:
+        assert isinstance(algorithm, MetricMethod)
+        with evaluating(algorithm, batch_norm, episodes.sampler.device):
+            found = predicted_classes(from_features(algorithm, episodes, features), episodes, progress, cause)
+        return Predictions(episodes, found, features.rows, features.features)
+    # A head that tunes the network is slow: show each task.
+    at_once = 1 if algorithm.tunes_network else max(1, IMAGES_AT_ONCE // episodes.rows[0].numel())
+    batches = ((tasks, algorithm.predict(tasks, batch_norm)) for tasks in episodes.batches(at_once))
+    return Predictions(episodes, predicted_classes(batches, episodes, progress, cause))
 
 
-def classes(
+def predicted_classes(
     batches: Iterable[tuple[TaskBatch, Tensor]], episodes: EpisodeList, progress: Progress, cause: str | None = None
 ) -> Tensor:
     """Return the predicted classes [E, queries] of batches of episodes with logits [T, Q, N]; tasks with fewer queries
@@ -94,12 +95,13 @@ def classes(
     found: list[Tensor] = []
     with progress.track(len(episodes), "task") as done:
         for tasks, logits in batches:
-            own = predicted(logits)
-            if cause is not None and len(wrong := ((own < 0) & (tasks.query_y >= 0)).any(dim=1).nonzero()):
+            own, count = predicted(logits), len(tasks)
+            del tasks, logits  # not kept while the next batch is computed
+            if cause is not None and len(wrong := (own < 0).any(dim=1).nonzero()):
                 which = sum(map(len, found)) + int(wrong[0])
                 raise UserError(f"predictions are not finite in episode {which} (counted from 0){cause}")
             found.append(F.pad(own, [0, episodes.queries - own.shape[1]]))
-            done(len(tasks))
+            done(count)
     return torch.cat(found).cpu()
 
 

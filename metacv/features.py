@@ -15,7 +15,7 @@ from metacv.config import EvaluateConfig, NormalizeConfig, class_name
 from metacv.confusion import Predictions
 from metacv.data.bank import ImageBank
 from metacv.data.sampler import EpisodeList, EpisodeSampler
-from metacv.episodes import classes
+from metacv.episodes import predicted_classes
 from metacv.errors import UserError
 from metacv.files import check_growth, size_of, user_path
 from metacv.model import beyond_defaults, build_node, describe_device, pick_device
@@ -64,7 +64,7 @@ def measure(node: dict[str, Any], episodes: EpisodeList, cfg: EvaluateConfig) ->
     batches = (tasks.map(lambda features: features.flatten(2)) for tasks in episodes.batches(TASKS_AT_ONCE))
     answers = ((tasks, head(tasks)) for tasks in batches)
     with torch.no_grad():
-        found = classes(answers, episodes, Progress(lines=True), f": {class_name(node)} diverged")
+        found = predicted_classes(answers, episodes, Progress(lines=True), f": {class_name(node)} diverged")
     predictions = Predictions(episodes, found, torch.arange(len(sampler.bank.images)), sampler.bank.images)
     accuracy = predictions.accuracy
     known = {name: getattr(sampler, name) for name in ("way", "shot", "query", "query_balance")}

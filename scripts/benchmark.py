@@ -1,6 +1,6 @@
 """Measures speed and memory: metacv beside a plain loop, `higher` and `torchopt`, and beside the machine's limits.
 
-    python scripts/benchmark.py                      everything (first: pip install 'metacv[bench]')
+    python scripts/benchmark.py                      everything (first: pip install -e '.[bench]')
     python scripts/benchmark.py fomaml --repeats 9   the rows whose names contain a word, or one of the other parts:
                                                      evaluation, sampling, settings, processes, memory, start, data
     python scripts/benchmark.py --device cuda

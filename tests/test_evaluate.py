@@ -29,7 +29,7 @@ from metacv.backbones.conv4 import Conv4
 from metacv.config import AugmentConfig
 from metacv.data.sampler import EpisodeList, EpisodeSampler
 from metacv.data.task import TaskBatch
-from metacv.episodes import classes, evaluate_episodes
+from metacv.episodes import evaluate_episodes, predicted_classes
 from metacv.errors import UserError
 from metacv.model import checkpoint_path
 from metacv.progress import Progress
@@ -408,7 +408,7 @@ def test_after_a_prediction_that_is_not_finite_no_further_batch_is_evaluated():
         pytest.fail("a third batch was evaluated")
 
     with pytest.raises(UserError, match=r"^predictions are not finite in episode 4 \(counted from 0\): by a test$"):
-        classes(batches(), episodes, Progress(), ": by a test")
+        predicted_classes(batches(), episodes, Progress(), ": by a test")
 
 
 def test_a_kept_model_is_known_by_its_name_unless_a_folder_here_has_it(monkeypatch, tmp_path):

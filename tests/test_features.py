@@ -55,6 +55,16 @@ def test_features_use_default_tasks_unless_the_command_line_changes_them(metacv,
     assert changes == [{}, {"head.cosine": True}]
 
 
+def test_predictions_that_are_not_finite_exit_with_one_clear_line(metacv):
+    huge = numpy.full((12, 2), 1e30, dtype=numpy.float32)  # whose squares are infinite
+    numpy.savez("huge.npz", features=huge, labels=numpy.arange(12) % 3)
+    code, _, err = metacv("evaluate", "features=huge.npz", "head.normalize=false", "way=3", "episodes=4", "query=3")
+    assert (code, err) == (
+        1,
+        "metacv: predictions are not finite in episode 0 (counted from 0): NearestMean diverged\n",
+    )
+
+
 def test_invalid_features_and_settings_exit_with_one_clear_line(metacv, exported):
     numpy.savez("flat.npz", features=numpy.zeros(5), labels=numpy.zeros(5, dtype=int))
     numpy.savez("nan.npz", features=numpy.full((5, 2), numpy.nan), labels=numpy.zeros(5, dtype=int))

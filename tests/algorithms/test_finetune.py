@@ -1,6 +1,7 @@
 """Fine-tuning the network on each task (head.adapt=backbone): against an independent loop, and its use."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -166,6 +167,14 @@ def test_every_method_with_a_network_takes_the_head(metacv, trained, algo):
     for folder, head in (("a", ("head=ncm",)), ("b", (*TUNE, "head.lr=0"))):
         assert metacv(*words, *head, f"hydra.run.dir={folder}")[0] == 0
     assert np.array_equal(np.load("a/accuracies.npy"), np.load("b/accuracies.npy"))
+
+
+def test_a_rate_that_diverges_on_validation_episodes_is_not_chosen(metacv, trained, monkeypatch):
+    monkeypatch.setattr("metacv.evaluate.RATED_ON", 3)
+    monkeypatch.setattr("metacv.evaluate.RATES", (0.0, 1e9))
+    code, out, err = metacv("evaluate", f"checkpoint={trained('protonet')}", *TUNE, "head.steps=2", "episodes=2")
+    assert (code, err) == (0, "")
+    assert re.search(r"head.lr=0, chosen on 3 validation episodes \(0: [1-9][0-9.]* %, 1e\+09: 0.0 %\)", out)
 
 
 def test_evaluate_chooses_the_rate_on_validation_episodes_and_records_it(metacv, trained, monkeypatch):

@@ -209,3 +209,12 @@ def test_every_file_is_an_experiment_of_the_table():
     papers = [name for name in files if name.startswith(("omniglot/", "miniimagenet/"))]
     papers = [name for name in papers if not any(other in name for other in others)]
     assert len(papers) == 20 + 10
+
+
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if "_fast_" in name])
+def test_a_faster_training_is_tested_as_in_the_paper(name):
+    own, usual = (experiment_configs()[one] for one in (name, name.replace("_fast", "")))
+    for setting in ("paper", "way", "shot", "query", "episodes", "batch_norm", "vary", "algo", "backbone"):
+        assert getattr(own, setting) == getattr(usual, setting), setting
+    for setting in ("split", "split_seed", "counts", "test_rotation", "invert", "size", "resample"):
+        assert own.dataset[setting] == usual.dataset[setting], setting

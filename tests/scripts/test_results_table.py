@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -230,15 +231,20 @@ def test_short_trainings_are_compared_with_those_of_the_same_seeds_without_a_cha
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in results_table.faster().splitlines()]
     assert lines[0] == ["change", "settings", "seed 0", "seed 1", "mean", "gain"]
     assert lines[2] == ["none", "`steps=300`", "80.00", "90.00", "85.00", ""]
-    assert lines[3] == ["averaged weights", "`steps=300` `ema=0.98`", "83.00", "88.00", "85.50", "+0.50"]
+    # gains 3 and -2: mean 0.5, standard error 2.5, and Student's factor of one degree of freedom 12.706
+    assert lines[3] == ["averaged weights", "`steps=300` `ema=0.98`", "83.00", "88.00", "85.50", "+0.50 ± 31.77"]
+    shutil.rmtree(tmp_path / "ema_0")
+    assert len(results_table.faster().splitlines()) == 3  # a change is shown once all of its seeds are there
 
 
-def test_the_kept_short_trainings_saw_as_many_images_and_the_same_validation_tasks():
+def test_the_kept_short_trainings_saw_as_many_images_and_were_validated_alike_at_their_ends():
     files = [path for name in results_table.FASTER for path in results_table.FASTER_RUNS.glob(f"{name}_?/result.json")]
     results = [read_results(path).results[0] for path in files]
     assert len(files) == 3 * len(results_table.FASTER)
-    protocols = {(one.train_images, one.split, one.episodes, one.query, one.images_sha256) for one in results}
-    assert protocols == {(96_000, "val", 600, 1, results[0].images_sha256)}
+    names = ("train_images", "split", "way", "shot", "query", "episodes", "rotation", "batch_norm", "images_sha256")
+    (protocol,) = {tuple(getattr(one, name) for name in names) for one in results}
+    assert protocol[:-1] == (96_000, "val", 5, 1, 1, 600, "per_class", "transductive")
+    assert all(one.step == read_results(path).training["steps"] for one, path in zip(results, files, strict=True))
 
 
 @pytest.mark.parametrize("path", sorted(results_table.TRANSDUCTIVE.glob("*/result.json")), ids=lambda p: p.parent.name)
