@@ -439,6 +439,9 @@ point. *Gain*: mean over the seeds, with Student's interval. The results are in 
 
 {faster}
 
+At this length, longer outer steps and more of them help; warm-up and decay take a part of the gain away, and averaged
+weights change nothing that these intervals show. None of this says what helps in a training of full length.
+
 ## Omniglot, all methods under one protocol
 
 The same models on the same tasks: 2000 episodes of characters that no experiment trains or selects on, 15 queries per
