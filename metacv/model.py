@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.utils._pytree import tree_map_only
 
 from metacv import KEPT_DIR, limits
 from metacv.algorithms.base import Algorithm
@@ -199,7 +200,11 @@ def _damaged(path: Path, error: Exception) -> UserError:
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Replace `path` atomically; after an error the old file remains. UserError if the file cannot be written."""
+    """Replace `path` atomically, with all tensors on the CPU, so that it loads on any machine.
+
+    After an error the old file remains. UserError if the file cannot be written.
+    """
+    content = tree_map_only(Tensor, Tensor.cpu, content)
     with written_or_refused(path):
         write_atomically(path, content | {"format": FORMAT})
 

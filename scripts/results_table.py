@@ -35,6 +35,7 @@ PAPERS = {"omniglot", "miniimagenet"}  # data sets with all of the methods, and 
 METHODS = {
     "maml": "MAML",
     "fomaml": "FOMAML",
+    "fomaml_fast": "FOMAML, fast",
     "anil": "ANIL",
     "boil": "BOIL",
     "meta_sgd": "Meta-SGD",
@@ -60,8 +61,8 @@ COLUMNS = ["method", "task", "protocol", "paper", "ours", "difference", "reprodu
 # Folders of outputs/reference/omniglot with runs that differ in the inner loss: with the mean, with the sum.
 LOSS_SCALE = {
     "MAML": ("maml_5w1s", "loss_scale/maml_sum"),
-    "FOMAML": ("fomaml_5w1s", "loss_scale/fomaml_sum"),
-    "FOMAML, authors' initialization": ("fomaml_5w1s", "loss_scale/fomaml_authors"),
+    "FOMAML": ("loss_scale/fomaml_mean", "loss_scale/fomaml_sum"),
+    "FOMAML, authors' initialization": ("loss_scale/fomaml_mean", "loss_scale/fomaml_authors"),
 }
 # Folders of outputs/transductive are named after these and a cell of CIFAR-FS.
 QUERY_SET_HEADS = {"soft_kmeans": "soft k-means", "laplacian": "LaplacianShot", "tim": "TIM", "pt_map": "PT-MAP"}
@@ -81,7 +82,8 @@ COSTS = "<!-- by scripts/results_table.py -->", "<!-- end -->"
 FILES = ["best.pt", "config.yaml", "metrics.jsonl", "train.json", "common.json", "result.json"]
 # Overrides that differ between these runs, but are not the change.
 FASTER_ALIKE = {"seed", "eval_every", "log_every"}
-NOT_SHOWN = {"experiment", "data_dir", "device", "resume"}  # overrides that do not change what an experiment trains
+# Overrides that do not change what an experiment trains.
+NOT_SHOWN = {"experiment", "data_dir", "device", "resume", "compile"}
 
 
 class Kept:
@@ -257,6 +259,7 @@ def page() -> str:
     costs = cost_table([name for name in EXPERIMENTS if name.startswith("cifar_fs/")])
     shorter = other_run("cifar_fs/boil_10000_steps")
     own |= {"equal_steps": compared("omniglot/equal_steps"), "boil_maml": compared("cifar_fs/boil_maml")}
+    own |= {f"second_stage_{seed}": compared(f"cifar_fs/second_stage/seed{seed}") for seed in range(2)}
     own |= {"cifar_fs_costs": costs, "boil_10000_steps": shorter}
     return PAGE.format(**sections, **own)
 
@@ -393,7 +396,8 @@ over episodes.
 `python scripts/reproduce.py NAME` trains and tests a row from scratch.
 
 - *Steps*: how many of the experiment's steps we trained.
-- *Time*: training and validation. Runs with 1 thread shared a 2-core machine with other work; alone they are faster.
+- *Time*: training and validation. Runs with 1 thread shared a 2-core machine with other work; alone they are faster. On
+  the H100, seven ran at a time.
 - *Reproduced*: our mean is not below the paper's interval. If the paper gives no interval, our interval must reach the
   smallest number that rounds to the paper's (98.85 for 98.9).
 - *The run of* another experiment: both experiments train in the same way, so one run served both (`--run-of`). This
@@ -433,6 +437,9 @@ The experiments differ from the papers as follows:
 ## Omniglot, faster training
 
 Rows marked *fast* are tested as in the paper, but trained in our own way: see their files in configs/experiment.
+*FOMAML, fast* has three times the outer learning rate and a cosine schedule. *RelationNet, fast* trains on 20-way tasks
+of shifted images.
+
 Separately, we compared short trainings of FOMAML (`experiment=omniglot/fomaml_5w1s`): 9600 tasks each, three seeds,
 with and without a change. The table has the accuracy on 600 validation tasks in %; each has an interval of about 1
 point. *Gain*: mean over the seeds, with Student's interval. The results are in outputs/reference/omniglot/faster.
@@ -483,6 +490,11 @@ A classifier of the 64 training classes, tested with a head on its features (`al
 validation classes. One run served both rows of the classifier. The classifier with `seed=1`
 (outputs/reference/cifar_fs/seed1) reaches {second_seed}. Seeds differ by more than the intervals, which cover the
 choice of episodes only.
+
+Meta-Baseline is a second stage after the classifier. On the same tasks, the second and the first stage reach
+{second_stage_0} with `seed=0`, and
+{second_stage_1} with `seed=1`
+(outputs/reference/cifar_fs/second_stage). So the second stage gains with one of the two seeds.
 
 MAML and its relatives are trained alike, on 10,000 steps of 4 tasks with a Conv4 of 32 channels, except for BOIL: its
 inner loop has one step instead of five, and we trained it on 30,000 steps. BOIL and MAML then reach, on the same tasks,

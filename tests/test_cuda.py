@@ -9,6 +9,7 @@ import torch
 from conftest import ALGORITHMS, KINDS, quick
 from test_contracts import MODES, new_run
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from metacv.algorithms.base import Algorithm
 from metacv.data.task import ImageBatch, TaskBatch
@@ -77,6 +78,9 @@ def test_a_run_is_trained_resumed_and_evaluated(name, metacv, tmp_path: Path):
     if name not in ("reptile", "classifier"):  # whose schedule spans the steps
         code, _, err = metacv("train", "resume=run", "steps=4")
         assert code == 0, err
+    for file in ("best.pt", "last.pt"):  # torch.load fails on tensors of a device that a machine lacks
+        tensors = [own for own in tree_leaves(torch.load(tmp_path / "run" / file)) if isinstance(own, Tensor)]
+        assert {own.device.type for own in tensors} == {"cpu"}
     accuracies = []
     for device in ("cuda", "cpu"):
         code, out, err = metacv("evaluate", "checkpoint=run", f"device={device}", "episodes=20")
