@@ -3,6 +3,7 @@
 A checkpoint holds tensors and plain values only, so that loading one cannot run code of its author.
 """
 
+import copy
 import importlib
 import inspect
 import os
@@ -22,7 +23,6 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
-from torch.utils._pytree import tree_map_only
 
 from metacv import KEPT_DIR, limits
 from metacv.algorithms.base import Algorithm
@@ -204,9 +204,19 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
 
     After an error the old file remains. UserError if the file cannot be written.
     """
-    content = tree_map_only(Tensor, Tensor.cpu, content)
     with written_or_refused(path):
-        write_atomically(path, content | {"format": FORMAT})
+        write_atomically(path, on_cpu(content) | {"format": FORMAT})
+
+
+def on_cpu(value: Any) -> Any:
+    """Copy tensors in dictionaries, lists and tuples to the CPU."""
+    if isinstance(value, Tensor):
+        return value.cpu()
+    if isinstance(value, dict):
+        moved = copy.copy(value)  # keeps the versions of modules, an attribute of their state
+        moved.update({name: on_cpu(own) for name, own in value.items()})
+        return moved
+    return type(value)(map(on_cpu, value)) if isinstance(value, list | tuple) else value
 
 
 def checkpoint_path(place: str | Path, name: str = "best.pt") -> Path:
