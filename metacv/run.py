@@ -147,7 +147,7 @@ class Run:
             "algorithm": self.tested.state_dict(),
             "splits": self.splits,
             "training": asdict(self.training),
-        } | ({"centre": self.centre.cpu()} if self.centre is not None else {})
+        } | ({"centre": self.centre} if self.centre is not None else {})
 
     def state(self) -> dict[str, Any]:
         """Return the content of last.pt, which a run resumes from."""
@@ -163,7 +163,7 @@ class Run:
             "schedule": self.schedule.state_dict() if self.schedule else {},
             "sampler": self.sampler.state_dict(),
             "random": {"python": random.getstate(), "cpu": torch.get_rng_state(), "cuda": cuda},
-            "window": {name: torch.stack([scalars[name] for scalars in self.window]).cpu() for name in names},
+            "window": {name: torch.stack([scalars[name] for scalars in self.window]) for name in names},
         }
         weights = {name: value for name, value in self.weights().items() if name != "centre"}  # of an earlier step
         return weights | {name: getattr(self, name) for name in plain} | own
