@@ -59,6 +59,7 @@ from metacv.terminal import warn
 from metacv.text import first_line, printable, setting
 from metacv.words import in_words
 
+THEN = "; then "  # between the hardware of the parts of a run
 STATE = ("overrides", "optimizer", "schedule", "sampler", "random", "validated", "best", "since_best", "window")
 
 
@@ -72,7 +73,7 @@ class Run:
     optimizer: Optimizer | None  # None if nothing is trained
     schedule: LRScheduler | None
     sampler: EpisodeSampler | ImageSampler
-    hardware: str
+    hardware: str  # of each part of the training, in order
     splits: dict[str, list[str]] | None  # classes of each split; None if the settings alone determine them
     trained_on: list[str] = field(default_factory=list)  # identities of classes, see Dataset.identities
     validated_on: list[str] = field(default_factory=list)
@@ -196,8 +197,12 @@ class Run:
             if any(values.dim() != 1 or values.is_complex() for values in columns.values()):
                 raise ValueError("window: not a number for each step")
             self.window = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-            if self.finished:  # no further step is trained on this hardware
-                self.hardware = str(state.get("hardware", self.hardware))
+            before = str(state.get("hardware", self.hardware))
+            unused = self.finished or self.step >= self.steps  # no further step is trained on this hardware
+            if unused or before.split(THEN)[-1] == self.hardware:
+                self.hardware = before
+            elif self.step:
+                self.hardware = f"{before}{THEN}{self.hardware}"
             if self.step < self.steps:
                 self.try_step()
         except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError, AssertionError) as e:

@@ -33,6 +33,7 @@ from metacv.files import write_bytes_atomically
 from metacv.logger import Logger, errors_of_threads_once
 from metacv.look import look_of
 from metacv.model import (
+    Checkpoint,
     Training,
     build,
     build_dataset,
@@ -67,7 +68,7 @@ def train(cfg: DictConfig, folder: Path, overrides: list[str]) -> float:
         ranks.on_every_rank(lambda: stack.enter_context(lock_folder(folder)))  # ranks other than 0 use a temporary one
         config, words, source = ranks.run_on_rank_zero(lambda: start(cfg, folder, overrides))
         run, validation = ranks.on_every_rank(lambda: prepare(config, words, ranks))
-        ranks.on_every_rank(lambda: run.load(source) if source else initialize(run))
+        ranks.on_every_rank(lambda: set_state(run, source))
         if run.splits:
             write_bytes_atomically(folder / "split.json", json.dumps(run.splits, indent=1).encode())
         if ranks.rank:  # random draws in training, such as DropBlock's masks, must differ between ranks
@@ -298,7 +299,6 @@ def prepare(config: TrainConfig, overrides: list[str], ranks: Ranks) -> tuple[Ru
     """Build a run at step 0, and its validation episodes."""
     check_counts(config, ranks)
     device = pick_device(ranks.device(config.device))
-    check_precision(config.precision, device)
     dataset = build_dataset(config.dataset, config.data_dir)
     augment = Augment(config.augment.crop, config.augment.flip, config.augment.jitter, seed=config.seed)
     task = config.train_way, config.train_shot, config.train_query, dataset.rotation("train")
@@ -367,6 +367,16 @@ def check_counts(config: TrainConfig, ranks: Ranks) -> None:
     for name in ("meta_batch", "eval_episodes"):
         if getattr(config, name) < ranks.size:
             raise UserError(f"{name}={getattr(config, name)}: must be at least {ranks.size}, the number of processes")
+
+
+def set_state(run: Run, source: Checkpoint | None) -> None:
+    """Load a last.pt, or initialize a new run; UserError if steps are left that this device cannot train."""
+    if source:
+        run.load(source)
+    else:
+        initialize(run)
+    if run.step < run.steps:
+        check_precision(run.config.precision, run.sampler.device)
 
 
 def initialize(run: Run) -> None:

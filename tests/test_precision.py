@@ -16,6 +16,7 @@ from metacv.algorithms.gradient.maml import MAML
 from metacv.algorithms.gradient.reptile import Reptile
 from metacv.algorithms.metric.protonet import ProtoNet
 from metacv.algorithms.metric.relationnet import RelationNet
+from metacv.model import load_checkpoint, save_checkpoint
 from metacv.precision import precision
 
 BUILD = {
@@ -147,6 +148,17 @@ def test_an_invalid_precision_is_refused_in_one_line(metacv):
     code, _, err = metacv("train", "algo=protonet", *TRAIN, "precision=tf32", "device=cpu")
     assert code == 1
     assert "precision=tf32" in err
+
+
+def test_a_run_that_is_complete_needs_no_device_for_its_precision(metacv, trained):
+    shutil.copytree(trained("protonet"), "run")
+    state = load_checkpoint("run", "last.pt").content
+    save_checkpoint(Path("run/last.pt"), state | {"config": state["config"] | {"precision": "tf32"}})
+    tf32 = ("train", "resume=run", "precision=tf32", "device=cpu")
+    assert metacv(*tf32)[0] == 0
+    code, _, err = metacv(*tf32, "steps=6")
+    assert code == 1
+    assert "precision=tf32: needs a GPU" in err
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="memory is kept by a setting of glibc's")

@@ -43,7 +43,7 @@ from metacv.data.sampler import EpisodeSampler
 from metacv.distributed import Ranks
 from metacv.errors import UserError
 from metacv.logger import Logger
-from metacv.model import build, build_dataset, build_optimizer, load_checkpoint, save_checkpoint
+from metacv.model import build, build_dataset, build_optimizer, describe_device, load_checkpoint, save_checkpoint
 from metacv.results import read_results
 from metacv.run import Run
 from metacv.text import duration
@@ -551,9 +551,19 @@ def test_the_time_of_a_run_excludes_the_time_between_stop_and_resume(metacv, tra
     assert file.training["overrides"] == [word for word in quick("protonet") if word != "steps=4"] + ["steps=6"]
     assert file.results[0].torch == torch.__version__
     assert re.search(r"\S.*, \d+ threads?$", file.results[0].device)
-    save_checkpoint(path, last("run") | {"hardware": "abacus"})
-    assert metacv("train", "resume=run")[0] == 0  # of a finished run, which was trained on another machine
-    assert read_results(Path("run/result.json")).results[0].device == "abacus"
+
+
+def test_a_result_names_each_hardware_that_a_run_was_trained_on(metacv, trained):
+    shutil.copytree(trained("protonet"), "run")
+    save_checkpoint(Path("run/last.pt"), last("run") | {"hardware": "abacus", "validated": 2})
+
+    def device(*words):
+        assert metacv("train", "resume=run", *words)[0] == 0
+        return read_results(Path("run/result.json")).results[0].device
+
+    assert device() == "abacus"  # the last step was only validated here
+    here = describe_device(torch.device("cpu"))
+    assert device("steps=6") == device("steps=8") == device() == f"abacus; then {here}"
 
 
 def test_training_never_loads_the_test_split(metacv, monkeypatch):
