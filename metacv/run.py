@@ -59,7 +59,7 @@ from metacv.terminal import warn
 from metacv.text import first_line, printable, setting
 from metacv.words import in_words
 
-THEN = "; then "  # between the hardware of the parts of a run
+THEN = ", then "  # between the hardware of the parts of a run
 STATE = ("overrides", "optimizer", "schedule", "sampler", "random", "validated", "best", "since_best", "window")
 
 
@@ -202,7 +202,7 @@ class Run:
             if unused or before.split(THEN)[-1] == self.hardware:
                 self.hardware = before
             elif self.step:
-                self.hardware = f"{before}{THEN}{self.hardware}"
+                self.hardware = f"{before} to step {self.step}{THEN}{self.hardware}"
             if self.step < self.steps:
                 self.try_step()
         except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError, AssertionError) as e:

@@ -563,7 +563,7 @@ def test_a_result_names_each_hardware_that_a_run_was_trained_on(metacv, trained)
 
     assert device() == "abacus"  # the last step was only validated here
     here = describe_device(torch.device("cpu"))
-    assert device("steps=6") == device("steps=8") == device() == f"abacus; then {here}"
+    assert device("steps=6") == device("steps=8") == device() == f"abacus to step 4, then {here}"
 
 
 def test_training_never_loads_the_test_split(metacv, monkeypatch):
