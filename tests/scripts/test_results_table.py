@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from metacv.config import to_dict
+from metacv.files import sha256
 from metacv.model import WEIGHTS, load_checkpoint
 from metacv.results import Result, ResultFile, read_results
 
@@ -218,6 +219,48 @@ def test_heads_that_use_the_whole_query_set_have_a_table_of_their_own(tmp_path, 
     assert table["TIM"] == [*missing, "80.00 ± 1.00", "65.00 ± 1.00", "-15.00"]
     assert table["nearest class mean"] == [*missing, "70.00 ± 1.00", "70.50 ± 1.00", "+0.50"]
     assert table["PT-MAP"] == missing * 2
+
+
+def test_last_blocks_are_compared_with_each_head(tmp_path, monkeypatch):
+    monkeypatch.setattr(results_table, "BLOCKS_RUNS", tmp_path)
+    for name, accuracy in {"ncm_5w1s": 0.5, "augmented_5w5s": 0.75}.items():
+        (tmp_path / name).mkdir()
+        measured = [result(accuracy=accuracy, checkpoint="outputs/blocks/poolmean_augmented/best.pt")]
+        ResultFile(measured).write(tmp_path / f"{name}/result.json")
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in results_table.blocks().splitlines()]
+    assert lines[0][3:] == [
+        f"{cell}, {head}"
+        for cell in ("5w1s", "5w5s")
+        for head in ("nearest mean", "nearest centred mean", "logistic", "logistic, augmented")
+    ]
+    assert len(lines) == 2 + 8
+    assert ["max pool", "mean", "none", *[""] * 8] in lines
+    assert ["max pool", "mean", "crop, flip", "50.00", *[""] * 6, "75.00"] in lines
+
+
+def test_the_kept_last_blocks_were_trained_and_tested_alike_except_for_what_their_names_say():
+    runs = [f"{block}_{augmented}" for block in results_table.BLOCKS for augmented in results_table.AUGMENTED]
+    flattened, pooled = {"rfsflat", "poolflat"}, {"poolmean", "poolflat"}
+    for name in runs:
+        block, augmented = name.split("_")
+        checkpoint = load_checkpoint(results_table.BLOCKS_RUNS / name)
+        config = checkpoint.config
+        assert (config.steps, checkpoint.content["step"], config.seed) == (1200, 1200, 0)
+        assert config.backbone["global_pool"] == (block not in flattened)
+        last = config.backbone["downsample"]
+        assert (last if isinstance(last, str) else last[3]) == ("max_pool" if block in pooled else "none")
+        assert (config.augment.crop, config.augment.flip) == ((4, True) if augmented == "augmented" else (0, False))
+    for cell in ("5w1s", "5w5s"):
+        results = []
+        for head in results_table.BLOCK_HEADS:
+            own = read_results(results_table.BLOCKS_RUNS / f"{head}_{cell}/result.json").results
+            tested = [name for name in runs if head != "augmented" or "augmented" in name]
+            assert {one.checkpoint for one in own} == {f"outputs/blocks/{name}/best.pt" for name in tested}
+            results += own
+        assert len({one.episodes_sha256 for one in results}) == 1
+        assert {(one.split, one.episodes, one.batch_norm) for one in results} == {("val", 2000, "inductive")}
+        for one in results:
+            assert one.checkpoint_sha256 == sha256(ROOT / one.checkpoint)
 
 
 def test_short_trainings_are_compared_with_those_of_the_same_seeds_without_a_change(tmp_path, monkeypatch):
