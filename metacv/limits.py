@@ -25,5 +25,7 @@ IMAGE = 2**26  # numbers in an image: 4096x4096 pixels in colour
 CLASSES = 10**4  # in the support set that `predict save=` keeps: every image gets a probability for each class
 NAME = 1000  # letters of a class name in a kept model: a numpy array of names has the width of the longest
 
+HARDWARE = 1000  # letters of the names of the hardware that a run was trained on
+
 EVENTS = 2**28  # bytes of TensorBoard's files in a run's folder: the papers' runs write up to 30 MB
 PICTURE = 2**23  # bytes of an episode's picture in these files, which a report includes: usually 200 kB

@@ -56,7 +56,7 @@ from metacv.model import (
 )
 from metacv.pickles import check_extent
 from metacv.terminal import warn
-from metacv.text import first_line, printable, setting
+from metacv.text import first_line, printable, setting, shortened_in_the_middle
 from metacv.words import in_words
 
 THEN = ", then "  # between the hardware of the parts of a run
@@ -73,7 +73,7 @@ class Run:
     optimizer: Optimizer | None  # None if nothing is trained
     schedule: LRScheduler | None
     sampler: EpisodeSampler | ImageSampler
-    hardware: str  # of each part of the training, in order
+    here: str  # hardware of this process
     splits: dict[str, list[str]] | None  # classes of each split; None if the settings alone determine them
     trained_on: list[str] = field(default_factory=list)  # identities of classes, see Dataset.identities
     validated_on: list[str] = field(default_factory=list)
@@ -82,6 +82,8 @@ class Run:
     average: AveragedModel | None = None  # moving average of the algorithm, if `ema` is set
     centre: Tensor | None = None  # mean feature of training images, for heads that subtract it
     earlier: Training = field(default_factory=Training)  # runs whose weights or predictions this one uses
+    before: str = ""  # hardware up to the step `resumed`
+    resumed: int = 0
     step: int = 0
     validated: int = -1  # the step of the last validation
     best: dict[str, float] = field(default_factory=lambda: {"accuracy": -1.0})
@@ -105,6 +107,15 @@ class Run:
     def seconds(self) -> float:
         """Seconds of training, without the time between a stop and a resume."""
         return time.perf_counter() - self.began
+
+    @property
+    def hardware(self) -> str:
+        """The hardware of each part of the training, in order."""
+        if self.before and (self.step == self.resumed or self.before.split(THEN)[-1] == self.here):
+            return self.before
+        if not self.before or not self.resumed:
+            return self.here
+        return shortened_in_the_middle(f"{self.before} to step {self.resumed}{THEN}{self.here}", limits.HARDWARE)
 
     @property
     def validation_due(self) -> bool:
@@ -189,6 +200,9 @@ class Run:
                 torch.cuda.set_rng_state_all(cuda)
             used, self.earlier = self.earlier, from_dict(Training, state.get("earlier", {}))
             self.step, self.validated = int(state["step"]), int(state["validated"])
+            self.before, self.resumed = state.get("hardware", ""), self.step
+            if not isinstance(self.before, str) or not self.before.isprintable() or len(self.before) > limits.HARDWARE:
+                raise ValueError("hardware: not a short text")
             if not -1 <= self.validated <= self.step:
                 raise ValueError(f"validated at step {self.validated} of {self.step}")
             self.best, self.since_best = dict(state["best"]), int(state["since_best"])
@@ -197,12 +211,6 @@ class Run:
             if any(values.dim() != 1 or values.is_complex() for values in columns.values()):
                 raise ValueError("window: not a number for each step")
             self.window = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-            before = str(state.get("hardware", self.hardware))
-            unused = self.finished or self.step >= self.steps  # no further step is trained on this hardware
-            if unused or before.split(THEN)[-1] == self.hardware:
-                self.hardware = before
-            elif self.step:
-                self.hardware = f"{before} to step {self.step}{THEN}{self.hardware}"
             if self.step < self.steps:
                 self.try_step()
         except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError, AssertionError) as e:

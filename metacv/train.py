@@ -67,7 +67,7 @@ def train(cfg: DictConfig, folder: Path, overrides: list[str]) -> float:
             stack.callback(remove_unused, folder)  # after the lock is released
         ranks.on_every_rank(lambda: stack.enter_context(lock_folder(folder)))  # ranks other than 0 use a temporary one
         config, words, source = ranks.run_on_rank_zero(lambda: start(cfg, folder, overrides))
-        run, validation = ranks.on_every_rank(lambda: prepare(config, words, ranks))
+        run, validation = ranks.on_every_rank(lambda: prepare(config, words, ranks, new=source is None))
         ranks.on_every_rank(lambda: set_state(run, source))
         if run.splits:
             write_bytes_atomically(folder / "split.json", json.dumps(run.splits, indent=1).encode())
@@ -143,7 +143,7 @@ def about(run: Run, validation: EpisodeList, folder: Path) -> dict[str, str]:
         "method": f"{method(config)}, trained {trained}",
         "data": f"{class_name(config.dataset)}, {size}: {', '.join(splits)}",
         "network": f"{network_name(config.backbone)}, {parameters:,} parameters",
-        "device": ", ".join([run.hardware, *([config.precision] if config.precision != "fp32" else [])])
+        "device": ", ".join([run.here, *([config.precision] if config.precision != "fp32" else [])])
         + (f" (processes={count} may be faster)" if (count := faster_processes(run)) > 1 else ""),
         "steps": f"{run.steps:,}{start}, validated every {config.eval_every:,} on {len(validation):,} "
         f"{shape_text(config.way, config.shot, config.vary)} tasks",
@@ -295,10 +295,12 @@ def check_finite(run: Run, folder: Path, ranks: Ranks) -> None:
     raise UserError(f"{what}; {good}")
 
 
-def prepare(config: TrainConfig, overrides: list[str], ranks: Ranks) -> tuple[Run, EpisodeList]:
+def prepare(config: TrainConfig, overrides: list[str], ranks: Ranks, new: bool = True) -> tuple[Run, EpisodeList]:
     """Build a run at step 0, and its validation episodes."""
     check_counts(config, ranks)
     device = pick_device(ranks.device(config.device))
+    if new:
+        check_precision(config.precision, device)
     dataset = build_dataset(config.dataset, config.data_dir)
     augment = Augment(config.augment.crop, config.augment.flip, config.augment.jitter, seed=config.seed)
     task = config.train_way, config.train_shot, config.train_query, dataset.rotation("train")
@@ -336,8 +338,8 @@ def prepare(config: TrainConfig, overrides: list[str], ranks: Ranks) -> tuple[Ru
     splits = dataset.splits()
     warn_of_few_test_classes(config, splits)
     average = averaged(algorithm, config.ema)
-    hardware = describe_device(device)
-    run = Run(config, overrides, algorithm, optimizer, schedule, training, hardware, splits, *known, flops, average)
+    here = describe_device(device)
+    run = Run(config, overrides, algorithm, optimizer, schedule, training, here, splits, *known, flops, average)
     if learned:
         run.record_earlier_run(learned, "learned from ")
     return run, validation
@@ -370,12 +372,11 @@ def check_counts(config: TrainConfig, ranks: Ranks) -> None:
 
 
 def set_state(run: Run, source: Checkpoint | None) -> None:
-    """Load a last.pt, or initialize a new run; UserError if steps are left that this device cannot train."""
-    if source:
-        run.load(source)
-    else:
-        initialize(run)
-    if run.step < run.steps:
+    """Load a last.pt, or initialize a new run; UserError if steps are left and this device lacks the precision."""
+    if not source:
+        return initialize(run)
+    run.load(source)
+    if run.step < run.steps and not run.finished:
         check_precision(run.config.precision, run.sampler.device)
 
 

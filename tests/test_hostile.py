@@ -475,6 +475,9 @@ def test_a_file_is_copied_without_all_of_it_in_memory(tmp_path):
         ((), {"best": {"accuracy": 0.5, "step": 4}}),
         ((), {"best": {"accuracy": 0.5, "ci95": "x", "step": 4}}),
         ((), {"best": {"accuracy": 0.5, "ci95": 0.1, "step": 4, "way": 5}}),
+        ((), {"hardware": 3}),
+        ((), {"hardware": "a\x1b[2J"}),
+        ((), {"hardware": 1001 * "x"}),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")  # of torch, about param_groups

@@ -148,6 +148,8 @@ def test_an_invalid_precision_is_refused_in_one_line(metacv):
     code, _, err = metacv("train", "algo=protonet", *TRAIN, "precision=tf32", "device=cpu")
     assert code == 1
     assert "precision=tf32" in err
+    code, _, err = metacv("train", "algo=protonet", "dataset=omniglot", "precision=tf32", "device=cpu")
+    assert "precision=tf32" in err  # before the data are loaded
 
 
 def test_a_run_that_is_complete_needs_no_device_for_its_precision(metacv, trained):
@@ -155,10 +157,14 @@ def test_a_run_that_is_complete_needs_no_device_for_its_precision(metacv, traine
     state = load_checkpoint("run", "last.pt").content
     save_checkpoint(Path("run/last.pt"), state | {"config": state["config"] | {"precision": "tf32"}})
     tf32 = ("train", "resume=run", "precision=tf32", "device=cpu")
+    Path("run/result.json").unlink()
     assert metacv(*tf32)[0] == 0
+    assert Path("run/result.json").exists()
     code, _, err = metacv(*tf32, "steps=6")
     assert code == 1
     assert "precision=tf32: needs a GPU" in err
+    save_checkpoint(Path("run/last.pt"), load_checkpoint("run", "last.pt").content | {"since_best": 1})
+    assert metacv(*tf32, "steps=6", "patience=1")[0] == 0  # out of patience, so complete too
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="memory is kept by a setting of glibc's")

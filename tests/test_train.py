@@ -566,6 +566,24 @@ def test_a_result_names_each_hardware_that_a_run_was_trained_on(metacv, trained)
     assert device("steps=6") == device("steps=8") == device() == f"abacus to step 4, then {here}"
 
 
+def test_only_hardware_that_trained_a_step_is_named():
+    run = object.__new__(Run)
+    run.here, run.before, run.resumed, run.step = "here", "", 0, 0
+    assert run.hardware == "here"
+
+    def after(before, resumed, step):
+        run.before, run.resumed, run.step = before, resumed, step
+        return run.hardware
+
+    assert after("abacus", 4, 4) == "abacus"  # so far
+    assert after("abacus", 4, 5) == "abacus to step 4, then here"
+    assert after("abacus", 0, 5) == "here"
+    assert after("", 4, 5) == "here"  # by an earlier version, which kept no hardware
+    assert after("abacus to step 4, then here", 6, 8) == "abacus to step 4, then here"
+    assert after("here to step 4, then abacus", 6, 8) == "here to step 4, then abacus to step 6, then here"
+    assert after("x" * 1000, 6, 8) == f"{'x' * 499}...{'x' * 477} to step 6, then here"
+
+
 def test_training_never_loads_the_test_split(metacv, monkeypatch):
     load, loaded = Glyphs.load, []
     monkeypatch.setattr(Glyphs, "load", lambda self, split: loaded.append(split) or load(self, split))

@@ -240,27 +240,67 @@ def test_last_blocks_are_compared_with_each_head(tmp_path, monkeypatch):
 
 def test_the_kept_last_blocks_were_trained_and_tested_alike_except_for_what_their_names_say():
     runs = [f"{block}_{augmented}" for block in results_table.BLOCKS for augmented in results_table.AUGMENTED]
-    flattened, pooled = {"rfsflat", "poolflat"}, {"poolmean", "poolflat"}
+    alike = []
     for name in runs:
         block, augmented = name.split("_")
         checkpoint = load_checkpoint(results_table.BLOCKS_RUNS / name)
-        config = checkpoint.config
-        assert (config.steps, checkpoint.content["step"], config.seed) == (1200, 1200, 0)
-        assert config.backbone["global_pool"] == (block not in flattened)
-        last = config.backbone["downsample"]
-        assert (last if isinstance(last, str) else last[3]) == ("max_pool" if block in pooled else "none")
-        assert (config.augment.crop, config.augment.flip) == ((4, True) if augmented == "augmented" else (0, False))
+        config = to_dict(checkpoint.config)
+        assert (config["steps"], checkpoint.content["step"]) == (1200, 1200)
+        pool, features = results_table.BLOCKS[block]
+        backbone, augment, head = (config.pop(group) for group in ("backbone", "augment", "head"))
+        assert backbone["global_pool"] == (features == "mean")
+        last = backbone["downsample"]
+        assert (last if isinstance(last, str) else last[3]) == {"none": "none", "max pool": "max_pool"}[pool]
+        assert (augment["crop"], augment["flip"]) == ((4, True) if augmented == "augmented" else (0, False))
+        assert (head["augment"], head["flip"]) == ((5, True) if augmented == "augmented" else (0, False))
+        alike.append(config)
+    assert all(config == alike[0] for config in alike)
+    heads = {"ncm": "NearestMean", "cl2n": "CL2N", "logistic": "Logistic", "augmented": "Logistic"}
     for cell in ("5w1s", "5w5s"):
-        results = []
-        for head in results_table.BLOCK_HEADS:
-            own = read_results(results_table.BLOCKS_RUNS / f"{head}_{cell}/result.json").results
-            tested = [name for name in runs if head != "augmented" or "augmented" in name]
+        episodes = set()
+        for key, head in heads.items():
+            own = read_results(results_table.BLOCKS_RUNS / f"{key}_{cell}/result.json").results
+            tested = [name for name in runs if key != "augmented" or "augmented" in name]
             assert {one.checkpoint for one in own} == {f"outputs/blocks/{name}/best.pt" for name in tested}
-            results += own
-        assert len({one.episodes_sha256 for one in results}) == 1
-        assert {(one.split, one.episodes, one.batch_norm) for one in results} == {("val", 2000, "inductive")}
-        for one in results:
-            assert one.checkpoint_sha256 == sha256(ROOT / one.checkpoint)
+            episodes |= {one.episodes_sha256 for one in own}
+            for one in own:
+                assert one.checkpoint_sha256 == sha256(ROOT / one.checkpoint)
+                assert (one.head, one.way, one.shot, one.query) == (head, 5, int(cell[2]), 15)
+                assert (one.split, one.episodes, one.batch_norm) == ("val", 2000, "inductive")
+                plain = key != "augmented" and "augmented" in one.checkpoint  # its head in training had both
+                assert (one.changes.get("head.augment"), one.changes.get("head.flip")) == (
+                    (0, False) if plain else (None, None)
+                )
+        assert len(episodes) == 1
+
+
+def test_the_ranges_below_the_table_of_last_blocks_are_those_of_the_table():
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in results_table.blocks().splitlines()]
+    table = {tuple(line[:3]): [float(cell or "nan") for cell in line[3:]] for line in lines[2:]}
+    blocks = [(pool, features) for pool in ("none", "max pool") for features in ("mean", "flattened")]
+
+    def span(pairs, columns):
+        """The least and the largest difference between two rows of each pair, rounded, in these columns."""
+        found = [table[one][c] - table[other][c] for one, other in pairs for c in columns]
+        return round(min(found), 1), round(max(found), 1)
+
+    plain, augmented = "none", "crop, flip"
+    mean = [((pool, "mean", a), (pool, "flattened", a)) for pool in ("none", "max pool") for a in (plain, augmented)]
+    assert (span(mean, range(3)), span(mean, range(4, 7))) == ((1.2, 4.3), (0.3, 2.2))
+    known = [pair for pair in mean if pair[0][2] == augmented]
+    assert (span(known, [3]), span(known, [7])) == ((1.2, 1.6), (-0.6, 0.3))
+    pool = {(f, a): [(("max pool", f, a), ("none", f, a))] for f in ("mean", "flattened") for a in (plain, augmented)}
+    every, without = range(8), [0, 1, 2, 4, 5, 6]
+    assert span(pool["flattened", augmented], every) == (0.6, 2.1)
+    assert span(pool["flattened", plain], without) == (0.9, 1.8)
+    assert (span(pool["mean", augmented], every), span(pool["mean", plain], without)) == ((0.7, 1.5), (-0.5, 0.3))
+    trained = {block: [((*block, augmented), (*block, plain))] for block in blocks}
+    assert span(trained.pop(("none", "mean")), without) == (-1.2, -0.9)
+    assert span([pair for pairs in trained.values() for pair in pairs], without) == (-0.1, 1.1)
+    for first in (0, 4):
+        assert max(max(row[first : first + 3]) - min(row[first : first + 3]) for row in table.values()) < 0.7
+    added = [row[last] - row[last - 1] for row in table.values() for last in (3, 7) if row[last] == row[last]]
+    assert (round(min(added), 1), round(max(added), 1)) == (0.4, 1.4)
 
 
 def test_short_trainings_are_compared_with_those_of_the_same_seeds_without_a_change(tmp_path, monkeypatch):
