@@ -303,6 +303,19 @@ def test_the_ranges_below_the_table_of_last_blocks_are_those_of_the_table():
     assert (round(min(added), 1), round(max(added), 1)) == (0.4, 1.4)
 
 
+def test_the_second_stage_is_compared_with_its_own_first_stage():
+    (first, *_) = (read_results(path) for path in sorted(REFERENCE.glob("cifar_fs/second_stage/seed0/result.json")))
+    assert f"| 0 | 5w1s | {results_table.percent(first.results[0].accuracy, first.results[0].ci95)} |" in (
+        results_table.second_stage()
+    )
+    for path in REFERENCE.glob("cifar_fs/second_stage/seed*/result.json"):
+        second, start = read_results(path).results
+        assert second.episodes_sha256 == start.episodes_sha256
+        assert any(start.checkpoint_sha256[:16] in stage for stage in second.stages)
+        for one in (second, start):
+            assert one.checkpoint_sha256 == sha256(ROOT / one.checkpoint)
+
+
 def test_short_trainings_are_compared_with_those_of_the_same_seeds_without_a_change(tmp_path, monkeypatch):
     monkeypatch.setattr(results_table, "FASTER_RUNS", tmp_path)
     assert results_table.faster() == "Not run."
