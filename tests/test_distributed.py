@@ -89,6 +89,7 @@ def assert_two_processes_learn_what_one_learns(metacv, algorithms: list[str], wo
             assert ours.get("train/accuracy", 0) == pytest.approx(theirs.get("train/accuracy", 0), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_two_processes_reach_the_weights_of_one(metacv):
     assert_two_processes_learn_what_one_learns(metacv, ["maml", "protonet"], STEADY)
 

@@ -122,7 +122,7 @@ def test_info_refuses_what_is_not_a_run_with_one_line(metacv, run):
         ("damaged.pt",): "the support set in the file is damaged",
         (): "runs is missing",
         ("runs=[]",): "runs=[]: name a run, or a file with a model",
-        ("protonet_5w1s",): "did you mean miniimagenet/protonet_5w1s or omniglot/protonet_5w1s?",
+        ("protonet_5w1s",): "did you mean cifar_fs/protonet_5w1s or miniimagenet/protonet_5w1s or ",
         ("omniglot/protonet_5w1",): "did you mean omniglot/protonet_5w1s or ",
     }
     for words, problem in problems.items():

@@ -104,6 +104,7 @@ def session_groups(board, *columns: dict) -> list[dict]:
     return board("hparams/session_groups", query)["sessionGroups"]
 
 
+@pytest.mark.slow
 def test_the_table_of_runs_is_sorted_by_any_setting(board):
     """Some settings are numbers in one run, and missing or null in others."""
     columns = board("hparams/experiment", {"experimentName": ""})

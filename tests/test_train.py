@@ -396,6 +396,7 @@ def test_in_a_pipe_the_header_and_validations_are_flushed_at_once(tmp_path, data
     process.communicate(timeout=60)
 
 
+@pytest.mark.slow
 def test_the_header_says_when_several_processes_may_be_faster(metacv, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
@@ -502,6 +503,7 @@ def test_the_option_of_a_sweep_may_stand_between_settings(metacv):
     assert len(list(Path("sweep").glob("*/result.json"))) == 2
 
 
+@pytest.mark.slow
 def test_a_sweep_that_was_interrupted_is_finished_by_the_same_command_with_resume_auto(metacv, monkeypatch):
     """The first run was finished, the second stopped by a signal, and the third not begun."""
     command = ("train", "-m", *quick("protonet"), "seed=0,1,2", "resume=auto")
