@@ -209,25 +209,27 @@ def main() -> None:
 def with_costs(text: str) -> str:
     """docs/methods.md with a table of the accuracies under the common protocol, and of what the training cost."""
     start, end = COSTS
-    own = [
-        name for name in EXPERIMENTS if (kept := Kept(REFERENCE / name)).complete and not kept.training.get("run_of")
-    ]
+    own = {name: run for name, run in kept_runs(EXPERIMENTS).items() if not run.training.get("run_of")}
     before, rest = text.split(start)
     return f"{before}{start}\n{cost_table(own)}\n{end}{rest.split(end)[1]}"
 
 
-def cost_table(experiments: list[str]) -> str:
-    """Accuracy under the common protocol and cost of the training, of each experiment with a kept run."""
+def kept_runs(experiments: list[str]) -> dict[str, Kept]:
+    """The kept runs of these experiments."""
+    runs = {name: Kept(REFERENCE / name) for name in experiments}
+    return {name: run for name, run in runs.items() if run.complete}
+
+
+def cost_table(runs: dict[str, Kept]) -> str:
+    """Accuracy under the common protocol and cost of the training, of each experiment's run."""
     rows = []
-    for name in experiments:
-        kept = Kept(REFERENCE / name)
-        if kept.complete:
-            result = kept.common
-            cost = [f"{result.train_images:,}", f"{result.train_flops / 1e15:.2f}"] if result.train_images else ["", ""]
-            seconds = result.train_seconds or kept.training["seconds"]
-            accuracy = percent(result.accuracy, result.ci95)
-            device = kept.trained.results[0].device
-            rows.append([f"`experiment={name}`", accuracy, *cost, f"{seconds / 60:.0f} min", device])
+    for name, kept in runs.items():
+        result = kept.common
+        cost = [f"{result.train_images:,}", f"{result.train_flops / 1e15:.2f}"] if result.train_images else ["", ""]
+        seconds = result.train_seconds or kept.training["seconds"]
+        accuracy = percent(result.accuracy, result.ci95)
+        device = kept.trained.results[0].device
+        rows.append([f"`experiment={name}`", accuracy, *cost, f"{seconds / 60:.0f} min", device])
     return table(["", "accuracy, %", "training images", "PFLOP", "time", "hardware"], rows)
 
 
@@ -276,7 +278,8 @@ def page() -> str:
         "blocks": blocks(),
         "second_stage": second_stage(),
     }
-    costs = cost_table([name for name in EXPERIMENTS if name.startswith("cifar_fs/") and name.endswith("5w1s")])
+    one_shot = [name for name in EXPERIMENTS if name.startswith("cifar_fs/") and name.endswith("5w1s")]
+    costs = cost_table(kept_runs(one_shot))
     shorter = other_run("cifar_fs/boil_10000_steps")
     own |= {"equal_steps": compared("omniglot/equal_steps"), "boil_maml": compared("cifar_fs/boil_maml")}
     own |= {"cifar_fs_costs": costs, "boil_10000_steps": shorter}
@@ -288,20 +291,23 @@ def compared(name: str) -> str:
     path = REFERENCE / name / "result.json"
     if not path.exists():
         return "not run"
+    _, (one, other), gained = paired(path)
+    return f"{one} and {other}, a difference of {gained} points"
+
+
+def paired(path: Path) -> tuple[list[Result], list[str], str]:
+    """Two results on the same tasks, their accuracies in %, and the paired difference in points."""
     file = read_results(path)
     (gain,) = file.differences or []
-    one, other = (percent(result.accuracy, result.ci95) for result in file.results)
-    return f"{one} and {other}, a difference of {percent_with_sign(gain['mean'], gain['ci95'])} points"
+    shown = [percent(result.accuracy, result.ci95) for result in file.results]
+    return file.results, shown, percent_with_sign(gain["mean"], gain["ci95"])
 
 
 def second_stage() -> str:
     """Accuracies in % after the second stage and after the first on the same tasks, and the paired differences."""
     rows = []
     for path in sorted((REFERENCE / "cifar_fs/second_stage").glob("seed*/result.json")):
-        file = read_results(path)
-        (second, first), (gain,) = file.results, file.differences or []
-        shown = [percent(result.accuracy, result.ci95) for result in (second, first)]
-        gained = percent_with_sign(gain["mean"], gain["ci95"])
+        (second, _), shown, gained = paired(path)
         rows.append([path.parent.name[4], f"{second.way}w{second.shot}s", *shown, gained])
     return table(["seed", "task", "second stage", "first stage", "difference"], rows)
 
@@ -356,13 +362,10 @@ def tuned() -> str:
         if not path.exists():
             rows.append([network, name.rpartition("_")[2], "not run", *[""] * 4])
             continue
-        file = read_results(path)
-        (result, plain), (gain,) = file.results, file.differences or []
+        (result, _), (own, plain), gained = paired(path)
         rate, steps = (result.changes[f"head.{setting}"] for setting in ("lr", "steps"))
         how = f"{rate:g}, {STEPS['backbone'] if steps == 'auto' else steps}"
-        shown = [percent(one.accuracy, one.ci95) for one in (plain, result)]
-        gained = percent_with_sign(gain["mean"], gain["ci95"])
-        rows.append([network, f"{result.way}w{result.shot}s", f"{result.episodes}", how, *shown, gained])
+        rows.append([network, f"{result.way}w{result.shot}s", f"{result.episodes}", how, plain, own, gained])
     return table(columns, rows)
 
 
@@ -554,14 +557,15 @@ inner loop has one step instead of five, and we trained it on 30,000 steps. BOIL
 (outputs/reference/cifar_fs/boil_maml). After 10,000 steps BOIL reaches {boil_10000_steps}
 (outputs/reference/cifar_fs/boil_10000_steps). The *paper* column of all has the published MAML. MAML++ is best here.
 
-One run each of ProtoNet (20-way 5-shot tasks) and R2D2 (10-way 5-shot) served both rows: 7500 tasks of cropped and
-flipped images. ProtoNet divides distances by 16 and has a cosine schedule. RelationNet is trained in the same way on
-10-way tasks. The *paper* column of the three has the numbers of Bertinetto et al. 2019, where R2D2's network is wider.
+ProtoNet, R2D2 and RelationNet are trained on 5-shot tasks of cropped and flipped images, with a cosine schedule:
+7500 20-way, 7500 10-way and 7000 10-way tasks. One run each of the first two served both rows. ProtoNet divides
+distances by 16. The *paper* column of the three has the numbers of Bertinetto et al. 2019, where R2D2 has a wider
+network.
 
 {cifar_fs}
 
-All of them with one shot under one protocol, 2000 episodes of the test classes, 15 queries per class, inductive batch
-norm, with what the training cost, first stages included:
+All 1-shot models under one protocol, 2000 episodes of the test classes, 15 queries per class, inductive batch norm,
+with what the training cost, first stages included:
 
 {cifar_fs_costs}
 
