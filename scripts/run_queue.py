@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,6 +98,8 @@ def start(job: Job, runs: Path, others: list[str]) -> None:
             stderr=output,
             start_new_session=True,  # Ctrl-C reaches it through `stop` alone
         )
+    with suppress(OSError):  # Linux divides the processor between sessions first, and `nice` acts within one
+        Path(f"/proc/{job.process.pid}/autogroup").write_text("19")
     job.state = "running"
     print(f"started: {job.name}, log in {log}", flush=True)
 

@@ -20,8 +20,15 @@ from pathlib import Path
 name, runs = sys.argv[1], Path(sys.argv[sys.argv.index("--runs") + 1])
 run = runs / (sys.argv[sys.argv.index("--name") + 1] if "--name" in sys.argv else name)
 run.mkdir(parents=True, exist_ok=True)
+group = Path("/proc/self/autogroup")
+def session_nice():
+    return group.read_text().split()[-1] if os.access(group, os.W_OK) else "19"
+for _ in range(500):  # it is set after the start
+    if session_nice() != "19":
+        time.sleep(0.01)
 with (runs / "calls").open("a") as file:
-    print(run.name, os.environ["OMP_NUM_THREADS"], os.nice(0), *sys.argv[sys.argv.index("--runs") + 2 :], file=file)
+    nice = os.nice(0), session_nice()
+    print(run.name, os.environ["OMP_NUM_THREADS"], *nice, *sys.argv[sys.argv.index("--runs") + 2 :], file=file)
 def stop(*_):
     time.sleep(0.3)
     (run / "last.pt").write_text(name)
@@ -62,13 +69,13 @@ def calls() -> list[str]:
 def test_experiments_run_in_order_with_one_thread_at_the_lowest_priority_and_a_failure_stops_no_other(queue):
     lines = ["one -- steps=2", "bad", "one --name two -- steps=3"]
     assert queue(lines, "--at-once", "1") == (1, ["done: one", "failed: bad", "done: two"])
-    assert calls() == ["one 1 19 -- steps=2", "bad 1 19", "two 1 19 -- steps=3"]
+    assert calls() == ["one 1 19 19 -- steps=2", "bad 1 19 19", "two 1 19 19 -- steps=3"]
     assert "bad" in Path("runs/bad.log").read_text()
 
 
 def test_unknown_options_are_passed_to_every_experiment(queue):
     assert queue(["one -- steps=2"], "--reference", "kept")[0] == 0
-    assert calls() == ["one 1 19 --reference kept -- steps=2"]
+    assert calls() == ["one 1 19 19 --reference kept -- steps=2"]
 
 
 def test_unfinished_runs_are_set_aside_at_the_time_limit_and_resume_elsewhere(queue):
