@@ -6,6 +6,7 @@ python scripts/results_table.py
 import json
 import shlex
 import sys
+from dataclasses import asdict
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 import yaml
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from metacv import CONFIG_DIR
 from metacv.algorithms.heads.finetune import STEPS
@@ -138,12 +140,6 @@ class Kept:
         assert self.trained.training is not None
         return self.trained.training
 
-    @property
-    def changes(self) -> list[str]:
-        """Overrides that differ from the experiment; of several for one setting, the last."""
-        words = {word.split("=")[0]: word for word in self.training["overrides"]}
-        return [word for name, word in words.items() if name not in NOT_SHOWN]
-
 
 class Experiment:
     """A file of configs/experiment/DATASET, and what outputs/reference has of it."""
@@ -152,6 +148,15 @@ class Experiment:
         self.name = name
         self.config = config
         self.kept = Kept(REFERENCE / name)
+
+    @property
+    def changes(self) -> str:
+        """The overrides of the run that differ from the experiment; of several for one setting, the last."""
+        words = {word.split("=")[0]: word for word in self.kept.training["overrides"]}
+        own = OmegaConf.create(asdict(self.config))
+        other = OmegaConf.merge(own, asdict(self.kept.config))  # settings that older files lack are those of today
+        changed = [word for name, word in words.items() if OmegaConf.select(own, name) != OmegaConf.select(other, name)]
+        return shlex.join(word for word in changed if word.split("=")[0] not in NOT_SHOWN)
 
     def rows(self) -> list[list[str]]:
         """Rows of the table under the papers' protocols, one for each published number."""
@@ -257,9 +262,9 @@ def page() -> str:
             if data in PAPERS and any(f"{data}/{method}_{cell}" in experiments for cell in cells)
         ]
         changes = [
-            f"- `{experiment.name}`: `{shlex.join(experiment.kept.changes)}`"
+            f"- `{experiment.name}`: `{changes}`"
             for experiment in own
-            if experiment.kept.complete and experiment.kept.changes
+            if experiment.kept.complete and (changes := experiment.changes)
         ]
         sections |= {
             data: table(

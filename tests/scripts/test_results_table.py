@@ -38,6 +38,14 @@ def test_results_md_is_up_to_date():
     assert methods == results_table.with_costs(methods), "run scripts/results_table.py"
 
 
+def test_the_settings_listed_are_those_that_differ_from_the_experiment():
+    def changes(name: str) -> str:
+        return results_table.Experiment(name, results_table.experiment_configs()[name]).changes
+
+    assert changes("omniglot/maml_5w1s") == "steps=6400 eval_every=400"
+    assert changes("miniimagenet/protonet_init_5w1s") == ""  # its overrides repeat the experiment
+
+
 @pytest.mark.parametrize("path", RESULT_FILES, ids=lambda path: path.relative_to(REFERENCE).as_posix())
 def test_every_result_file_has_the_one_schema_and_belongs_to_its_checkpoint(path):
     assert json.loads(path.read_text())["schema"] == 2
