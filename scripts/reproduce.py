@@ -159,7 +159,7 @@ def check_replaceable(config: TrainConfig, overrides: list[str], reference: Path
         raise UserError(f"{reference} has a longer run, of {steps} steps: use another --reference")
     names = {word: word.split("=")[0] for word in overrides}
     own = {word for word, name in names.items() if name not in BUDGET | NOT_SHOWN and not is_resumable(name)}
-    if other := own - {*kept.changes}:
+    if other := own - {*kept.overrides}:
         raise UserError(f"{reference} was trained without {' '.join(sorted(other))}: use another --name")
 
 

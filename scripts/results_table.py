@@ -140,6 +140,12 @@ class Kept:
         assert self.trained.training is not None
         return self.trained.training
 
+    @property
+    def overrides(self) -> list[str]:
+        """Overrides that change what is trained; of several for one setting, the last."""
+        words = {word.split("=")[0]: word for word in self.training["overrides"]}
+        return [word for name, word in words.items() if name not in NOT_SHOWN]
+
 
 class Experiment:
     """A file of configs/experiment/DATASET, and what outputs/reference has of it."""
@@ -151,12 +157,13 @@ class Experiment:
 
     @property
     def changes(self) -> str:
-        """The overrides of the run that differ from the experiment; of several for one setting, the last."""
-        words = {word.split("=")[0]: word for word in self.kept.training["overrides"]}
+        """The overrides of the run that differ from the experiment."""
         own = OmegaConf.create(asdict(self.config))
         other = OmegaConf.merge(own, asdict(self.kept.config))  # settings that older files lack are those of today
-        changed = [word for name, word in words.items() if OmegaConf.select(own, name) != OmegaConf.select(other, name)]
-        return shlex.join(word for word in changed if word.split("=")[0] not in NOT_SHOWN)
+        names = {word: word.split("=")[0] for word in self.kept.overrides}
+        return shlex.join(
+            word for word, name in names.items() if OmegaConf.select(own, name) != OmegaConf.select(other, name)
+        )
 
     def rows(self) -> list[list[str]]:
         """Rows of the table under the papers' protocols, one for each published number."""
