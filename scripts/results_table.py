@@ -569,10 +569,10 @@ inner loop has one step instead of five, and we trained it on 30,000 steps. BOIL
 (outputs/reference/cifar_fs/boil_maml). After 10,000 steps BOIL reaches {boil_10000_steps}
 (outputs/reference/cifar_fs/boil_10000_steps). The *paper* column of all has the published MAML. MAML++ is best here.
 
-ProtoNet, R2D2 and RelationNet are trained on 5-shot tasks of cropped and flipped images, with a cosine schedule:
-7500 20-way, 7500 10-way and 7000 10-way tasks. One run each of the first two served both rows. ProtoNet divides
-distances by 16. The *paper* column of the three has the numbers of Bertinetto et al. 2019, where R2D2 has a wider
-network.
+ProtoNet, R2D2 and RelationNet are trained on cropped and flipped images, with a cosine schedule: ProtoNet on 7500
+20-way 5-shot tasks and R2D2 on 7500 10-way 5-shot tasks, one run each for both rows; RelationNet on 15,000 10-way
+1-shot tasks and on 7000 10-way 5-shot tasks. ProtoNet divides distances by 16. The *paper* column of the three has the
+numbers of Bertinetto et al. 2019, where R2D2 has a wider network.
 
 {cifar_fs}
 
