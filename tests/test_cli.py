@@ -381,6 +381,7 @@ def test_an_evaluation_does_not_overwrite_a_training_run(run):
     assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.slow
 def test_a_terminal_that_cannot_encode_the_plus_minus_sign_shows_the_result(run):
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run([sys.executable, "-m", "metacv", *EVALUATE], env=environment, capture_output=True, text=True)

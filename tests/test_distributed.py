@@ -289,6 +289,7 @@ def test_on_windows_the_parent_may_be_a_launcher_and_is_not_watched(monkeypatch)
         processes_module.end_with_starter()
 
 
+@pytest.mark.slow
 def test_an_error_in_several_processes_is_one_line(metacv, tmp_path):
     command = [sys.executable, "-m", "metacv", "train", "processes=2", "meta_batch=1", "hydra.run.dir=run"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)

@@ -17,7 +17,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import ALGORITHMS, BACKBONES, Identity, SmoothNet, bank_of, random_tasks
+from conftest import BACKBONES, EACH, Identity, SmoothNet, bank_of, random_tasks
 from test_contracts import MODES, node_of, settings_of
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -53,7 +53,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "Relation Networks, vectors": ("relationnet", {"algo.relation": "mlp"}),
     "classifier, angles": ("classifier", {"algo.rotations": True, "algo.cosine": True, "head.augment": 2}),
 }
-SLOW = {"anil", "boil", "meta_sgd", "MAML, steps computed again", "Reptile, SGD", "Reptile, fresh moments"}
+SLOW = {"MAML, steps computed again", "Reptile, SGD", "Reptile, fresh moments"}
 FEW_STEPS = {"algo.inner_steps": 1, "algo.eval_inner_steps": 1, "head.steps": 2}
 
 
@@ -223,7 +223,7 @@ def error_on_gpu() -> Iterator[Callable[..., str]]:
         yield lambda *arguments: process.submit(error_of, *arguments).result()
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in ALGORITHMS])
+@pytest.mark.parametrize("name", EACH)
 def test_a_method_trains_and_predicts_on_its_device_without_waiting(name, error_on_gpu, data_dir):
     assert error_on_gpu(run_method, name, data_dir, {}, {}) == ""
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import (
-    ALGORITHMS,
     BACKBONES,
+    EACH,
     KINDS,
     SMALL,
     TRAIN,
@@ -50,7 +50,6 @@ from metacv.text import duration
 from metacv.train import clip, log_window, training_step
 
 RUN = "hydra.run.dir=run"
-VARIANTS = {"anil", "boil", "meta_sgd", "simpleshot", "baseline", "baselinepp"}  # of methods that are tested too
 PROTONET = ("train", *quick("protonet"))
 EXPERIMENTS = sorted(
     p.relative_to(CONFIG_DIR / "experiment").with_suffix("").as_posix()
@@ -165,9 +164,7 @@ def test_training_learns_the_glyphs(metacv, algo):
     assert result.accuracy - result.ci95 > 0.3
 
 
-@pytest.mark.parametrize(
-    "algo", [algo if algo not in VARIANTS else pytest.param(algo, marks=pytest.mark.slow) for algo in ALGORITHMS]
-)
+@pytest.mark.parametrize("algo", EACH)
 def test_the_same_seed_gives_the_same_run(metacv, trained, algo):
     assert metacv("train", *quick(algo), RUN)[0] == 0
     assert_same_run("run", trained(algo))
@@ -181,7 +178,8 @@ def test_another_seed_gives_other_initial_weights_and_other_tasks(metacv, traine
 
 
 @pytest.mark.parametrize(
-    ("algo", "number", "code"), [("protonet", signal.SIGTERM, 143), ("reptile", signal.SIGINT, 130)]
+    ("algo", "number", "code"),
+    [("protonet", signal.SIGTERM, 143), pytest.param("reptile", signal.SIGINT, 130, marks=pytest.mark.slow)],
 )
 def test_resuming_equals_never_having_stopped(metacv, monkeypatch, algo, number, code):
     """The run is stopped by a signal between two validations and between two log entries."""
@@ -374,6 +372,7 @@ def test_gradients_are_clipped_by_value_and_by_the_norm_of_each_network():
     assert all((p.grad == -2).all() for p in algorithm.parameters())
 
 
+@pytest.mark.slow
 def test_in_a_pipe_the_header_and_validations_are_flushed_at_once(tmp_path, data_dir):
     process = start(tmp_path, data_dir, *PROTONET[1:], "steps=400", "eval_every=2", RUN)
     assert process.stdout is not None
