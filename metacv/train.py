@@ -302,7 +302,7 @@ def prepare(config: TrainConfig, overrides: list[str], ranks: Ranks, new: bool =
     if new:
         check_precision(config.precision, device)
     dataset = build_dataset(config.dataset, config.data_dir)
-    augment = Augment(config.augment.crop, config.augment.flip, config.augment.jitter, seed=config.seed)
+    augment = Augment(**vars(config.augment), seed=config.seed)
     task = config.train_way, config.train_shot, config.train_query, dataset.rotation("train")
     training: EpisodeSampler | ImageSampler
     if target_class("algo", config.algo, Algorithm).batches == "images":

@@ -583,7 +583,7 @@ def shares_of_data(device: torch.device, repeats: int) -> dict[str, float]:
         bank = noise(MINIIMAGENET, 64, 600) if colour else noise(OMNIGLOT, 1200, 20)
         task = config.train_way, config.train_shot, config.train_query
         rotation = build_dataset(config.dataset, "nowhere").rotation("train")
-        augment = Augment(config.augment.crop, config.augment.flip, config.augment.jitter)
+        augment = Augment(**vars(config.augment))
         sampler = EpisodeSampler(bank, *task, rotation, device=device, augment=augment)
         algorithm = build(config, bank.image_shape).to(device).train()
         batch = sampler.sample(config.meta_batch)

@@ -47,7 +47,7 @@ def command(name: str) -> str:
     settings = readable(text.partition("\n\n")[2].partition("\nhydra:")[0])
     parts = [f"\n## metacv {name}\n"]
     help_text = yaml.safe_load(text)["hydra"]["help"]["template"].removeprefix(f"metacv {name}: ")
-    help_text = re.sub(r"[^\n]+:\n\n\$CHOICES", "$CHOICES", help_text)
+    help_text = re.sub(r"(?:[^\n]+\n)*[^\n]+:\n\n\$CHOICES", "$CHOICES", help_text)
     for paragraph in help_text.strip().split("\n\n"):
         if paragraph.strip() == "$CONFIG":
             parts.append(f"```yaml\n{settings}\n```\n" if settings else "None.\n")
