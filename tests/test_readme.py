@@ -173,6 +173,7 @@ def test_the_page_of_data_has_a_row_for_every_data_set():
 
 def test_the_page_of_commands_is_up_to_date():
     assert DOCS["cli.md"] == docs_cli.page(), "run scripts/docs_cli.py"
+    assert not re.search(r"\$[A-Z]", DOCS["cli.md"])  # no placeholder of a template is left
 
 
 def test_descriptions_of_choices_end_on_their_line_and_blocks_of_settings_are_not_empty():
