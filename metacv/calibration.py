@@ -18,10 +18,10 @@ STEPS = 60  # of bisection, over a factor of e**24
 def fit_temperature(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the most probable temperatures [...] of logits [..., M, N] with labels [M].
 
-    The likelihood is that of Guo et al., 2017, https://arxiv.org/abs/1706.04599. By it alone, 25 images that are all
-    right have a temperature of 0, and 25 that are right no more often than by chance an infinite one. So the logarithm
-    of the temperature has a normal prior, with a deviation of 1 around the logarithm of the logits' standard deviation
-    over classes. With many images it counts for little. Bisection finds where the posterior's derivative is zero.
+    The likelihood is that of Guo et al., 2017, https://arxiv.org/abs/1706.04599. Without a prior, few images give
+    extreme values: 0 if all are classified correctly, infinity if no more than by chance. So the logarithm of the
+    temperature has a normal prior with deviation 1, centred on the logarithm of the logits' standard deviation over
+    classes. With many images it counts for little. Bisection finds where the posterior's derivative is zero.
     """
     unit = logits.double().std(-1, keepdim=True).mean(-2, keepdim=True).clamp_min(1e-12)
     scaled = logits.double() / unit

@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import sys
+import traceback
 from pathlib import Path
 
 from metacv import CONFIG_DIR, __version__
@@ -38,9 +39,11 @@ def _with_errors_in_one_line(arguments: list[str]) -> int:
     try:
         return _dispatch(arguments, reported)
     except Exception as error:
-        if traceback_wanted or isinstance(error, BrokenPipeError):
+        if isinstance(error, BrokenPipeError):
             raise
-        if error not in reported:
+        if traceback_wanted:
+            traceback.print_exc()
+        elif error not in reported:
             report_error(error, arguments)
         return 1
 

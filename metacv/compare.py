@@ -12,7 +12,7 @@ from metacv.evaluate import prepare, with_changes, write_evaluation
 from metacv.files import user_path
 from metacv.model import Checkpoint, load_checkpoint
 from metacv.progress import header
-from metacv.results import Result, t_interval
+from metacv.results import Result, independent, t_interval
 from metacv.terminal import say
 from metacv.text import plural, printable, shortened
 
@@ -36,9 +36,10 @@ def compare(cfg: CompareConfig, folder: Path) -> None:
     for name, evaluation in zip(names, evaluations.values(), strict=True):
         measured.append(evaluation.run_and_print(evaluation.config.batch_norm, name))
     accuracies = [accuracy for accuracy, _ in measured]
+    rounds = evaluations[places[0]].episodes.rounds
     pairs = list(combinations(zip(names, accuracies, strict=True), 2))
     differences: list[dict[str, Any]] = [
-        difference(one, other, len(pairs)) | {"of": name, "less": other_name}
+        difference(one, other, len(pairs), rounds) | {"of": name, "less": other_name}
         for (name, one), (other_name, other) in pairs
     ]
     show(differences, len(accuracies[0]), measured[0][1].disjoint)
@@ -62,13 +63,13 @@ def show(differences: list[dict[str, Any]], episodes: int, disjoint: bool) -> No
     print(f"They do not cover other training seeds or other {'classes' if disjoint else 'images'}.)")
 
 
-def difference(one: Tensor, other: Tensor, pairs: int = 1) -> dict[str, float]:
+def difference(one: Tensor, other: Tensor, pairs: int = 1, rounds: int = 0) -> dict[str, float]:
     """Return mean and half the 95 % interval of the differences of two accuracies [E] by episode.
 
     The interval is simultaneous for `pairs` comparisons (Bonferroni). It is narrower than separate intervals suggest,
-    because the difficulty of an episode, which both models share, cancels out.
+    because the difficulty of an episode, which both models share, cancels out. `rounds`: as in results.summary.
     """
-    return {"mean": float((one - other).mean()), "ci95": t_interval(one - other, 0.05 / pairs)}
+    return {"mean": float((one - other).mean()), "ci95": t_interval(independent(one - other, rounds), 0.05 / pairs)}
 
 
 def without_plain_files(places: list[str]) -> list[str]:

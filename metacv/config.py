@@ -191,7 +191,7 @@ def typed(cfg: DictConfig, schema: type[T]) -> T:
     """Convert composed settings to a `schema` object; UserError or OmegaConf's error if one is invalid or missing."""
     hints = typing.get_type_hints(schema, include_extras=True)
     if deleted := {name for name in hints if getattr(schema, name, None) == MISSING} - cfg.keys():
-        raise UserError(f"~{min(deleted)}: this setting cannot be deleted")
+        raise UserError(f"~{min(deleted)}: cannot be deleted; set {min(deleted)}=VALUE instead")
     content: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
     try:
         return from_dict(schema, with_paths(content, lambda _, path: absolute(path)))

@@ -72,8 +72,8 @@ def predict_episodes(
     """Predict the class of each query, from the `features` of the images if they are known. Each image is embedded only
     once if its features depend on no other image.
 
-    `cause`: the end of the error about the first episode with predictions that are not finite, or empty. None: there is
-    no error, and their class is -1.
+    `cause`: a text, raise UserError at the first prediction that is not finite, with the text (or "") at its end. None:
+    raise nothing; the class of such a prediction is -1.
     """
     features = features or embedded_once(algorithm, [episodes], batch_norm, progress)
     if features:

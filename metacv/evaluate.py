@@ -215,7 +215,7 @@ class Evaluation:
                 return new
             found = values[torch.searchsorted(known, rows).clamp_max(len(known) - 1)]
             if missing.any():
-                found[missing.to(found.device)] = new
+                found[missing.to(found.device)] = new.to(found.device)
             return found
 
         with evaluating(algorithm, result.batch_norm, device):
@@ -224,8 +224,8 @@ class Evaluation:
 
 
 def best_rate(accuracies: dict[float, Tensor]) -> float:
-    """Return the best of the rates that gain more than one standard error over rate 0, otherwise 0, for accuracies [E]
-    on the same episodes (the one-standard-error rule, Breiman et al., 1984)."""
+    """Return the rate with the largest mean gain over rate 0, among those whose gain exceeds its standard error; 0 if
+    there is none. `accuracies` [E] are of the same episodes."""
     gains = {rate: own - accuracies[0.0] for rate, own in accuracies.items()}
     sure = [rate for rate, own in gains.items() if own.mean() > own.std() / len(own) ** 0.5]
     return max(sure, key=lambda rate: float(gains[rate].mean()), default=0.0)
@@ -244,8 +244,8 @@ def record(config: TrainConfig, episodes: EpisodeList, **measured: Any) -> Resul
 def evaluate(cfg: EvaluateConfig, folder: Path) -> None:
     """Evaluate checkpoints, all runs below a folder, a network or features; and write the results into `folder`."""
     if not cfg.checkpoint and not cfg.features and not cfg.backbone:
-        advice = "set checkpoint=RUN, backbone=NAME for a pre-trained network, or features=FILE.npz"
-        raise UserError(f"checkpoint is missing; {advice}")
+        choices = "checkpoint=RUN, backbone=NAME for a pre-trained network, or features=FILE.npz"
+        raise UserError(f"evaluate needs a model: {choices}")
     if cfg.datasets and (cfg.features or cfg.backbone or cfg.dataset):
         text = f"dataset.{next(iter(cfg.dataset))}" if cfg.dataset else "features" if cfg.features else "backbone"
         raise UserError(f"{text}: cannot be set together with several data sets")
@@ -439,8 +439,8 @@ def prepare(checkpoint: Checkpoint, given: TestConfig, others: Iterable[Checkpoi
     with checkpoint.blamed(config):
         algorithm = with_head(network, config, checkpoint.centre).to(device)
     if isinstance(algorithm, WithHead) and algorithm.needs_centre:
-        same = config.dataset["_target_"] == checkpoint.config.dataset["_target_"]
-        source = dataset if same else build_dataset(checkpoint.config.dataset, given.data_dir)
+        other = "_target_" in given.dataset
+        source = build_dataset(checkpoint.config.dataset, given.data_dir) if other else dataset
         centre(algorithm, source.load("train"), device)
     if device.type == "cpu":
         keep_freed_memory()

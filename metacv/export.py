@@ -55,6 +55,7 @@ class Exported(nn.Module):
         features = predictor.with_features(support).features
         if features is None or features.dim() > 3:
             raise not_linear(method)
+        method.double().eval()
         tasks = support.task_of(features[:, 0].double(), features[:, 0].double())
 
         def logits(queries: Tensor) -> Tensor:

@@ -3,14 +3,13 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import yaml
 
 from metacv import CONFIG_DIR, KEPT_DIR
 from metacv.config import ListConfig
 from metacv.errors import UserError
-from metacv.experiments import published, under_its_protocol
+from metacv.experiments import published
 from metacv.help import about, in_two_columns
 from metacv.text import aligned, percent
 from metacv.words import choices, nearest
@@ -36,8 +35,7 @@ def experiment_rows() -> Iterator[tuple[str, ...]]:
         paper = published(yaml.safe_load((CONFIG_DIR / f"experiment/{name}.yaml").read_text("utf-8")).get("paper", []))
         kept = KEPT_DIR / name / "result.json"
         records = json.loads(kept.read_text("utf-8"))["results"] if kept.is_file() else []
-        ours = under_its_protocol(SimpleNamespace(**record) for record in records)
-        texts = {mode: percent(result.accuracy, result.ci95) for mode, result in ours.items()}
+        texts = {record["batch_norm"]: percent(record["accuracy"], record["ci95"]) for record in records}
         if not paper:
             yield name, "".join([*texts][:1]), "", "".join([*texts.values()][:1])
         for number in paper:

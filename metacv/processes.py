@@ -48,23 +48,24 @@ def train_in_processes(words: Sequence[str]) -> int:
         for child in children:
             child.send_signal(number)
 
-    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & {*dir(signal)}:
-        signal.signal(getattr(signal, name), pass_on)
     for rank in range(count):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         # In sessions of their own, so that Ctrl-C reaches them once, from here.
         children.append(subprocess.Popen(command, env=shared | own, start_new_session=True))
+    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & {*dir(signal)}:  # before, they end this process, which the others see
+        signal.signal(getattr(signal, name), pass_on)
     while None in (now := [child.poll() for child in children]) and not any(now):
         time.sleep(0.1)
-    codes = [ended(child) for child in children]
+    deadline = time.monotonic() + GRACE
+    codes = [ended(child, deadline) for child in children]
     return next((code if code > 0 else 128 - code for code in codes if code), 0)
 
 
-def ended(child: subprocess.Popen[bytes]) -> int:
+def ended(child: subprocess.Popen[bytes], deadline: float) -> int:
     """Return the exit code, after one of the processes ended with an error or all ended. The others notice the error
     and end too, unless they still wait for that process to connect."""
     try:
-        return child.wait(GRACE)
+        return child.wait(max(0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
         print("metacv: a process was killed, and the others do not end; stopping them", file=sys.stderr)
         child.kill()

@@ -38,7 +38,7 @@ class HeldOut:
     logits: Tensor  # [T, H, N]
     labels: Tensor  # [H]
     familiarity: Tensor  # [T, H], as that of new images
-    scale: Tensor  # [T], of the logits of new images, compared with those here, which lacked an image of each class
+    scale: Tensor  # [T], of the logits of new images, relative to those here; no fold is left out for new images
 
 
 def alone(algorithm: Algorithm, batch_norm: str, setting: str) -> MetricMethod:
@@ -84,10 +84,10 @@ def leave_one_out(algorithm: MetricMethod, tasks: TaskBatch, support: Tensor) ->
     """Classify each support image by the others; `support` [T, S, 1 + V, ...] as for `with_own_copies`.
 
     The images of a fold are held out together, so a head is fitted 2 * FOLDS times at most. All tasks have the labels
-    of the first. New images have logits of another scale and are more familiar, as their classes lack no image. The
-    change from one lacking fold to none follows from that from two to one, for the same held-out images: what n images
-    give differs from its limit by about 1 / n (Quenouille, 1956, on the jackknife), and 1 / (F - 1) - 1 / F is
-    1 - 2 / F of 1 / (F - 2) - 1 / (F - 1), with F folds.
+    of the first. New images have logits of another scale and are more familiar, as their classes lack no image: they
+    are classified with all F folds, held-out ones with F - 1. So we measure how the level changes from F - 2 to F - 1
+    folds, for the same held-out images, and add 1 - 2 / F of this change. That is right if what n folds give differs
+    from its limit by about 1 / n (Quenouille, 1956, on the jackknife).
     """
     own, every = tasks.support_y[0], [*folds(tasks.support_y[0])]
     logits, labels, familiar = [], [], []

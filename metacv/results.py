@@ -200,8 +200,14 @@ def summary(accuracies: Tensor, rounds: int = 0) -> dict[str, float]:
     if not rounds:
         ci95 = 1.96 * float(accuracies.std(correction=1)) / len(accuracies) ** 0.5
     else:
-        ci95 = t_interval(accuracies.unflatten(0, (rounds, -1)).mean(1) if rounds >= ROUNDS else accuracies)
+        ci95 = t_interval(independent(accuracies, rounds))
     return {"accuracy": float(accuracies.mean()), "ci95": ci95}
+
+
+def independent(values: Tensor, rounds: int) -> Tensor:
+    """Return the means [R] of values [E] over the episodes of each of R `rounds`, if there are enough for an interval;
+    otherwise the values."""
+    return values.unflatten(0, (rounds, -1)).mean(1) if rounds >= ROUNDS else values
 
 
 def t_interval(values: Tensor, alpha: float = 0.05) -> float:

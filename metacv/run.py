@@ -185,8 +185,10 @@ class Run:
         source.load_weights(self.algorithm)
         state, path = source.content, source.path
         if state.get("splits") != self.splits:
-            split_file = setting("dataset.split_file", path.with_name("split.json"))
-            raise UserError(f"{path}: the data set is now split differently from this run; add {split_file}")
+            advice = "restore the images of this run"
+            if "split_file" in self.config.dataset:
+                advice = f"add {setting('dataset.split_file', path.with_name('split.json'))}"
+            raise UserError(f"{path}: the data set is now split differently from this run; {advice}")
         try:
             if self.optimizer and self.schedule:
                 self.optimizer.load_state_dict(state["optimizer"])

@@ -58,6 +58,6 @@ def seen(checkpoint: Checkpoint, dataset: Dataset) -> tuple[set[str], set[str]]:
 
 def _advice(dataset: Dataset, checkpoint: Checkpoint) -> str:
     """Return advice for a data set whose split is kept with the run; empty for others."""
-    if dataset.splits() is None or not checkpoint.content.get("splits"):
+    if not hasattr(dataset, "split_file") or not checkpoint.content.get("splits"):
         return ""
     return f"; {setting('dataset.split_file', checkpoint.path.with_name('split.json'))} keeps the split of the training"

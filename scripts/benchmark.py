@@ -2,7 +2,7 @@
 
     python scripts/benchmark.py                      everything (first: pip install -e '.[bench]')
     python scripts/benchmark.py fomaml --repeats 9   the rows whose names contain a word, or one of the other parts:
-                                                     evaluation, sampling, settings, processes, memory, start, data
+                                                     evaluation, sampling, settings, processes, memory, start
     python scripts/benchmark.py --device cuda
 
 The other implementations run the networks as they are usually written: ReLU before the pooling, torch's own batch norm
@@ -31,7 +31,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from results_table import experiment_configs
 from torch import Tensor, nn
 from torch._C._autograd import DeviceType
 from torch.func import functional_call
@@ -54,10 +53,9 @@ from metacv.backbones.conv4 import Conv4
 from metacv.data.bank import ImageBank
 from metacv.data.sampler import EpisodeList, EpisodeSampler
 from metacv.data.task import TaskBatch
-from metacv.data.transforms import Augment
 from metacv.episodes import evaluate_episodes
 from metacv.errors import UserError
-from metacv.model import build, build_dataset, describe_device, pick_device
+from metacv.model import describe_device, pick_device
 from metacv.precision import keep_freed_memory, precision
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -575,27 +573,6 @@ def torchvision_episodes(folder: Path, classes: int = 100) -> Generator[Any, Non
     yield from DataLoader(images, batch_sampler=rows(), num_workers=os.cpu_count() or 1)
 
 
-def shares_of_data(device: torch.device, repeats: int) -> dict[str, float]:
-    """For every experiment, the share of a step's time that drawing its tasks takes, with noise of as many images."""
-    shares = {}
-    for name, config in experiment_configs().items():
-        colour = "MiniImageNet" in config.dataset["_target_"]
-        bank = noise(MINIIMAGENET, 64, 600) if colour else noise(OMNIGLOT, 1200, 20)
-        task = config.train_way, config.train_shot, config.train_query
-        rotation = build_dataset(config.dataset, "nowhere").rotation("train")
-        augment = Augment(**vars(config.augment))
-        sampler = EpisodeSampler(bank, *task, rotation, device=device, augment=augment)
-        algorithm = build(config, bank.image_shape).to(device).train()
-        batch = sampler.sample(config.meta_batch)
-        works = {
-            "data": partial(sampler.sample, config.meta_batch),
-            "metacv": partial(algorithm.training_step, batch),
-        }
-        times = in_turns(works, device, repeats)
-        shares[name] = times["data"] / sum(times.values())
-    return shares
-
-
 def memory_rows() -> list[Row]:
     """Rows with 25 support images, where the inner loop takes most of the memory."""
     backbone = partial(Conv4, OMNIGLOT, running_stats=False)
@@ -782,12 +759,6 @@ def part_lines(result: dict[str, Any]) -> list[str]:
             f"`metacv train` with a single step takes {start['seconds']:.1f} s, including imports, glyphs, validation "
             "on 2 episodes and checkpoints.",
         ]
-    if shares := result["data"]:
-        most = max(shares, key=shares.__getitem__)
-        lines += [
-            "",
-            f"Drawing the tasks takes at most {shares[most]:.1%} of a step in {len(shares)} experiments ({most}).",
-        ]
     return lines
 
 
@@ -845,7 +816,6 @@ PARTS: dict[str, Callable[[torch.device, int], dict[Any, float]]] = {
     "processes": by_processes,
     "memory": lambda device, _: {row.name: peak_memory(row, "metacv", device) for row in memory_rows()},
     "start": one_step,
-    "data": shares_of_data,
 }
 
 

@@ -79,7 +79,8 @@ def reproduce(given: argparse.Namespace, experiment: str, folder: str, overrides
     asked = [f"experiment={experiment}", *overrides]
     (config,) = compose_all([asked])
     check_replaceable(config, overrides, reference)
-    asked += first_stage(given, config)
+    if not given.run_of:
+        asked += first_stage(given, config, overrides)
     build_dataset(config.dataset, config.data_dir).load("test")  # reports its errors before the training
     (run / "test").mkdir(parents=True, exist_ok=True)
     with lock_folder(run / "test"):
@@ -96,14 +97,14 @@ def reproduce(given: argparse.Namespace, experiment: str, folder: str, overrides
         keep(run, reference)
 
 
-def first_stage(given: argparse.Namespace, config: TrainConfig) -> list[str]:
+def first_stage(given: argparse.Namespace, config: TrainConfig, overrides: list[str]) -> list[str]:
     """Run the experiment whose run is the `init` of this one, unless it is complete; the setting for its folder."""
     name = (config.init or "").removeprefix("outputs/")
     if name not in EXPERIMENTS:
         return []
     if not (given.runs / name / "result.json").exists():
         print(f"== {name}, the first stage", flush=True)
-        reproduce(given, name, name, [])
+        reproduce(given, name, name, [word for word in overrides if word.split("=")[0] in ("data_dir", "device")])
     return [f"init={given.runs / name}"] if given.runs != ROOT / "outputs" else []
 
 

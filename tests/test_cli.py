@@ -176,7 +176,7 @@ def assert_one_line(answer: tuple[int, str, str], message: str) -> None:
             ("meta_batch=1208925819614629174706176",),
             "meta_batch=1208925819614629174706176: must be a whole number from 1",
         ),
-        (("~steps",), "~steps: this setting cannot be deleted"),
+        (("~steps",), "~steps: cannot be deleted; set steps=VALUE instead"),
         (("+backbone.image_shape=[1,2,3]",), "backbone.image_shape: Conv4 has no such setting"),
         (("algo=protonet", "schedule.step_size=many"), "schedule.step_size=many: must be a whole number"),
         (("optimizer.lr=fast",), "optimizer.lr=fast: must be a number from 0 to 1000000000"),
@@ -238,7 +238,7 @@ def test_invalid_settings_of_an_evaluation_exit_with_one_line_and_leave_no_folde
 
 @pytest.mark.parametrize(
     ("command", "message"),
-    [("evaluate", "checkpoint is missing"), ("predict", "give either checkpoint=RUN and support=FOLDER"),
+    [("evaluate", "evaluate needs a model: "), ("predict", "give either checkpoint=RUN and support=FOLDER"),
      ("compare", "runs is missing"), ("report", "outputs"), ("export", "file is missing")],
 )  # fmt: skip
 def test_a_command_without_its_settings_exits_with_one_line_and_leaves_no_folder(metacv, command, message):
@@ -355,16 +355,26 @@ def test_an_error_in_a_setting_of_the_command_does_not_name_the_checkpoint(run):
             raise UserError(text)
 
 
-def test_hydra_full_error_shows_the_traceback(metacv, monkeypatch):
-    def with_traceback(*arguments: str) -> None:
-        monkeypatch.setattr(sys, "argv", ["metacv", *arguments])
-        monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (("evaluate", "checkpoint=nowhere"), "UserError: nowhere: there is no such file"),
+        (("train", "resume=true"), "has no last.pt"),
+        (("report", "RUN", "hydra.run.dir=/dev/null/x"), "NotADirectoryError: "),
+    ],
+    ids=str,
+)
+def test_hydra_full_error_shows_the_traceback(monkeypatch, capsys, tmp_path, trained, arguments, error):
+    monkeypatch.chdir(tmp_path)
+    words = [word.replace("RUN", str(trained("protonet"))) for word in arguments]
+    monkeypatch.setattr(sys, "argv", ["metacv", *words])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(SystemExit) as stop:
         cli.main()
-
-    with pytest.raises(UserError, match="nowhere: there is no such file"):
-        with_traceback("evaluate", "checkpoint=nowhere")
-    with pytest.raises(UserError, match=r"has no last\.pt"):
-        with_traceback("train", "resume=true")
+    assert stop.value.code == 1
+    err = capsys.readouterr().err
+    assert err.startswith("Traceback (most recent call last):\n")
+    assert error in err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("arguments", [(), ("fly",), ("-sc", "install=cmd"), ("-sc",)])

@@ -80,6 +80,14 @@ def test_the_interval_of_a_difference_covers_the_truth_in_95_of_100_cases(episod
     assert sum(result["ci95"] for result in found) < 0.65 * alone
 
 
+def test_a_difference_over_disjoint_episodes_has_the_interval_of_its_rounds():
+    one, other = torch.rand(2, 12, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = difference(one.flatten(), other.flatten(), pairs=3, rounds=12)
+    assert found["mean"] == pytest.approx(float((one - other).mean()))
+    assert found["ci95"] == pytest.approx(t_interval((one - other).mean(1), 0.05 / 3))
+    assert difference(one.flatten(), other.flatten(), rounds=2)["ci95"] == t_interval((one - other).flatten())
+
+
 @pytest.mark.parametrize(
     ("alpha", "freedom", "quantile"),
     [(0.05, 1, 12.7062), (0.05, 4, 2.7764), (0.05, 30, 2.0423), (0.05, 599, 1.9639), (0.01, 10, 3.1693)],

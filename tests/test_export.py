@@ -55,9 +55,12 @@ def test_onnx_gives_the_same_probabilities_and_names(metacv, kept):
     assert [own.name for own in session.get_outputs()] == ["probabilities"]
 
 
-@pytest.mark.parametrize("head", ["", "ncm", "ridge", "logistic", "svm"])
-def test_the_linear_layer_of_a_file_is_the_head(kept, head):
-    classifier = package.load(kept(*[f"head={head}"] * bool(head)))
+@pytest.mark.parametrize(
+    ("algo", "head"), [("protonet", head) for head in ("", "ncm", "ridge", "logistic", "svm")] + [("feat", "")]
+)
+def test_the_linear_layer_of_a_file_is_the_head(kept, algo, head):
+    words = [f"head={head}"] if head else ["algo.temperature=1"] if algo == "feat" else []
+    classifier = package.load(kept(*words, algo=algo))
     model = Exported(classifier.predictor_.method)
     model.learn_from(classifier.predictor_, classifier.support_)
     with torch.no_grad():

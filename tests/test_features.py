@@ -90,7 +90,7 @@ def test_invalid_features_and_settings_exit_with_one_clear_line(metacv, exported
         (f"features={exported}", "normalize.mean=[0.5]"): "normalize: cannot be set together with features",
         (f"features={exported}", "checkpoint=run"): "checkpoint: cannot be set together with features",
         (f"features={exported}", "way=9"): "way=9, but features.npz has only 6 classes",
-        (): "checkpoint is missing",
+        (): "evaluate needs a model: checkpoint=RUN",
     }.items():
         code, _, err = metacv("evaluate", *words, "hydra.run.dir=failed")
         assert (code, err.count("\n")) == (1, 1), err

@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from metacv.bounds import Positive, Size
-from metacv.data.bank import Dataset, ImageBank, Readable, fitted
+from metacv.data.bank import SPLITS, Dataset, ImageBank, Readable, fitted
 from metacv.errors import UserError
 
 
@@ -33,6 +33,12 @@ class Mixture(Dataset):
             if (rotation := own.rotation(split)) != "none":
                 text = f"{split}_rotation={rotation}: tasks of all data sets are rotated in one way"
                 raise ValueError(f"sets.{name}.{text}; set dataset.{split}_rotation")
+
+    def splits(self) -> dict[str, list[str]] | None:
+        known = {name: own for name, data in self.sets.items() if (own := data.splits())}
+        if not known:
+            return None
+        return {split: [f"{name}/{c}" for name, own in known.items() for c in own[split]] for split in SPLITS}
 
     def load(self, split: str) -> ImageBank:
         if not self.sets:

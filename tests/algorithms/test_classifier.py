@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from conftest import Identity, bank_of
 
 from metacv.algorithms.classifier import Classifier
+from metacv.algorithms.heads.base import WithHead
+from metacv.data.bank import ImageBank
 from metacv.data.sampler import ImageSampler
 from metacv.data.task import ImageBatch
 from metacv.data.transforms import Augment
@@ -216,6 +218,23 @@ def test_results_name_the_head_that_an_evaluation_changes(metacv):
     assert "SVM" in out
     page = Path("report/report.html").read_text()
     assert "Accuracy by cost of training in TFLOP: 3-way 1-shot, 4 episodes of Glyphs test" in page
+
+
+def test_the_mean_to_subtract_is_that_of_the_training_images_also_on_other_images(metacv, monkeypatch):
+    assert metacv(*SHORT, "hydra.run.dir=run")[0] == 0
+    banks = []
+
+    def centre(algorithm: WithHead, bank: ImageBank, _: object) -> None:
+        banks.append(bank)
+        algorithm.centre(bank.images / 255)
+
+    monkeypatch.setattr("metacv.evaluate.centre", centre)
+    words = ("evaluate", "checkpoint=run", "episodes=4", "head=cl2n")
+    for changes in ([], ["dataset=glyphs", "dataset.seed=5", "dataset.classes={train:6,val:6,test:6}"]):
+        code, _, err = metacv(*words, *changes)
+        assert code == 0, err
+    assert len(banks) == 2
+    assert torch.equal(banks[0].images, banks[1].images)
 
 
 def test_damaged_parts_of_a_checkpoint_have_one_clear_line(metacv):

@@ -7,8 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import Identity, SmoothNet, random_tasks
-from torch import nn
+from torch import Tensor, nn
 
+from metacv.algorithms.distances import cosine_similarity, negative_squared_distance
 from metacv.algorithms.metric.dn4 import DN4
 from metacv.algorithms.metric.feat import FEAT
 from metacv.algorithms.metric.matchingnet import MatchingNet
@@ -33,6 +34,20 @@ def two_classes() -> TaskBatch:
         way=2,
         classes=torch.tensor([[0, 1]]),
     )
+
+
+def test_distances_and_cosines_keep_their_digits_in_bf16_and_far_from_the_origin():
+    generator = torch.Generator().manual_seed(0)
+    features, centres = (torch.randn(2, n, 30, generator=generator) for n in (4, 3))
+    pairs = features.double().unsqueeze(2), centres.double().unsqueeze(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        distances, cosines = (
+            negative_squared_distance(features + 100, centres + 100),
+            cosine_similarity(features, centres),
+        )
+    assert distances.dtype == cosines.dtype == torch.float32
+    torch.testing.assert_close(distances.double(), -(pairs[0] - pairs[1]).square().sum(-1), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(cosines.double(), F.cosine_similarity(*pairs, dim=-1), rtol=1e-5, atol=1e-6)
 
 
 def test_protonet_logits_are_minus_squared_distances_summed_over_dimensions():
@@ -166,8 +181,15 @@ def test_matchingnet_weights_the_labels_of_the_support_by_a_softmax_over_cosines
     logits = MatchingNet(Identity(), scale=2.0).double()(two_classes())
     # Cosines of (1,1) with (0,0), (2,0), (0,1), (0,3): 0 and three times 1 / sqrt(2).
     weights = torch.tensor([0, *[2 / math.sqrt(2)] * 3], dtype=torch.float64).softmax(0)
-    expected = torch.stack([weights[:2].mean(), weights[2:].mean()]).log()
-    torch.testing.assert_close(logits[0, 0], expected)
+    torch.testing.assert_close(logits[0, 0], torch.stack([weights[:2].sum(), weights[2:].sum()]).log())
+
+
+def test_matchingnet_gives_a_class_with_more_support_images_their_whole_weight():
+    tasks = replace(two_classes(), support_y=torch.tensor([[0, 0, 0, 1]]))
+    probabilities = MatchingNet(Identity(), scale=2.0).double()(tasks).exp()[0, 0]
+    weights = torch.tensor([0, *[2 / math.sqrt(2)] * 3], dtype=torch.float64).softmax(0)
+    torch.testing.assert_close(probabilities, torch.stack([weights[:3].sum(), weights[3]]))
+    assert MatchingNet(Identity(), scale=1000.0)(tasks.map(Tensor.float)).isfinite().all()
 
 
 def test_r2d2_is_ridge_regression_with_a_learned_scale_and_shift():
@@ -218,15 +240,17 @@ def test_feat_adapts_prototypes_by_attention_and_classifies_by_distance():
 
 
 def test_feat_adds_a_loss_that_compares_adapted_images_with_the_mean_of_their_class():
-    tasks = random_tasks(tasks=1, way=3, shot=1, query=2, shape=(1, 1, 4), dtype=torch.float64)
+    tasks = random_tasks(tasks=1, way=3, shot=2, query=2, shape=(1, 1, 4), dtype=torch.float64)
+    tasks = replace(tasks, support_y=torch.tensor([[0, 1, 2, 0, 0, 1]]))
     model = FEAT(Identity((1, 1, 4)), temperature=5.0, balance=0.1, dropout=0.0).double()
     adapted = []
     for c in range(3):
         own = [tasks.support_x[0, tasks.support_y[0] == c], tasks.query_x[0, tasks.query_y[0] == c]]
         adapted.append(model.adapt(torch.cat(own).flatten(1)))
+    assert [len(one) for one in adapted] == [5, 4, 3]
     means = torch.stack([one.mean(0) for one in adapted])
     logits = torch.cat([-((one.unsqueeze(1) - means) ** 2).sum(-1) / 5 for one in adapted])
-    expected = F.cross_entropy(logits, torch.arange(3).repeat_interleave(3))
+    expected = F.cross_entropy(logits, torch.arange(3).repeat_interleave(torch.tensor([5, 4, 3])))
     scalars = model.training_step(tasks)
     assert float(scalars["contrast"]) == pytest.approx(float(expected.detach()), rel=1e-9)
     plain = FEAT(Identity((1, 1, 4)), temperature=5.0, balance=0.0, dropout=0.0).double()

@@ -212,3 +212,7 @@ def test_a_mixture_trains_and_is_evaluated_on_all_and_on_one_of_its_data_sets(me
     code, _, err = metacv("evaluate", *one, "dataset.split_seed=1")
     assert code == 1
     assert "were used in training or validation of" in err
+    add_classes(own)
+    code, _, err = metacv("train", "resume=run", "steps=6")
+    text = "run/last.pt: the data set is now split differently from this run; restore the images of this run\n"
+    assert (code, err) == (1, f"metacv: {text}")

@@ -1,5 +1,6 @@
 """reproduce.py: trains, tests and keeps an experiment, continues after a stop, and never replaces better results."""
 
+import argparse
 import os
 import shutil
 import signal
@@ -9,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -145,6 +147,16 @@ def test_a_shorter_or_different_run_does_not_replace_results(finished, tmp_path,
         place.reproduce(NAME, "--", *words, metacv=not_called)  # refused before anything is trained
     assert message in capsys.readouterr().err
     assert {path: path.read_bytes() for path in (place.kept / NAME).iterdir()} == before
+
+
+def test_a_run_that_serves_needs_no_first_stage(tmp_path, monkeypatch):
+    for name in ("adopt", "evaluate", "keep", "build_dataset"):
+        monkeypatch.setattr(reproduce, name, Mock())
+    monkeypatch.setattr(reproduce, "first_stage", lambda *_: pytest.fail("trained a first stage"))
+    places = {"runs": tmp_path / "runs", "reference": tmp_path / "kept", "common_episodes": 6}
+    given = argparse.Namespace(run_of="miniimagenet/protonet_init_5w1s", **places)
+    reproduce.reproduce(given, *["miniimagenet/protonet_init_5w5s"] * 2, [])
+    reproduce.adopt.assert_called_once()
 
 
 @pytest.mark.slow

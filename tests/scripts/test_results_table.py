@@ -194,7 +194,7 @@ def test_results_of_another_checkpoint_are_not_shown(reptile):
 )
 def test_reproduced_means_within_an_interval(paper, ci95, accuracy, own_ci95, reproduced):
     published = results_table.Published(paper, ci95, "inductive", "", decimals=1)
-    assert published.reproduced_by(result(accuracy=accuracy + 1e-9, ci95=own_ci95)) == reproduced
+    assert published.reproduced_by(accuracy + 1e-9, own_ci95) == reproduced
 
 
 def test_published_numbers_keep_their_decimals():

@@ -113,12 +113,6 @@ def changes_of_each(augment: AugmentConfig, seeds: Iterable[int], count: int) ->
     return torch.stack([Augment(**vars(augment), seed=seed).draw(count) for seed in seeds])
 
 
-def closeness(features: Tensor, centres: Tensor) -> Tensor:
-    """Return minus half the squared distances of features [T, B, D] to centres [T, N, D], up to a number for each
-    feature, which no softmax over classes depends on: [T, B, N]."""
-    return features @ centres.mT - centres.square().sum(-1).unsqueeze(1) / 2
-
-
 def means_with_queries(tasks: TaskBatch, shares: Tensor) -> Tensor:
     """Return the mean feature of each class [T, N, D] over its support images and all queries, of which the class has
     `shares` [T, Q, N]."""

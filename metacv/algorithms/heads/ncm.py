@@ -3,7 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from metacv.algorithms.heads.base import Head, closeness
+from metacv.algorithms.distances import negative_squared_distance
+from metacv.algorithms.heads.base import Head
 from metacv.bounds import Copies
 from metacv.data.task import TaskBatch
 
@@ -40,7 +41,4 @@ def nearest_mean(tasks: TaskBatch, unit_means: bool = False) -> Tensor:
     """Return minus the squared distances [T, Q, N] of queries to class means, for tasks of features. Means are scaled
     to length 1 if `unit_means`."""
     means = tasks.class_means(tasks.support_x)
-    means = F.normalize(means, dim=-1) if unit_means else means
-    origin = means.mean(1, keepdim=True)  # near the features, so that their squares do not hide the distances
-    queries, means = tasks.query_x - origin, means - origin
-    return 2 * closeness(queries, means) - queries.square().sum(-1, keepdim=True)
+    return negative_squared_distance(tasks.query_x, F.normalize(means, dim=-1) if unit_means else means)

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metacv.algorithms.heads.base import Head, closeness, means_with_queries
+from metacv.algorithms.distances import closeness
+from metacv.algorithms.heads.base import Head, means_with_queries
 from metacv.bounds import Copies, InnerSteps, Positive, Range, Share
 from metacv.data.task import TaskBatch
 

@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from metacv.algorithms.heads.base import Head, closeness, means_with_queries
+from metacv.algorithms.distances import closeness
+from metacv.algorithms.heads.base import Head, means_with_queries
 from metacv.bounds import Copies, InnerSteps, Positive
 from metacv.data.task import TaskBatch
 

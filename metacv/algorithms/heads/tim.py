@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metacv.algorithms.heads.base import Head, closeness
+from metacv.algorithms.distances import closeness
+from metacv.algorithms.heads.base import Head
 from metacv.bounds import Copies, InnerSteps, NotNegative, Positive
 from metacv.data.task import TaskBatch
 

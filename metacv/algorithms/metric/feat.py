@@ -1,11 +1,13 @@
 """FEAT (Ye et al., 2020), https://arxiv.org/abs/1812.03664"""
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metacv.algorithms.base import MetricMethod, accuracies
-from metacv.algorithms.metric.protonet import negative_squared_distance
+from metacv.algorithms.distances import negative_squared_distance
 from metacv.backbones.base import Backbone
 from metacv.bounds import NotNegative, Positive, ShareBelowOne
 from metacv.data.task import TaskBatch
@@ -32,9 +34,11 @@ class FEAT(MetricMethod):
         prototypes = self.adapt(tasks.class_means(tasks.support_x))
         return negative_squared_distance(tasks.query_x, prototypes) / self.temperature
 
-    def adapt(self, features: Tensor) -> Tensor:
-        """Apply self-attention to features [..., N, D], among the N of them (equations 4 and 5)."""
+    def adapt(self, features: Tensor, among: Tensor | None = None) -> Tensor:
+        """Apply self-attention to features [T, B, D] (equations 4 and 5), among all B of them or, with `among`
+        [T, B, B], where it is true."""
         scores = self.query(features) @ self.key(features).mT / features.shape[-1] ** 0.5
+        scores = scores if among is None else scores.masked_fill(~among, -torch.inf)
         attended = self.dropout(self.output(scores.softmax(-1) @ self.value(features)))
         return self.norm(features + attended)
 
@@ -54,8 +58,7 @@ class FEAT(MetricMethod):
         """Return the loss of all images against the means of their classes, adapted within each class."""
         features = torch.cat([tasks.support_x, tasks.query_x], dim=1)
         labels = torch.cat([tasks.support_y, tasks.query_y], dim=1)
-        order = labels.argsort(dim=1, stable=True)
-        grouped = features.gather(1, order.unsqueeze(-1).expand_as(features)).unflatten(1, (tasks.way, -1))
-        adapted = self.adapt(grouped)  # [T, N, K + Q, D]
-        logits = negative_squared_distance(adapted.flatten(1, 2), adapted.mean(2)) / self.temperature
-        return F.cross_entropy(logits.flatten(0, 1), labels.gather(1, order).flatten())
+        adapted = self.adapt(features, labels.unsqueeze(1) == labels.unsqueeze(2))
+        means = replace(tasks, support_y=labels).class_means(adapted)
+        logits = negative_squared_distance(adapted, means) / self.temperature
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten())

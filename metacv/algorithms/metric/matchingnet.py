@@ -10,7 +10,7 @@ from metacv.data.task import TaskBatch
 
 
 class MatchingNet(MetricMethod):
-    """Predict the average label of the support images, weighted by a softmax over their similarity to the query."""
+    """Predict the average label of the support images, weighted by a softmax over their cosines with the query."""
 
     def __init__(self, backbone: Backbone, scale: Positive) -> None:
         super().__init__(backbone)
@@ -20,4 +20,5 @@ class MatchingNet(MetricMethod):
         support = F.normalize(tasks.support_x, dim=-1)  # [T, S, D]
         query = F.normalize(tasks.query_x, dim=-1)  # [T, Q, D]
         attention = (self.scale * query @ support.mT).softmax(dim=-1)  # [T, Q, S]
-        return tasks.class_means(attention.mT).mT.log()  # [T, Q, N]
+        labels = F.one_hot(tasks.support_y, tasks.way).to(attention)  # [T, S, N]
+        return (attention @ labels).clamp_min(1e-30).log()  # [T, Q, N]

@@ -3,10 +3,10 @@
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metacv.algorithms.base import MetricMethod
+from metacv.algorithms.distances import cosine_similarity, negative_squared_distance
 from metacv.backbones.base import Backbone
 from metacv.bounds import Positive
 from metacv.data.task import TaskBatch
@@ -33,14 +33,3 @@ class ProtoNet(MetricMethod):
         prototypes = tasks.class_means(tasks.support_x)  # [T, N, D], equation 1
         similarity = cosine_similarity if self.metric == "cosine" else negative_squared_distance
         return similarity(tasks.query_x, prototypes) * self.scale / self.temperature  # equation 2
-
-
-def negative_squared_distance(query: Tensor, prototypes: Tensor) -> Tensor:
-    """Return minus the squared distances of queries [T, Q, D] to prototypes [T, N, D]: [T, Q, N]."""
-    return -(query.unsqueeze(2) - prototypes.unsqueeze(1)).square().sum(dim=-1)
-
-
-def cosine_similarity(query: Tensor, prototypes: Tensor) -> Tensor:
-    """Return the cosines between queries [T, Q, D] and prototypes [T, N, D]: [T, Q, N]."""
-    query, prototypes = F.normalize(query, dim=-1), F.normalize(prototypes, dim=-1)
-    return (query.unsqueeze(2) * prototypes.unsqueeze(1)).sum(dim=-1)
