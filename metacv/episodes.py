@@ -72,8 +72,8 @@ def predict_episodes(
     """Predict the class of each query, from the `features` of the images if they are known. Each image is embedded only
     once if its features depend on no other image.
 
-    `cause`: a text, raise UserError at the first prediction that is not finite, with the text (or "") at its end. None:
-    raise nothing; the class of such a prediction is -1.
+    `cause`: if it is a text, the first prediction that is not finite raises UserError, with this text at the end. If it
+    is None, nothing is raised, and the class of such a prediction is -1.
     """
     features = features or embedded_once(algorithm, [episodes], batch_norm, progress)
     if features:

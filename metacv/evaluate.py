@@ -439,14 +439,22 @@ def prepare(checkpoint: Checkpoint, given: TestConfig, others: Iterable[Checkpoi
     with checkpoint.blamed(config):
         algorithm = with_head(network, config, checkpoint.centre).to(device)
     if isinstance(algorithm, WithHead) and algorithm.needs_centre:
-        other = "_target_" in given.dataset
-        source = build_dataset(checkpoint.config.dataset, given.data_dir) if other else dataset
-        centre(algorithm, source.load("train"), device)
+        centre(algorithm, training_images(checkpoint, dataset, given.data_dir), device)
     if device.type == "cpu":
         keep_freed_memory()
     cache = feature_cache(user_path(given.data_dir), algorithm, config, episodes.sampler)
     shared = SharedFeatures([episodes], cache)
     return Evaluation(checkpoint, config, episodes, given.split, algorithm, dataset, left_out, shared)
+
+
+def training_images(checkpoint: Checkpoint, tested: Dataset, data_dir: str) -> ImageBank:
+    """Return the training images of a checkpoint; UserError if they are not there, nor in the data set `tested`."""
+    try:
+        return build_dataset(checkpoint.config.dataset, data_dir).load("train")
+    except UserError as error:
+        if (splits := checkpoint.content.get("splits")) and splits == tested.splits():  # the folder was moved
+            return tested.load("train")
+        raise UserError(f"head: needs the mean feature of the training images ({error}); choose another head") from None
 
 
 def centre(algorithm: WithHead, bank: ImageBank, device: torch.device) -> Tensor:

@@ -1,5 +1,6 @@
 """`metacv export`: one file for other programs, with the network and, of a saved model, its classes."""
 
+import copy
 import json
 import warnings
 from contextlib import suppress
@@ -49,13 +50,12 @@ class Exported(nn.Module):
 
     def learn_from(self, predictor: Predictor, support: Support) -> None:
         """Set the linear layer to that of the model's head; UserError if its logits are no linear function."""
-        method, centre = self.method, torch.zeros(())
+        method, centre = copy.deepcopy(self.method).double().eval(), torch.zeros(())
         if isinstance(method, WithHead) and method.classify.centred:
             centre = method.classify.centre
         features = predictor.with_features(support).features
         if features is None or features.dim() > 3:
             raise not_linear(method)
-        method.double().eval()
         tasks = support.task_of(features[:, 0].double(), features[:, 0].double())
 
         def logits(queries: Tensor) -> Tensor:

@@ -52,7 +52,8 @@ def train_in_processes(words: Sequence[str]) -> int:
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         # In sessions of their own, so that Ctrl-C reaches them once, from here.
         children.append(subprocess.Popen(command, env=shared | own, start_new_session=True))
-    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & {*dir(signal)}:  # before, they end this process, which the others see
+    # A signal before this ends this process, which the children notice (`end_with_starter`).
+    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & {*dir(signal)}:
         signal.signal(getattr(signal, name), pass_on)
     while None in (now := [child.poll() for child in children]) and not any(now):
         time.sleep(0.1)

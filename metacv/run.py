@@ -184,8 +184,8 @@ class Run:
         """Load a last.pt; UserError if it does not fit the settings, or the data set is split differently."""
         source.load_weights(self.algorithm)
         state, path = source.content, source.path
-        if state.get("splits") != self.splits:
-            advice = "restore the images of this run"
+        if (known := state.get("splits")) and known != self.splits:  # older runs on several data sets have none
+            advice = "its folders must have the classes that they had at the start"
             if "split_file" in self.config.dataset:
                 advice = f"add {setting('dataset.split_file', path.with_name('split.json'))}"
             raise UserError(f"{path}: the data set is now split differently from this run; {advice}")
@@ -397,6 +397,6 @@ def show_config(folder: Path, config: dict[str, Any], overrides: list[str]) -> N
 def warn_of_few_test_classes(config: TrainConfig, splits: dict[str, list[str]] | None) -> None:
     """Print a warning if the test split has too few classes for evaluation."""
     rotations = 4 if config.dataset.get("test_rotation") == "as_classes" else 1
-    if splits and (classes := rotations * len(splits["test"])) < config.way:
+    if splits and "fractions" in config.dataset and (classes := rotations * len(splits["test"])) < config.way:
         text = f"way={config.way}, but the test split has only {classes} classes; dataset.fractions can give it more"
         warn(text)

@@ -58,6 +58,7 @@ def seen(checkpoint: Checkpoint, dataset: Dataset) -> tuple[set[str], set[str]]:
 
 def _advice(dataset: Dataset, checkpoint: Checkpoint) -> str:
     """Return advice for a data set whose split is kept with the run; empty for others."""
-    if not hasattr(dataset, "split_file") or not checkpoint.content.get("splits"):
+    own = "split_file" in checkpoint.config.dataset and checkpoint.content.get("splits")
+    if not own or not hasattr(dataset, "split_file"):
         return ""
     return f"; {setting('dataset.split_file', checkpoint.path.with_name('split.json'))} keeps the split of the training"

@@ -34,13 +34,16 @@ ROOM = 3 * 2**30  # bytes
 ALGORITHMS = sorted(path.stem for path in (CONFIG_DIR / "algo").glob("*.yaml"))
 # One for each way through the core: inner loops with and without moments, vectors, maps, training on images.
 KINDS = ["maml", "reptile", "protonet", "relationnet", "classifier"]
-# All, of which the fast tests take one of each kind.
-EACH = [name if name in KINDS else pytest.param(name, marks=pytest.mark.slow) for name in ALGORITHMS]
 # timm is optional.
 BACKBONES = [
     path.stem for path in sorted((CONFIG_DIR / "backbone").glob("*.yaml")) if path.stem != "timm" or find_spec("timm")
 ]
 DATASETS = sorted(path.stem for path in (CONFIG_DIR / "dataset").glob("*.yaml"))
+
+
+def each(*also: str) -> list[Any]:
+    """All methods, as a parameter: the fast tests take one of each kind, and those of `also`."""
+    return [name if name in {*KINDS, *also} else pytest.param(name, marks=pytest.mark.slow) for name in ALGORITHMS]
 
 
 class SmoothNet(Backbone):

@@ -289,6 +289,14 @@ def test_on_windows_the_parent_may_be_a_launcher_and_is_not_watched(monkeypatch)
         processes_module.end_with_starter()
 
 
+def test_processes_that_do_not_end_are_killed_at_one_deadline_for_all(capfd):
+    children = [subprocess.Popen(["sleep", "60"]) for _ in range(2)]
+    start = time.monotonic()
+    assert [processes_module.ended(child, start + 0.2) for child in children] == [-signal.SIGKILL] * 2
+    assert time.monotonic() - start < 5
+    assert "a process was killed, and the others do not end" in capfd.readouterr().err
+
+
 @pytest.mark.slow
 def test_an_error_in_several_processes_is_one_line(metacv, tmp_path):
     command = [sys.executable, "-m", "metacv", "train", "processes=2", "meta_batch=1", "hydra.run.dir=run"]

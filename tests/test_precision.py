@@ -14,7 +14,10 @@ from conftest import TRAIN, SmoothNet, random_tasks
 
 from metacv.algorithms.gradient.maml import MAML
 from metacv.algorithms.gradient.reptile import Reptile
+from metacv.algorithms.metric.feat import FEAT
+from metacv.algorithms.metric.matchingnet import MatchingNet
 from metacv.algorithms.metric.protonet import ProtoNet
+from metacv.algorithms.metric.r2d2 import R2D2
 from metacv.algorithms.metric.relationnet import RelationNet
 from metacv.model import load_checkpoint, save_checkpoint
 from metacv.precision import precision
@@ -25,6 +28,9 @@ BUILD = {
     "reptile": lambda: Reptile(SmoothNet(), 3, 1e-2, 3, 4, 3, 4, inner_optimizer="sgd"),
     "reptile by adam": lambda: Reptile(SmoothNet(), 3, 1e-2, 3, 4, 3, 4),
     "protonet": lambda: ProtoNet(SmoothNet(running_stats=True)),
+    "matchingnet": lambda: MatchingNet(SmoothNet(running_stats=True), 10.0),
+    "feat": lambda: FEAT(SmoothNet(running_stats=True), temperature=5.0, balance=0.1, dropout=0.0),
+    "r2d2": lambda: R2D2(SmoothNet(running_stats=True), penalty=1.0, scale=10.0, learn_penalty=True),
     "relationnet": lambda: RelationNet(SmoothNet(image_shape=(1, 12, 12), running_stats=True)),
 }
 compiles = pytest.mark.skipif(

@@ -18,13 +18,13 @@ import pytest
 import torch
 from conftest import (
     BACKBONES,
-    EACH,
     KINDS,
     SMALL,
     TRAIN,
     after_first_line,
     assert_same,
     bank_of,
+    each,
     quick,
     random_tasks,
 )
@@ -164,7 +164,7 @@ def test_training_learns_the_glyphs(metacv, algo):
     assert result.accuracy - result.ci95 > 0.3
 
 
-@pytest.mark.parametrize("algo", EACH)
+@pytest.mark.parametrize("algo", each())
 def test_the_same_seed_gives_the_same_run(metacv, trained, algo):
     assert metacv("train", *quick(algo), RUN)[0] == 0
     assert_same_run("run", trained(algo))

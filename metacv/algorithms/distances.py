@@ -1,4 +1,8 @@
-"""Distances and cosines between features and class centres, computed in fp32 or more."""
+"""Distances and cosines between features and class centres.
+
+The first two compute in fp32 or more, whatever the precision of the network; with precision=tf32, training multiplies
+in tf32.
+"""
 
 import torch
 import torch.nn.functional as F

@@ -35,6 +35,7 @@ class Mixture(Dataset):
                 raise ValueError(f"sets.{name}.{text}; set dataset.{split}_rotation")
 
     def splits(self) -> dict[str, list[str]] | None:
+        """Return the classes of the sets whose settings do not determine them, such as image folders."""
         known = {name: own for name, data in self.sets.items() if (own := data.splits())}
         if not known:
             return None

@@ -30,19 +30,25 @@ class TaskBatch:
         """Return batches whose tasks have equal shapes."""
         return [self]
 
-    def class_means(self, values: Tensor) -> Tensor:
-        """Return means over the support images of each class: values [T, S, ...] -> [T, N, ...]."""
+    def members(self) -> Tensor:
+        """Return whether each support image is of each class: bool [T, S, N]."""
+        return self.support_y.unsqueeze(2) == torch.arange(self.way, device=self.support_y.device)
+
+    def class_sums(self, values: Tensor) -> Tensor:
+        """Return sums over the support images of each class, in fp32 or more: values [T, S, ...] -> [T, N, ...]."""
         values = values.to(torch.promote_types(values.dtype, torch.float32))
         if values.device.type == "cpu" and values.shape[1] * self.way > MANY:
             sums = values.new_zeros(len(values), self.way, *values.shape[2:])
             for total, own, labels in zip(sums, values, self.support_y, strict=True):
                 total.index_add_(0, labels, own)
-            sizes = torch.stack([labels.bincount(minlength=self.way) for labels in self.support_y])
-            return sums / sizes.to(values.dtype).view(*sizes.shape, *(1,) * (values.dim() - 2))
-        member = self.support_y.unsqueeze(2) == torch.arange(self.way, device=values.device)  # [T, S, N]
-        weights = (member.to(values.dtype) / member.sum(dim=1, keepdim=True)).mT
+            return sums
         with torch.autocast(values.device.type, enabled=False):
-            return (weights @ values.flatten(2)).unflatten(2, values.shape[2:])
+            return (self.members().to(values.dtype).mT @ values.flatten(2)).unflatten(2, values.shape[2:])
+
+    def class_means(self, values: Tensor) -> Tensor:
+        """Return means over the support images of each class, in fp32 or more: values [T, S, ...] -> [T, N, ...]."""
+        sums, sizes = self.class_sums(values), self.members().sum(1)
+        return sums / sizes.to(sums.dtype).view(*sizes.shape, *(1,) * (sums.dim() - 2))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "TaskBatch":
         """Apply `function` to the images or features."""

@@ -212,7 +212,11 @@ def test_a_mixture_trains_and_is_evaluated_on_all_and_on_one_of_its_data_sets(me
     code, _, err = metacv("evaluate", *one, "dataset.split_seed=1")
     assert code == 1
     assert "were used in training or validation of" in err
+    assert err.endswith("; unseen_only=true leaves them out\n")
     add_classes(own)
     code, _, err = metacv("train", "resume=run", "steps=6")
-    text = "run/last.pt: the data set is now split differently from this run; restore the images of this run\n"
+    text = "run/last.pt: the data set is now split differently from this run; its folders must have the "
+    text += "classes that they had at the start\n"
     assert (code, err) == (1, f"metacv: {text}")
+    torch.save(torch.load("run/last.pt", weights_only=True) | {"splits": None}, "run/last.pt")  # an older run
+    assert metacv("train", "resume=run", "steps=6")[0] == 0

@@ -159,6 +159,16 @@ def test_a_run_that_serves_needs_no_first_stage(tmp_path, monkeypatch):
     reproduce.adopt.assert_called_once()
 
 
+def test_a_first_stage_is_trained_on_the_same_data_and_device(tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduce, "reproduce", Mock())
+    (config,) = reproduce.compose_all([["experiment=cifar_fs/meta_baseline_5w1s"]])
+    given = argparse.Namespace(runs=tmp_path)
+    words = ["data_dir=here", "steps=5", "device=cpu"]
+    assert reproduce.first_stage(given, config, words) == [f"init={tmp_path}/cifar_fs/classifier_5w1s"]
+    first = "cifar_fs/classifier_5w1s"
+    reproduce.reproduce.assert_called_once_with(given, first, first, ["data_dir=here", "device=cpu"])
+
+
 @pytest.mark.slow
 def test_a_run_serves_another_experiment_that_trains_in_the_same_way(finished, tmp_path):
     place = finished.copy(tmp_path)

@@ -1,7 +1,6 @@
 """Ridge regression to one-hot labels, in closed form (Bertinetto et al., 2019), https://arxiv.org/abs/1805.08136"""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from metacv.algorithms.heads.base import Head
@@ -25,7 +24,7 @@ def ridge(tasks: TaskBatch, penalty: float | Tensor) -> Tensor:
     with torch.autocast(tasks.support_x.device.type, enabled=False):
         full = torch.promote_types(tasks.support_x.dtype, torch.float32)
         support, query = tasks.support_x.to(full), tasks.query_x.to(full)  # [T, S, D], [T, Q, D]
-        targets = F.one_hot(tasks.support_y, tasks.way).to(support)
+        targets = tasks.members().to(support)
         products = support @ support.mT + penalty * torch.eye(support.shape[1], dtype=full, device=support.device)
         # solve_ex does not check for errors, which would wait for the GPU; products + penalty I is always invertible.
         return query @ support.mT @ torch.linalg.solve_ex(products, targets).result

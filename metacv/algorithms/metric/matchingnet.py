@@ -1,9 +1,9 @@
 """Matching Networks, without context embeddings (Vinyals et al., 2016), https://arxiv.org/abs/1606.04080"""
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from metacv.algorithms.base import MetricMethod
+from metacv.algorithms.distances import cosine_similarity
 from metacv.backbones.base import Backbone
 from metacv.bounds import Positive
 from metacv.data.task import TaskBatch
@@ -17,8 +17,6 @@ class MatchingNet(MetricMethod):
         self.scale = scale
 
     def head(self, tasks: TaskBatch) -> Tensor:
-        support = F.normalize(tasks.support_x, dim=-1)  # [T, S, D]
-        query = F.normalize(tasks.query_x, dim=-1)  # [T, Q, D]
-        attention = (self.scale * query @ support.mT).softmax(dim=-1)  # [T, Q, S]
-        labels = F.one_hot(tasks.support_y, tasks.way).to(attention)  # [T, S, N]
-        return (attention @ labels).clamp_min(1e-30).log()  # [T, Q, N]
+        similarity = self.scale * cosine_similarity(tasks.query_x, tasks.support_x)  # [T, Q, S]
+        attention = similarity.softmax(dim=-1)
+        return tasks.class_sums(attention.mT).mT.clamp_min(1e-30).log()  # [T, Q, N]
