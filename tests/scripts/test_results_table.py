@@ -282,6 +282,19 @@ def test_the_kept_last_blocks_were_trained_and_tested_alike_except_for_what_thei
         assert len(episodes) == 1
 
 
+def test_runs_with_averaged_weights_differ_in_nothing_else():
+    *averages, last = read_results(results_table.EMA / "result.json").results
+    assert last.checkpoint == "outputs/blocks/rfs_augmented/best.pt"
+    configs = []
+    for result in (*averages, last):
+        assert result.checkpoint_sha256 == sha256(ROOT / result.checkpoint)
+        assert (result.split, result.episodes, result.way, result.shot) == ("val", 2000, 5, 1)
+        configs.append(to_dict(load_checkpoint(ROOT / result.checkpoint).config))
+    assert [config.pop("ema") for config in configs] == [0.99, 0.999, None]
+    assert configs[0] == configs[1] == configs[2]
+    assert round(0.999**1199, 2) == 0.3
+
+
 def test_the_ranges_below_the_table_of_last_blocks_are_those_of_the_table():
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in results_table.blocks().splitlines()]
     table = {tuple(line[:3]): [float(cell or "nan") for cell in line[3:]] for line in lines[2:]}
