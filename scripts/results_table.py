@@ -591,8 +591,8 @@ accuracy of MAML. MAML++ has the highest accuracy.
 
 ProtoNet, R2D2 and RelationNet are trained on cropped and flipped images, with a cosine schedule: ProtoNet on 7500
 20-way 5-shot tasks and R2D2 on 7500 10-way 5-shot tasks, one run each for both rows; RelationNet on 15,000 10-way
-1-shot tasks and on 14,000 10-way 5-shot tasks. ProtoNet divides distances by 16. The *paper* column of the three has the
-numbers of Bertinetto et al. 2019, where R2D2 has a wider network.
+1-shot tasks and on 14,000 10-way 5-shot tasks. ProtoNet divides distances by 16. The *paper* column of the three has
+the numbers of Bertinetto et al. 2019, where R2D2 has a wider network.
 
 {cifar_fs}
 
