@@ -184,7 +184,8 @@ class Run:
         """Load a last.pt; UserError if it does not fit the settings, or the data set is split differently."""
         source.load_weights(self.algorithm)
         state, path = source.content, source.path
-        if (known := state.get("splits")) and known != self.splits:  # older runs on several data sets have none
+        known = state.get("splits")
+        if known != self.splits and (known or "sets" not in self.config.dataset):  # older runs on several have none
             advice = "its folders must have the classes that they had at the start"
             if "split_file" in self.config.dataset:
                 advice = f"add {setting('dataset.split_file', path.with_name('split.json'))}"

@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from metacv.data.task import at_least_fp32
+
 
 def negative_squared_distance(features: Tensor, centres: Tensor) -> Tensor:
     """Return minus the squared distances of features [T, B, D] to centres [T, N, D]: [T, B, N]."""
-    full = torch.promote_types(features.dtype, torch.float32)
     with torch.autocast(features.device.type, enabled=False):
-        features, centres = features.to(full), centres.to(full)
+        features, centres = at_least_fp32(features), at_least_fp32(centres)
         origin = centres.mean(1, keepdim=True)  # near the features, so that their squares do not hide the distances
         features, centres = features - origin, centres - origin
         return 2 * closeness(features, centres) - features.square().sum(-1, keepdim=True)
@@ -21,9 +22,9 @@ def negative_squared_distance(features: Tensor, centres: Tensor) -> Tensor:
 
 def cosine_similarity(features: Tensor, centres: Tensor) -> Tensor:
     """Return the cosines between features [T, B, D] and centres [T, N, D]: [T, B, N]."""
-    full = torch.promote_types(features.dtype, torch.float32)
     with torch.autocast(features.device.type, enabled=False):
-        return F.normalize(features.to(full), dim=-1) @ F.normalize(centres.to(full), dim=-1).mT
+        features, centres = at_least_fp32(features), at_least_fp32(centres)
+        return F.normalize(features, dim=-1) @ F.normalize(centres, dim=-1).mT
 
 
 def closeness(features: Tensor, centres: Tensor) -> Tensor:

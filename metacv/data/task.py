@@ -36,7 +36,7 @@ class TaskBatch:
 
     def class_sums(self, values: Tensor) -> Tensor:
         """Return sums over the support images of each class, in fp32 or more: values [T, S, ...] -> [T, N, ...]."""
-        values = values.to(torch.promote_types(values.dtype, torch.float32))
+        values = at_least_fp32(values)
         if values.device.type == "cpu" and values.shape[1] * self.way > MANY:
             sums = values.new_zeros(len(values), self.way, *values.shape[2:])
             for total, own, labels in zip(sums, values, self.support_y, strict=True):
@@ -60,7 +60,7 @@ class TaskBatch:
 
     def at_least_fp32(self) -> "TaskBatch":
         """Convert features of lower precision to fp32."""
-        return self.map(lambda features: features.to(torch.promote_types(features.dtype, torch.float32)))
+        return self.map(at_least_fp32)
 
     def with_copies(self, copies: Tensor) -> "TaskBatch":
         """Add V copies of each support image, [T, S * V, ...], with the copies of an image next to each other."""
@@ -78,6 +78,11 @@ class TaskBatch:
         """Return the tasks once for each of their queries, with that query only."""
         queries = zip(self.query_x.split(1, dim=1), self.query_y.split(1, dim=1), strict=True)
         return [replace(self, query_x=x, query_y=y) for x, y in queries]
+
+
+def at_least_fp32(values: Tensor) -> Tensor:
+    """Convert values of lower precision to fp32."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from metacv.algorithms.heads.base import Head
 from metacv.bounds import Copies, Positive
-from metacv.data.task import TaskBatch
+from metacv.data.task import TaskBatch, at_least_fp32
 
 
 class Ridge(Head):
@@ -22,9 +22,9 @@ class Ridge(Head):
 def ridge(tasks: TaskBatch, penalty: float | Tensor) -> Tensor:
     """Return predictions [T, Q, N] for the queries of tasks of features; differentiable."""
     with torch.autocast(tasks.support_x.device.type, enabled=False):
-        full = torch.promote_types(tasks.support_x.dtype, torch.float32)
-        support, query = tasks.support_x.to(full), tasks.query_x.to(full)  # [T, S, D], [T, Q, D]
+        support, query = at_least_fp32(tasks.support_x), at_least_fp32(tasks.query_x)  # [T, S, D], [T, Q, D]
         targets = tasks.members().to(support)
-        products = support @ support.mT + penalty * torch.eye(support.shape[1], dtype=full, device=support.device)
+        unit = torch.eye(support.shape[1], dtype=support.dtype, device=support.device)
+        products = support @ support.mT + penalty * unit
         # solve_ex does not check for errors, which would wait for the GPU; products + penalty I is always invertible.
         return query @ support.mT @ torch.linalg.solve_ex(products, targets).result
