@@ -55,6 +55,7 @@ from metacv.unusual import unusual
 
 DIAGNOSED_TASKS = 20  # validation tasks for `Algorithm.diagnostics`
 LINE_EVERY = 30  # seconds between lines of train.log, and of an output without a progress bar
+SAVE_EVERY = 300  # seconds between copies of last.pt, where validations are rarer
 PROJECTED_IMAGES = 1000
 MOST_PROCESSES = 8  # that the header suggests; each loads the data set
 
@@ -82,12 +83,13 @@ def train(cfg: DictConfig, folder: Path, overrides: list[str]) -> float:
         announce(run, validation, folder, logger)
         signals = stack.enter_context(StopSignals())
         bar = stack.enter_context(progress_bar(run.steps, "step", start=run.step))
-        since, last_line = (time.perf_counter(), run.step), -math.inf
+        since, last_line, saved = (time.perf_counter(), run.step), -math.inf, time.perf_counter()
         while not run.finished:
             if run.validation_due:
                 check_finite(run, folder, ranks)
                 validate(run, validation, folder, logger, signals, ranks)
-                since, last_line = (time.perf_counter(), run.step), time.perf_counter()
+                last_line = saved = time.perf_counter()
+                since = saved, run.step
             else:
                 scalars = training_step(run, ranks)
                 if run.window and not run.window[0].keys() <= scalars.keys():  # in a damaged last.pt
@@ -103,6 +105,9 @@ def train(cfg: DictConfig, folder: Path, overrides: list[str]) -> float:
                         progress = f"step {run.step} of {run.steps}: {text}{remaining(run)}"
                         logger.line(progress, bar.disable or last_line < 0)
                         last_line = since[0]
+                    if ranks.rank == 0 and since[0] - saved > SAVE_EVERY:
+                        run.save(folder, logger)
+                        saved = since[0]
             if (received := ranks.maximum(signals.received)) and not run.finished:
                 check_finite(run, folder, ranks)
                 if ranks.rank == 0:

@@ -129,6 +129,13 @@ def bounded(seconds: int, room: int = ROOM) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[Callable[[int], None]]:
+    """Sets the number of threads for a test. Another number of threads rounds differently."""
+    yield torch.set_num_threads
+    torch.set_num_threads(1)
+
+
 @pytest.fixture
 def sampler() -> EpisodeSampler:
     return EpisodeSampler(bank_of([20] * 12), way=5, shot=2, query=3)

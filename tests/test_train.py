@@ -13,6 +13,7 @@ import sys
 import time
 from datetime import datetime
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -194,6 +195,19 @@ def test_resuming_equals_never_having_stopped(metacv, monkeypatch, algo, number,
     assert metacv("train", "resume=true", RUN)[0] == 0
     assert_same_run("whole", "run")
     assert OmegaConf.load("run/.hydra/config.yaml").algo == OmegaConf.load("whole/.hydra/config.yaml").algo
+
+
+def test_a_run_that_is_killed_long_before_its_first_validation_continues(metacv, monkeypatch):
+    monkeypatch.setattr("metacv.train.SAVE_EVERY", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr("metacv.train.validate", Mock(side_effect=MemoryError))  # as if killed: without the save at a stop
+        assert metacv(*PROTONET, "steps=6", "eval_every=4", RUN)[0] == 1
+    assert last("run")["step"] == 4
+    assert not Path("run/best.pt").exists()
+    assert metacv("train", "resume=true", RUN)[0] == 0
+    monkeypatch.setattr("metacv.train.SAVE_EVERY", 300)
+    assert metacv(*PROTONET, "steps=6", "eval_every=4", "hydra.run.dir=whole")[0] == 0
+    assert_same_run("run", "whole")
 
 
 def test_leftover_files_of_a_killed_run_do_not_affect_resuming(metacv, trained):
@@ -396,8 +410,8 @@ def test_in_a_pipe_the_header_and_validations_are_flushed_at_once(tmp_path, data
 
 
 @pytest.mark.slow
-def test_the_header_says_when_several_processes_may_be_faster(metacv, monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+def test_the_header_says_when_several_processes_may_be_faster(metacv, monkeypatch, threads):
+    threads(4)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     for words, expected in {
         ("algo=protonet", "meta_batch=6", "eval_episodes=3"): " (processes=3 may be faster)",
