@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
 from metacv import seen
 from metacv.algorithms.base import Algorithm
@@ -83,13 +84,12 @@ def train(cfg: DictConfig, folder: Path, overrides: list[str]) -> float:
         announce(run, validation, folder, logger)
         signals = stack.enter_context(StopSignals())
         bar = stack.enter_context(progress_bar(run.steps, "step", start=run.step))
-        since, last_line, saved = (time.perf_counter(), run.step), -math.inf, time.perf_counter()
+        progress = StepProgress(run, folder, logger, bar)
         while not run.finished:
             if run.validation_due:
                 check_finite(run, folder, ranks)
                 validate(run, validation, folder, logger, signals, ranks)
-                last_line = saved = time.perf_counter()
-                since = saved, run.step
+                progress.restart()
             else:
                 scalars = training_step(run, ranks)
                 if run.window and not run.window[0].keys() <= scalars.keys():  # in a damaged last.pt
@@ -98,16 +98,7 @@ def train(cfg: DictConfig, folder: Path, overrides: list[str]) -> float:
                 bar.update()
                 if run.step % run.config.log_every == 0:
                     check_finite(run, folder, ranks)
-                    speed = (run.step - since[1]) * run.config.meta_batch / (time.perf_counter() - since[0])
-                    bar.set_postfix_str(text := log_window(run, logger, speed))
-                    since = time.perf_counter(), run.step
-                    if since[0] - last_line > LINE_EVERY:  # also after the first log_every steps
-                        progress = f"step {run.step} of {run.steps}: {text}{remaining(run)}"
-                        logger.line(progress, bar.disable or last_line < 0)
-                        last_line = since[0]
-                    if ranks.rank == 0 and since[0] - saved > SAVE_EVERY:
-                        run.save(folder, logger)
-                        saved = since[0]
+                    progress.log(save=ranks.rank == 0)
             if (received := ranks.maximum(signals.received)) and not run.finished:
                 check_finite(run, folder, ranks)
                 if ranks.rank == 0:
@@ -210,6 +201,33 @@ def log_window(run: Run, logger: Logger, speed: float) -> str:
     return ", ".join(
         [*shown, f"{significant(speed)} {'tasks' if isinstance(run.sampler, EpisodeSampler) else 'images'}/s"]
     )
+
+
+class StepProgress:
+    """Progress between validations: the bar, lines in train.log, and copies of last.pt."""
+
+    def __init__(self, run: Run, folder: Path, logger: Logger, bar: tqdm):
+        self.run, self.folder, self.logger, self.bar = run, folder, logger, bar
+        self.restart()
+        self.last_line = -math.inf  # the first line is written after the first log_every steps
+
+    def restart(self) -> None:
+        """Start again after a validation, which saves and writes a line."""
+        self.since = self.last_line = self.saved = time.perf_counter()
+        self.step = self.run.step
+
+    def log(self, save: bool) -> None:
+        run, now = self.run, time.perf_counter()
+        speed = (run.step - self.step) * run.config.meta_batch / (now - self.since)
+        self.bar.set_postfix_str(text := log_window(run, self.logger, speed))
+        if now - self.last_line > LINE_EVERY:
+            line = f"step {run.step} of {run.steps}: {text}{remaining(run)}"
+            self.logger.line(line, self.bar.disable or self.last_line < 0)
+            self.last_line = now
+        if save and now - self.saved > SAVE_EVERY:
+            run.save(self.folder, self.logger)
+            self.saved = now
+        self.since, self.step = time.perf_counter(), run.step
 
 
 def remaining(run: Run) -> str:

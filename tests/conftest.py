@@ -185,6 +185,8 @@ def metacv(monkeypatch, tmp_path, data_dir, capsys):
     # They take most of the time of a short run; tests/test_pictures.py and tests/test_console.py draw them.
     monkeypatch.setattr("metacv.evaluate.write_details", lambda *_, **__: None)
     monkeypatch.setattr("metacv.curves.results_picture", lambda *_: b"")
+    # Hydra composes the settings once more to read hydra.mode, which takes a tenth of the suite's time.
+    monkeypatch.setattr("hydra._internal.hydra.Hydra.get_mode", lambda *_, **__: None)
 
     def run(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["metacv", *arguments])

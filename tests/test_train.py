@@ -200,7 +200,7 @@ def test_resuming_equals_never_having_stopped(metacv, monkeypatch, algo, number,
 def test_a_run_that_is_killed_long_before_its_first_validation_continues(metacv, monkeypatch):
     monkeypatch.setattr("metacv.train.SAVE_EVERY", 0)
     with monkeypatch.context() as patch:
-        patch.setattr("metacv.train.validate", Mock(side_effect=MemoryError))  # as if killed: without the save at a stop
+        patch.setattr("metacv.train.validate", Mock(side_effect=MemoryError))  # like a kill, it saves nothing
         assert metacv(*PROTONET, "steps=6", "eval_every=4", RUN)[0] == 1
     assert last("run")["step"] == 4
     assert not Path("run/best.pt").exists()
