@@ -13,7 +13,7 @@ from metacv.data.task import TaskBatch
 
 
 class ConvRelation(nn.Module):
-    """The paper's relation module: sums of `first_layer` of two maps [B, D, h, w] -> scores [B] from 0 to 1."""
+    """The paper's relation module before its sigmoid: sums of `first_layer` of two maps [B, D, h, w] -> scores [B]."""
 
     def __init__(self, out_shape: tuple[int, ...], hidden: int) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class ConvRelation(nn.Module):
         maps = sums + self.get_parameter("blocks.0.0.bias")[:, None, None]
         for layer in [*self.blocks[0].children(), self.blocks[1]][1:]:  # all after the first convolution
             maps = layer(maps)
-        return torch.sigmoid(self.fc2(F.relu(self.fc1(maps.flatten(1))))).squeeze(1)
+        return self.fc2(F.relu(self.fc1(maps.flatten(1)))).squeeze(1)
 
 
 class MLPRelation(nn.Module):
@@ -58,8 +58,10 @@ class MLPRelation(nn.Module):
 class RelationNet(MetricMethod):
     """Classify each query by a learned comparison with every class.
 
-    relation=conv: the maps of a class's support images are summed and concatenated with those of the query; the score
-    is regressed to 1 for the correct class and to 0 for the others (equation 4).
+    relation=conv: the maps of a class's support images are summed and concatenated with those of the query. With
+    loss=mse, the sigmoid of the score is regressed to 1 for the correct class and to 0 for the others (equation 4).
+    With loss=cross_entropy, the scores are logits, as in Chen et al., 2019, https://arxiv.org/abs/1904.04232,
+    appendix A1.
     relation=mlp: a query is compared with each support image as vectors. P(y=c|x) is the mean score over the support of
     c, divided by the sum of these means over the classes; the logits are log P, trained by cross-entropy.
     """
@@ -67,9 +69,16 @@ class RelationNet(MetricMethod):
     features = "maps"
     one_batch = False  # as in the authors' code
 
-    def __init__(self, backbone: Backbone, relation: Literal["conv", "mlp"] = "conv", hidden: Width = 8) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        relation: Literal["conv", "mlp"] = "conv",
+        hidden: Width = 8,
+        loss: Literal["mse", "cross_entropy"] = "mse",
+    ) -> None:
         super().__init__(backbone)
         self.kind = relation
+        self.regression = relation == "conv" and loss == "mse"
         self.relation: ConvRelation | MLPRelation = (
             ConvRelation(backbone.out_shape, hidden)
             if relation == "conv"
@@ -81,7 +90,8 @@ class RelationNet(MetricMethod):
         if self.kind == "conv":
             # Sums over the support of a class; unequal classes are treated as if all had the mean size.
             sums = tasks.class_means(support) * (support.shape[1] / tasks.way)  # [T, N, D, h, w]
-            return self.scores(sums, query)
+            scores = self.scores(sums, query)
+            return torch.sigmoid(scores) if self.regression else scores
         scores = self.scores(support.flatten(2), query.flatten(2))  # [T, Q, S]
         per_class = tasks.class_means(scores.mT).mT  # [T, Q, N]
         return (per_class / per_class.sum(dim=-1, keepdim=True)).clamp_min(1e-12).log()
@@ -96,14 +106,14 @@ class RelationNet(MetricMethod):
         return per_task(self.relation, self.relation, sums.flatten(1, 2)).unflatten(1, sums.shape[1:3])
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        if self.kind == "mlp":
-            return super().probabilities(logits)
-        return logits / logits.sum(dim=-1, keepdim=True).clamp_min(1e-12)
+        if self.regression:
+            return logits / logits.sum(dim=-1, keepdim=True).clamp_min(1e-12)
+        return super().probabilities(logits)
 
     def softmax_logits(self, logits: Tensor) -> Tensor:
-        return logits if self.kind == "mlp" else self.probabilities(logits).clamp_min(1e-12).log()
+        return self.probabilities(logits).clamp_min(1e-12).log() if self.regression else logits
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        if self.kind == "mlp":
-            return super().loss(logits, labels)
-        return F.mse_loss(logits, torch.zeros_like(logits).scatter(-1, labels.unsqueeze(-1), 1.0))
+        if self.regression:
+            return F.mse_loss(logits, torch.zeros_like(logits).scatter(-1, labels.unsqueeze(-1), 1.0))
+        return super().loss(logits, labels)
