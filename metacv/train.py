@@ -56,7 +56,7 @@ from metacv.unusual import unusual
 
 DIAGNOSED_TASKS = 20  # validation tasks for `Algorithm.diagnostics`
 LINE_EVERY = 30  # seconds between lines of train.log, and of an output without a progress bar
-SAVE_EVERY = 300  # seconds between copies of last.pt, where validations are rarer
+SAVE_EVERY = 300  # seconds between two saves of last.pt, or a little more
 PROJECTED_IMAGES = 1000
 MOST_PROCESSES = 8  # that the header suggests; each loads the data set
 
@@ -84,7 +84,7 @@ def train(cfg: DictConfig, folder: Path, overrides: list[str]) -> float:
         announce(run, validation, folder, logger)
         signals = stack.enter_context(StopSignals())
         bar = stack.enter_context(progress_bar(run.steps, "step", start=run.step))
-        progress = StepProgress(run, folder, logger, bar)
+        progress = StepProgress(run, folder if ranks.rank == 0 else None, logger, bar)
         while not run.finished:
             if run.validation_due:
                 check_finite(run, folder, ranks)
@@ -98,7 +98,7 @@ def train(cfg: DictConfig, folder: Path, overrides: list[str]) -> float:
                 bar.update()
                 if run.step % run.config.log_every == 0:
                     check_finite(run, folder, ranks)
-                    progress.log(save=ranks.rank == 0)
+                    progress.log()
             if (received := ranks.maximum(signals.received)) and not run.finished:
                 check_finite(run, folder, ranks)
                 if ranks.rank == 0:
@@ -204,19 +204,20 @@ def log_window(run: Run, logger: Logger, speed: float) -> str:
 
 
 class StepProgress:
-    """Progress between validations: the bar, lines in train.log, and copies of last.pt."""
+    """Progress between validations: the bar, lines in train.log, and saves of last.pt in `folder`, if given."""
 
-    def __init__(self, run: Run, folder: Path, logger: Logger, bar: tqdm):
+    def __init__(self, run: Run, folder: Path | None, logger: Logger, bar: tqdm) -> None:
         self.run, self.folder, self.logger, self.bar = run, folder, logger, bar
         self.restart()
         self.last_line = -math.inf  # the first line is written after the first log_every steps
 
     def restart(self) -> None:
-        """Start again after a validation, which saves and writes a line."""
+        """Start again after a validation."""
         self.since = self.last_line = self.saved = time.perf_counter()
         self.step = self.run.step
 
-    def log(self, save: bool) -> None:
+    def log(self) -> None:
+        """Log the last log_every steps, and save if the last save is old."""
         run, now = self.run, time.perf_counter()
         speed = (run.step - self.step) * run.config.meta_batch / (now - self.since)
         self.bar.set_postfix_str(text := log_window(run, self.logger, speed))
@@ -224,7 +225,7 @@ class StepProgress:
             line = f"step {run.step} of {run.steps}: {text}{remaining(run)}"
             self.logger.line(line, self.bar.disable or self.last_line < 0)
             self.last_line = now
-        if save and now - self.saved > SAVE_EVERY:
+        if self.folder and now - self.saved > SAVE_EVERY:
             run.save(self.folder, self.logger)
             self.saved = now
         self.since, self.step = time.perf_counter(), run.step

@@ -131,7 +131,7 @@ def bounded(seconds: int, room: int = ROOM) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def threads() -> Iterator[Callable[[int], None]]:
-    """Sets the number of threads for a test. Another number of threads rounds differently."""
+    """Sets the number of threads for one test. All others have one thread, because the number changes the rounding."""
     yield torch.set_num_threads
     torch.set_num_threads(1)
 

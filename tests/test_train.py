@@ -13,7 +13,6 @@ import sys
 import time
 from datetime import datetime
 from pathlib import Path
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -197,16 +196,24 @@ def test_resuming_equals_never_having_stopped(metacv, monkeypatch, algo, number,
     assert OmegaConf.load("run/.hydra/config.yaml").algo == OmegaConf.load("whole/.hydra/config.yaml").algo
 
 
-def test_a_run_that_is_killed_long_before_its_first_validation_continues(metacv, monkeypatch):
-    monkeypatch.setattr("metacv.train.SAVE_EVERY", 0)
-    with monkeypatch.context() as patch:
-        patch.setattr("metacv.train.validate", Mock(side_effect=MemoryError))  # like a kill, it saves nothing
-        assert metacv(*PROTONET, "steps=6", "eval_every=4", RUN)[0] == 1
+def test_a_run_that_is_killed_between_validations_continues_from_the_last_log_entry(metacv, monkeypatch):
+    words = (*PROTONET, "steps=6", "eval_every=6", "log_every=2")
+
+    def killed_at_step_5(seconds: float) -> None:
+        steps = iter(range(5))
+        monkeypatch.setattr("metacv.train.SAVE_EVERY", seconds)
+        with monkeypatch.context() as patch:
+            patch.setattr("metacv.train.training_step", lambda *run: training_step(*run) if next(steps) < 4 else 1 / 0)
+            assert metacv(*words, RUN)[0] == 1
+
+    killed_at_step_5(seconds=300)
+    assert not Path("run/last.pt").exists()
+    killed_at_step_5(seconds=0)
     assert last("run")["step"] == 4
     assert not Path("run/best.pt").exists()
     assert metacv("train", "resume=true", RUN)[0] == 0
     monkeypatch.setattr("metacv.train.SAVE_EVERY", 300)
-    assert metacv(*PROTONET, "steps=6", "eval_every=4", "hydra.run.dir=whole")[0] == 0
+    assert metacv(*words, "hydra.run.dir=whole")[0] == 0
     assert_same_run("run", "whole")
 
 

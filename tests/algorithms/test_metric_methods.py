@@ -86,8 +86,6 @@ def test_relationnet_compares_each_query_with_the_sum_of_the_support_maps_of_a_c
     # sums: class 0 (2, 0), class 1 (0, 4); the pair is joined along the channel axis
     tasks = two_classes()
     channels = replace(tasks, support_x=tasks.support_x.transpose(2, 4), query_x=tasks.query_x.transpose(2, 4))
-    torch.testing.assert_close(algorithm(channels), torch.tensor([[[2.0, 4.0], [6.0, 8.0]]]).double().sigmoid())
-    algorithm.regression = False
     assert algorithm(channels).tolist() == [[[2.0, 4.0], [6.0, 8.0]]]
 
 
@@ -96,16 +94,31 @@ def test_relationnet_loss_is_the_mean_squared_error_to_one_hot():
     scores = torch.tensor([[[0.5, 0.2], [0.3, 0.9]]])
     loss = algorithm.loss(scores, torch.tensor([[0, 1]]))
     assert float(loss) == pytest.approx((0.25 + 0.04 + 0.09 + 0.01) / 4, rel=1e-6)
-    assert algorithm.probabilities(scores)[0, 1].tolist() == pytest.approx([0.25, 0.75])
+    probabilities = algorithm.probabilities(scores)
+    assert probabilities[0, 1].tolist() == pytest.approx([0.25, 0.75])
+    torch.testing.assert_close(algorithm.softmax_logits(scores).softmax(-1), probabilities)
 
 
-def test_relationnet_with_cross_entropy_has_a_softmax_over_the_scores_of_the_classes():
+def test_relationnet_with_cross_entropy_has_logits_of_any_size_and_a_softmax_over_the_classes():
+    torch.manual_seed(0)
     algorithm = RelationNet(SmoothNet(image_shape=(1, 8, 8)), loss="cross_entropy")
+    algorithm.relation.fc2.bias.data.fill_(-7)
+    tasks = random_tasks(shape=(1, 8, 8))
+    logits = algorithm(tasks)
+    assert (logits < 0).all()
+    usual = RelationNet(SmoothNet(image_shape=(1, 8, 8)))
+    usual.load_state_dict(algorithm.state_dict())
+    torch.testing.assert_close(usual(tasks), logits.sigmoid())
     scores = torch.tensor([[[0.0, math.log(3)], [math.log(4), 0.0]]])
     torch.testing.assert_close(algorithm.probabilities(scores), torch.tensor([[[0.25, 0.75], [0.8, 0.2]]]))
     assert algorithm.softmax_logits(scores) is scores
     loss = algorithm.loss(scores, torch.tensor([[1, 1]]))
     assert float(loss) == pytest.approx(-(math.log(0.75) + math.log(0.2)) / 2, rel=1e-6)
+
+
+def test_mlp_relation_refuses_the_squared_error():
+    with pytest.raises(ValueError, match="loss=mse needs relation=conv"):
+        RelationNet(Identity(), relation="mlp", loss="mse")
 
 
 def test_mlp_relation_gives_each_class_its_share_of_the_mean_scores():
@@ -152,7 +165,9 @@ def test_relation_module_has_the_shapes_of_the_paper(side, maps, features):
     assert encoder.out_shape == (64, maps, maps)
     module = ConvRelation(encoder.out_shape, hidden=8)
     assert module.fc1.in_features == features
-    assert module(torch.randn(3, 64, maps, maps)).shape == (3,)
+    scores = module(torch.randn(3, 64, maps, maps))
+    assert scores.shape == (3,)
+    assert ((scores >= 0) & (scores <= 1)).all()
 
 
 @pytest.mark.parametrize(("kind", "training"), [("conv", True), ("conv", False), ("mlp", False)])
@@ -172,7 +187,7 @@ def test_scores_are_those_of_the_relation_module_on_concatenated_pairs(kind, tra
             pairs = F.batch_norm(pairs, norm.running_mean.clone(), norm.running_var.clone(), norm.weight, norm.bias,
                                  training)  # fmt: skip
             pairs = F.max_pool2d(F.relu(pairs), 2)
-        return module.fc2(F.relu(module.fc1(pairs.flatten(1))))
+        return torch.sigmoid(module.fc2(F.relu(module.fc1(pairs.flatten(1)))))
 
     expected = torch.stack([joined(task).view(4, 3) for task in range(2)])
     given = (left, right) if kind == "conv" else (left.flatten(2), right.flatten(2))

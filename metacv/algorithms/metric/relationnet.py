@@ -13,10 +13,14 @@ from metacv.data.task import TaskBatch
 
 
 class ConvRelation(nn.Module):
-    """The paper's relation module before its sigmoid: sums of `first_layer` of two maps [B, D, h, w] -> scores [B]."""
+    """The paper's relation module: sums of `first_layer` of two maps [B, D, h, w] -> scores [B].
 
-    def __init__(self, out_shape: tuple[int, ...], hidden: int) -> None:
+    The scores are from 0 to 1, or logits if the module has no sigmoid.
+    """
+
+    def __init__(self, out_shape: tuple[int, ...], hidden: int, sigmoid: bool = True) -> None:
         super().__init__()
+        self.sigmoid = sigmoid
         depth, height, width = out_shape if len(out_shape) == 3 else (*out_shape, 1, 1)
         # Two convolutions without padding and two poolings need maps of 10x10; smaller maps are padded.
         self.padding = padding = 1 if min(height, width) < 10 else 0
@@ -37,7 +41,8 @@ class ConvRelation(nn.Module):
         maps = sums + self.get_parameter("blocks.0.0.bias")[:, None, None]
         for layer in [*self.blocks[0].children(), self.blocks[1]][1:]:  # all after the first convolution
             maps = layer(maps)
-        return self.fc2(F.relu(self.fc1(maps.flatten(1)))).squeeze(1)
+        scores = self.fc2(F.relu(self.fc1(maps.flatten(1))))
+        return (torch.sigmoid(scores) if self.sigmoid else scores).squeeze(1)
 
 
 class MLPRelation(nn.Module):
@@ -59,9 +64,8 @@ class RelationNet(MetricMethod):
     """Classify each query by a learned comparison with every class.
 
     relation=conv: the maps of a class's support images are summed and concatenated with those of the query. With
-    loss=mse, the sigmoid of the score is regressed to 1 for the correct class and to 0 for the others (equation 4).
-    With loss=cross_entropy, the scores are logits, as in Chen et al., 2019, https://arxiv.org/abs/1904.04232,
-    appendix A1.
+    loss=mse, the score is regressed to 1 for the correct class and to 0 for the others (equation 4). With
+    loss=cross_entropy, the scores are logits, as in Chen et al., 2019, https://arxiv.org/abs/1904.04232.
     relation=mlp: a query is compared with each support image as vectors. P(y=c|x) is the mean score over the support of
     c, divided by the sum of these means over the classes; the logits are log P, trained by cross-entropy.
     """
@@ -74,13 +78,15 @@ class RelationNet(MetricMethod):
         backbone: Backbone,
         relation: Literal["conv", "mlp"] = "conv",
         hidden: Width = 8,
-        loss: Literal["mse", "cross_entropy"] = "mse",
+        loss: Literal["mse", "cross_entropy"] | None = None,
     ) -> None:
         super().__init__(backbone)
+        if (relation, loss) == ("mlp", "mse"):
+            raise ValueError("loss=mse needs relation=conv")
         self.kind = relation
-        self.regression = relation == "conv" and loss == "mse"
+        self.regression = relation == "conv" and loss != "cross_entropy"
         self.relation: ConvRelation | MLPRelation = (
-            ConvRelation(backbone.out_shape, hidden)
+            ConvRelation(backbone.out_shape, hidden, sigmoid=self.regression)
             if relation == "conv"
             else MLPRelation(backbone.features_dim, hidden)
         )
@@ -90,8 +96,7 @@ class RelationNet(MetricMethod):
         if self.kind == "conv":
             # Sums over the support of a class; unequal classes are treated as if all had the mean size.
             sums = tasks.class_means(support) * (support.shape[1] / tasks.way)  # [T, N, D, h, w]
-            scores = self.scores(sums, query)
-            return torch.sigmoid(scores) if self.regression else scores
+            return self.scores(sums, query)
         scores = self.scores(support.flatten(2), query.flatten(2))  # [T, Q, S]
         per_class = tasks.class_means(scores.mT).mT  # [T, Q, N]
         return (per_class / per_class.sum(dim=-1, keepdim=True)).clamp_min(1e-12).log()
