@@ -73,8 +73,6 @@ def train(cfg: DictConfig, folder: Path, overrides: list[str]) -> float:
         ranks.on_every_rank(lambda: set_state(run, source))
         if run.splits:
             write_bytes_atomically(folder / "split.json", json.dumps(run.splits, indent=1).encode())
-        if ranks.rank:  # random draws in training, such as DropBlock's masks, must differ between ranks
-            torch.manual_seed(int(torch.randint(2**62, (ranks.rank,))[-1]))
         if config.dry_run:
             print(header([about(run, validation, folder)]))
             print("\n".join(dry_run(run, model_to_test(run), validation, lambda: training_step(run, ranks))))
@@ -170,6 +168,8 @@ def training_step(run: Run, ranks: Ranks) -> dict[str, Tensor]:
     assert run.optimizer is not None
     assert run.schedule is not None
     config, algorithm = run.config, run.algorithm
+    if ranks.rank:  # its random draws, such as DropBlock's masks: other than those of rank 0, and equal after a resume
+        torch.manual_seed(((config.seed * 1_000_003 + run.step) * 1_000_003 + ranks.rank) % 2**63)
     algorithm.train()
     run.optimizer.zero_grad()
     own = ranks.share(config.meta_batch)
@@ -419,7 +419,8 @@ def initialize(run: Run) -> None:
             reason = str(error).splitlines()[-1].strip()
             raise UserError(f"init={run.config.init}: its backbone does not fit this run's ({reason})") from None
         run.record_earlier_run(first)
-    run.algorithm.start_from_backbone()
+    if source or run.config.init:
+        run.algorithm.start_from_backbone()
     if run.average:
         run.average = averaged(run.algorithm, run.config.ema)
 

@@ -112,6 +112,18 @@ def test_a_run_resumes_with_more_processes_and_with_fewer(metacv):
     assert [line["step"] for line in lines("more")] == [line["step"] for line in lines("one")]
 
 
+@pytest.mark.slow
+def test_two_processes_resume_bit_exactly_with_random_layers(metacv):
+    """FEAT has dropout. Each process draws its own masks."""
+    words = ("algo=feat", *TRAIN, "meta_batch=2", "schedule=constant")
+    run_with(*words, "steps=4", "hydra.run.dir=whole")
+    run_with(*words, "steps=2", "hydra.run.dir=parts")
+    run_with("resume=parts", "steps=4")
+    assert torch.equal(learned("whole"), learned("parts"))
+    metacv("train", *words, "steps=4", "hydra.run.dir=one")
+    assert not torch.allclose(learned("whole"), learned("one"), atol=1e-6)  # the masks of the second task differ
+
+
 def wait_for(condition, run: subprocess.Popen, what: str) -> None:
     for _ in range(1200):
         if condition():

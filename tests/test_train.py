@@ -269,6 +269,19 @@ def test_paths_mean_the_same_where_hydra_changes_the_folder(metacv, data_dir, mo
     assert sorted(path.name for path in Path().iterdir()) == ["next", "run"]
 
 
+@pytest.mark.parametrize("algo", ["maml", "reptile"])
+def test_the_head_starts_at_zero_on_a_trained_backbone(metacv, trained, monkeypatch, algo):
+    def head(folder: str, *words: str) -> float:
+        words = ("train", f"algo={algo}", *TRAIN, "steps=1", "optimizer.lr=1e-9", *words, f"hydra.run.dir={folder}")
+        assert metacv(*words)[::2] == (0, "")
+        return float(last(folder)["algorithm"]["net.head.weight"].abs().max())
+
+    assert head("new") > 0.01
+    assert head("after_another_run", f"init={trained(algo)}") < 1e-6
+    monkeypatch.setattr(Conv4, "load_pretrained", lambda self: "weights of some file")
+    assert head("pretrained") < 1e-6
+
+
 def test_resume_works_with_overrides_that_add_or_delete_keys(metacv):
     command = (*PROTONET, "+optimizer.amsgrad=true", "~optimizer.weight_decay", RUN)
     assert metacv(*command)[0] == 0

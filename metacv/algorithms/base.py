@@ -41,7 +41,7 @@ class Algorithm(nn.Module, ABC):
         return next(module for module in self.modules() if isinstance(module, Backbone))
 
     def start_from_backbone(self) -> None:
-        """Make initial weights that depend on those of the backbone, after others were loaded into it."""
+        """Set the weights that depend on those of the backbone, after trained ones were loaded into it."""
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the mean loss over all queries, given logits [T, Q, N] and labels [T, Q]."""

@@ -219,6 +219,28 @@ def test_batch_norm_of_each_step_starts_from_that_of_loaded_weights():
     assert all(scale.eq(3).all() for scale in scales)
 
 
+@pytest.mark.parametrize("cls", [MAML, ANIL, MetaSGD, MAMLPlusPlus])
+def test_a_head_on_a_loaded_backbone_is_zero_and_becomes_centred_class_means_in_one_step(cls):
+    """By hand: the gradient of row c is the mean over the support of (1/N - [y = c]) f."""
+    algorithm, tasks = make(cls), random_tasks(dtype=torch.float64)
+    algorithm.start_from_backbone()
+    algorithm.inner_steps = 1
+    params = algorithm.adapt(tasks)
+    features = torch.stack([algorithm.embedding.features(images) for images in tasks.support_x])
+    signs = F.one_hot(tasks.support_y, 3).double() - 1 / 3  # [T, S, N]
+    steps = signs.mT @ features / tasks.support_y.shape[1]
+    rate = algorithm.rate("head.weight", 0, 3)
+    torch.testing.assert_close(params["head.weight"], rate * steps)
+
+
+def test_a_head_that_the_inner_loop_does_not_adapt_stays_random_on_a_loaded_backbone():
+    """With a head of zeros, the gradient of the backbone would be zero in every inner step."""
+    algorithm = make(BOIL)
+    before = algorithm.net.head.weight.clone()
+    algorithm.start_from_backbone()
+    assert torch.equal(algorithm.net.head.weight, before)
+
+
 def test_features_are_those_before_adaptation_with_the_batch_norm_of_the_first_step():
     algorithm, tasks = make(MAMLPlusPlus, inner_steps=2), random_tasks(dtype=torch.float64)
     with torch.no_grad():

@@ -105,6 +105,16 @@ class InnerLoop(Algorithm):
         """Return the adapted parameters after inner step number `step`, from 0."""
         raise NotImplementedError
 
+    def start_from_backbone(self) -> None:
+        """Set the head to zero, if the inner loop adapts it, as Kao et al. 2022 (arXiv:2106.15367) do at every step.
+
+        With plain gradient steps and classes of equal size, the first step sets the row of each class to a multiple of
+        the difference between the class mean and the mean of all features.
+        """
+        if "head.weight" in self.adapted:
+            for parameter in self.net.head.parameters():
+                nn.init.zeros_(parameter)
+
     def adapt(self, tasks: TaskBatch) -> Params:
         """Return the parameters of `net` adapted to the support sets."""
         with torch.enable_grad():

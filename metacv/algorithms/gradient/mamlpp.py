@@ -72,6 +72,7 @@ class MAMLPlusPlus(MAML):
         return super().embedding
 
     def start_from_backbone(self) -> None:
+        super().start_from_backbone()
         with torch.no_grad():
             for name in self.norm_names:
                 self.norms[key(name)].copy_(self.net.get_parameter(name))
