@@ -103,7 +103,7 @@ def in_words(hint: Any) -> str:
     if origin in (typing.Union, types.UnionType):
         return " or ".join(map(in_words, args))
     if origin is list:
-        return f"a list, each {in_words(args[0])}"
+        return f"a list such as [A,B], each item {in_words(args[0])}"
     if origin is dict:
         return "a group of settings"
     names = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text", type(None): "null"}

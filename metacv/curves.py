@@ -18,7 +18,7 @@ def results_picture(lines: Sequence[dict[str, float]], title: str) -> bytes:
 
     `lines` are those of metrics.jsonl, with accuracies from 0 to 1.
     """
-    figure = Figure(figsize=(10, 3), layout="constrained")
+    figure = Figure(figsize=(10, 3.3), layout="constrained")
     figure.suptitle(title)
     loss, accuracy, rate = figure.subplots(1, 3)
     for axes, name in ((loss, "loss"), (accuracy, "accuracy in %"), (rate, "learning rate")):
@@ -36,7 +36,7 @@ def results_picture(lines: Sequence[dict[str, float]], title: str) -> bytes:
         best = max(measured, key=lambda line: line["val/accuracy"])["step"]
         accuracy.errorbar(steps, 100 * values, 100 * half.clip(0), color=ORANGE, marker="o", label="validation")
         accuracy.axvline(best, color=ORANGE, ls=":", label=f"best, step {best:.0f}")
-        accuracy.legend(loc="lower right")
+        figure.legend(*accuracy.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=120)
     return content.getvalue()

@@ -203,7 +203,7 @@ def test_a_run_writes_a_picture_of_its_curves(metacv, monkeypatch):
     monkeypatch.setattr("metacv.curves.results_picture", results_picture)
     assert metacv(*PROTONET, "hydra.run.dir=run")[0] == 0
     with Image.open("run/results.png") as picture:
-        assert picture.size == (1200, 360)
+        assert picture.size == (1200, 396)
 
 
 def test_the_picture_of_curves_shows_every_value():

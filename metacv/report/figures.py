@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.style import context
 
 from metacv import limits
+from metacv.bounds import shown
 from metacv.config import flat, to_dict
 from metacv.errors import UserError
 from metacv.files import size_of
@@ -115,10 +116,10 @@ def by_cost(rows: list[Row]) -> list[Chart]:
 def lines_of(row: Row, test: Result, varied: list[str]) -> Iterator[tuple[str, str]]:
     """Yield name and identity of a test's lines: one of all tests of a run, one of runs trained on their test task."""
     config = row.run.config
-    settings = {name: str(value) for name, value in flat(to_dict(config)) if name != "seed"} | test.changes
+    settings = {name: shown(value) for name, value in flat(to_dict(config)) if name != "seed"} | test.changes
     without_task = {name: value for name, value in settings.items() if name.split(".")[-1] not in TASK}
-    shown = [f"{name}={row.settings[name]}" for name in varied if name in without_task]
-    name = ", ".join([row.run.algorithm, *shown])
+    own = [f"{name}={row.settings[name]}" for name in varied if name in without_task]
+    name = ", ".join([row.run.algorithm, *own])
     yield f"{name}, trained {config.train_way}-way {config.train_shot}-shot", json.dumps(settings)
     if (test.way, test.shot) == (config.way, config.shot):
         yield f"{name}, trained for each task", json.dumps(without_task)

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from metacv import CONFIG_DIR, limits
+from metacv.bounds import shown
 from metacv.config import LOCAL, TrainConfig, class_name, flat, to_dict, validation_protocol
 from metacv.errors import UserError
 from metacv.files import read_text
@@ -47,7 +48,7 @@ class RunRecord:
     @cached_property
     def settings(self) -> dict[str, str]:
         """Every setting that may change the result, as the run was trained with it."""
-        known = {name: printable(str(value)) for name, value in flat(to_dict(self.config))}
+        known = {name: printable(shown(value)) for name, value in flat(to_dict(self.config))}
         return self.overrides | known | {"algo": self.overrides.get("algo", self.algorithm)}
 
     @cached_property
@@ -56,7 +57,7 @@ class RunRecord:
         queries of a task, with which the accuracy is of another kind."""
         known = validation_protocol(self.config)
         known |= {"head": class_name(self.config.head)} if uses_query_set(self.config) else {}
-        return {name: printable(str(value)) for name, value in known.items()}
+        return {name: printable(shown(value)) for name, value in known.items()}
 
     @cached_property
     def validated_on(self) -> str:
@@ -163,7 +164,7 @@ def read_run(path: Path, files: dict[Path, ResultFile]) -> RunRecord:
 def printable_result(test: Result) -> Result:
     texts: dict[str, Any] = {own.name: printable(getattr(test, own.name)) for own in fields(Result) if own.type is str}
     changes = {
-        printable(name if name.split(".")[0] == "head" else f"algo.{name}"): printable(str(value))
+        printable(name if name.split(".")[0] == "head" else f"algo.{name}"): printable(shown(value))
         for name, value in test.changes.items()
     }
     return replace(test, **texts, changes=changes)

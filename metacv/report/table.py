@@ -74,7 +74,7 @@ class Row:
     def method(self, varied: Iterable[str]) -> str:
         """Describe the algorithm, its settings among `varied` that have a value, and earlier stages."""
         own = self.settings
-        known = [f"{name}={own[name]}" for name in varied if own.get(name, "None") != "None"]
+        known = [f"{name}={own[name]}" for name in varied if own.get(name, "null") != "null"]
         after = f", after {stages}" if (stages := self.run.stages) else ""
         return f"{self.run.algorithm}{' with ' * bool(known)}{', '.join(known)}{after}"
 
@@ -224,7 +224,7 @@ def varied_settings(rows: list[Row]) -> list[str]:
         alike[row.heading, method, tuple(row.settings.get(name) for name in varied - {"algo"})].append(row)
     for group in alike.values():
         found = differing(group, {name for row in group for name in row.settings} - {"algo"})
-        several = {name for name in found if len({row.settings.get(name, "None") for row in group} - {"None"}) > 1}
+        several = {name for name in found if len({row.settings.get(name, "null") for row in group} - {"null"}) > 1}
         # Of different schedules or heads the class, not the settings that only one of them has.
         varied |= several | {name for name in found if name.split(".")[0] not in found - {name}}
     methods = {(row.run.algorithm, row.settings["algo"]) for row in rows}
@@ -234,7 +234,7 @@ def varied_settings(rows: list[Row]) -> list[str]:
 
 
 def differing(rows: list[Row], names: Iterable[str]) -> set[str]:
-    return {name for name in names if len({row.settings.get(name, "None") for row in rows}) > 1}
+    return {name for name in names if len({row.settings.get(name, "null") for row in rows}) > 1}
 
 
 def shown_columns(cells: list[dict[str, str]]) -> list[str]:

@@ -155,7 +155,7 @@ def test_runs_that_differ_in_a_setting_are_distinguishable_in_the_table(folder):
     """Also if no command line is known, or if another method has other validation settings."""
     make_run(folder / "a", overrides=("algo=protonet",))
     make_run(folder / "b", overrides=("algo=protonet",), clip_norm=5.0)
-    assert {row["run"]: row["clip_norm"] for row in rows(folder)} == {"a": "None", "b": "5.0"}
+    assert {row["run"]: row["clip_norm"] for row in rows(folder)} == {"a": "null", "b": "5.0"}
     make_run(folder / "c", overrides=("algo=protonet",), eval_episodes=50, batch_norm="transductive")
     table = {row["run"]: row for row in rows(folder)}
     assert (table["c"]["eval_episodes"], table["c"]["batch_norm"]) == ("50", "transductive")
