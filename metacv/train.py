@@ -58,6 +58,7 @@ DIAGNOSED_TASKS = 20  # validation tasks for `Algorithm.diagnostics`
 LINE_EVERY = 30  # seconds between lines of train.log, and of an output without a progress bar
 SAVE_EVERY = 300  # seconds between two saves of last.pt, or a little more
 PROJECTED_IMAGES = 1000
+RUNNING = {"running_mean", "running_var", "num_batches_tracked"}  # statistics of batch norm
 MOST_PROCESSES = 8  # that the header suggests; each loads the data set
 
 
@@ -413,8 +414,10 @@ def initialize(run: Run) -> None:
         first = load_checkpoint(run.config.init)
         if first.config.normalize != run.config.normalize:
             raise UserError(f"init={run.config.init}: set normalize as in its training, {first.config.normalize}")
+        weights, own = first.build().embedding.state_dict(), backbone.state_dict()
+        unused = [n for n in weights.keys() - own.keys() if n.rpartition(".")[2] in RUNNING]  # running_stats=false
         try:
-            backbone.load_state_dict(first.build().embedding.state_dict())
+            backbone.load_state_dict({name: value for name, value in weights.items() if name not in unused})
         except RuntimeError as error:
             reason = str(error).splitlines()[-1].strip()
             raise UserError(f"init={run.config.init}: its backbone does not fit this run's ({reason})") from None

@@ -47,7 +47,7 @@ from metacv.model import build, build_dataset, build_optimizer, describe_device,
 from metacv.results import read_results
 from metacv.run import Run
 from metacv.text import duration
-from metacv.train import clip, log_window, training_step
+from metacv.train import RUNNING, clip, log_window, training_step
 
 RUN = "hydra.run.dir=run"
 PROTONET = ("train", *quick("protonet"))
@@ -280,6 +280,19 @@ def test_the_head_starts_at_zero_on_a_trained_backbone(metacv, trained, monkeypa
     assert head("after_another_run", f"init={trained(algo)}") < 1e-6
     monkeypatch.setattr(Conv4, "load_pretrained", lambda self: "weights of some file")
     assert head("pretrained") < 1e-6
+
+
+def test_a_backbone_without_running_statistics_starts_from_one_with_them(metacv, trained):
+    first = trained("protonet")
+    words = ("train", "algo=maml", *TRAIN, "backbone=conv4", "backbone.running_stats=false", "optimizer.lr=1e-9")
+    assert metacv(*words, "steps=1", f"init={first}", "hydra.run.dir=run")[::2] == (0, "")
+    before = {name: value for name, value in last(first)["algorithm"].items() if name.startswith("backbone.")}
+    after = last("run")["algorithm"]
+    shared = [name for name in before if f"net.{name}" in after]
+    assert {name.rpartition(".")[2] for name in before.keys() - set(shared)} == RUNNING
+    torch.testing.assert_close(
+        {n: after[f"net.{n}"] for n in shared}, {n: before[n] for n in shared}, atol=1e-6, rtol=0
+    )
 
 
 def test_resume_works_with_overrides_that_add_or_delete_keys(metacv):
