@@ -414,10 +414,11 @@ def initialize(run: Run) -> None:
         first = load_checkpoint(run.config.init)
         if first.config.normalize != run.config.normalize:
             raise UserError(f"init={run.config.init}: set normalize as in its training, {first.config.normalize}")
-        weights, own = first.build().embedding.state_dict(), backbone.state_dict()
-        unused = [n for n in weights.keys() - own.keys() if n.rpartition(".")[2] in RUNNING]  # running_stats=false
+        own = backbone.state_dict()  # without statistics, if running_stats=false
         try:
-            backbone.load_state_dict({name: value for name, value in weights.items() if name not in unused})
+            weights = first.build().embedding.state_dict().items()
+            used = {name: value for name, value in weights if name in own or name.rpartition(".")[2] not in RUNNING}
+            backbone.load_state_dict(used)
         except RuntimeError as error:
             reason = str(error).splitlines()[-1].strip()
             raise UserError(f"init={run.config.init}: its backbone does not fit this run's ({reason})") from None
