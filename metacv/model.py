@@ -36,7 +36,7 @@ from metacv.errors import UserError
 from metacv.files import read_checked, sha256, user_path, write_atomically, written_or_refused
 from metacv.pickles import check_extent
 from metacv.text import first_line, plural
-from metacv.upgrade import upgrade_checkpoint
+from metacv.upgrade import complete_config, upgrade_checkpoint
 from metacv.words import nearest
 
 T = TypeVar("T")
@@ -161,6 +161,7 @@ def load_checkpoint(place: str | Path, name: str = "best.pt") -> Checkpoint:
         if content["format"] == 1:
             content = upgrade_checkpoint(content)
         check_extent(content["config"], limits.SETTINGS)
+        content |= {"config": complete_config(content["config"])}
         check_numbers({name: content["config"].get(name) for name in EVALUATED})
         config = from_dict(TrainConfig, content["config"])
         channels, height, width = content["image_shape"]

@@ -1,4 +1,4 @@
-"""Convert configs and checkpoints of version 1 to the current format. Old names appear only in this file."""
+"""Convert configs and checkpoints of earlier versions. Old names appear only in this file."""
 
 from typing import Any
 
@@ -12,8 +12,16 @@ MOVED = {  # classes: path in version 1 -> current path
 RENAMED = {"norm": "batch_norm"}  # settings: old name -> current name
 
 
+def complete_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Add a setting that earlier checkpoints lack."""
+    algo = config["algo"]
+    if str(algo.get("_target_")).endswith(".RelationNet") and "shot" not in algo:
+        return config | {"algo": algo | {"shot": config["train_shot"]}}
+    return config
+
+
 def upgrade_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Convert the settings of a checkpoint. Newer settings get the value that matches the old behaviour."""
+    """Convert settings of version 1. Newer settings get the value that matches the old behaviour."""
     later: dict[str, Any] = {"episodes": 600, "precision": "fp32", "compile": False}
     config = later | {RENAMED.get(name, name): value for name, value in config.items()}
     for group in ("algo", "backbone"):

@@ -14,6 +14,8 @@ from metacv.compare import difference, shortened, t_interval
 from metacv.model import load_checkpoint, save_checkpoint
 from metacv.results import read_results
 
+pytestmark = pytest.mark.slow
+
 ASKED = ("query=5", "episodes=20", "batch_norm=inductive")
 RUNS = ("proto", "other", "maml")
 

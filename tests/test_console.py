@@ -51,6 +51,7 @@ def on_a_terminal(columns: int, rows: int, *words: str, environment: dict[str, s
     return b"".join(pieces).decode()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("columns", "rows"), [(80, 24), *(pytest.param(*size, marks=pytest.mark.slow) for size in [(120, 40), (0, 0)])]
 )
@@ -168,6 +169,7 @@ def test_a_dry_run_does_not_change_an_existing_run(metacv, trained):
     assert {path.name: path.read_bytes() for path in Path("run").iterdir() if path.is_file()} == before
 
 
+@pytest.mark.slow
 def test_a_sweep_ends_with_its_runs_best_first_and_the_next_commands(metacv):
     code, out, _ = metacv(
         "train", "-m", *quick("protonet"), "seed=0,1", "train_way=2,5", "name=some", "eval_episodes=4"

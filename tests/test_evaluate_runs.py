@@ -20,6 +20,8 @@ from metacv.progress import Progress, header
 from metacv.results import Result, read_results, warn_at_chance
 from metacv.text import significant
 
+pytestmark = pytest.mark.slow
+
 ASKED = ("query=5", "episodes=20", "device=cpu")
 
 

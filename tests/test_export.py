@@ -37,6 +37,7 @@ def images() -> torch.Tensor:
     return prepared(queries(), package.load("kept.pt").predictor_).float() / 255
 
 
+@pytest.mark.slow
 def test_onnx_gives_the_same_probabilities_and_names(metacv, kept):
     for package_name in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package_name)

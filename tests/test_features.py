@@ -35,6 +35,7 @@ def exported(metacv, data_dir) -> str:
     return "features.npz"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["ncm", "logistic", "ridge", "svm", "finetune"])
 def test_a_head_scores_the_same_on_features_as_on_their_images(metacv, exported, head):
     task = ("way=3", "shot=2", "query=3", "episodes=20", f"head={head}")

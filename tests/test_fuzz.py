@@ -45,8 +45,11 @@ from metacv.terminal import error_line
 from metacv.text import printable
 from metacv.train import training_step
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL.TiffImagePlugin", "ignore:Duplicate name")
-FAST = 30  # examples in the fast suite
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::UserWarning:PIL.TiffImagePlugin", "ignore:Duplicate name"),
+]
+FAST = 30  # examples, unless METACV_FUZZ sets another number
 EXAMPLES = int(os.environ.get("METACV_FUZZ", "0"))
 fuzz = settings(
     max_examples=EXAMPLES or FAST,

@@ -458,6 +458,7 @@ def test_a_file_is_copied_without_all_of_it_in_memory(tmp_path):
     assert (tmp_path / "b").stat().st_size == 2**27
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("places", "values"),
     [

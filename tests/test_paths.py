@@ -22,7 +22,7 @@ from metacv.results import read_results
 from metacv.run import resumed
 from metacv.train import train
 
-pytestmark = pytest.mark.usefixtures("may_be_at_chance")  # models of noise
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("may_be_at_chance")]  # models of noise
 
 
 def is_text(hint: object) -> bool:

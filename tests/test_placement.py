@@ -41,7 +41,10 @@ from metacv.precision import Compiled
 from metacv.predictor import Support, label
 
 SETUP = "_setup_privateuseone_for_python_backend"
-pytestmark = pytest.mark.skipif(not hasattr(backend_registration, SETUP), reason="this torch has no fake devices")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not hasattr(backend_registration, SETUP), reason="this torch has no fake devices"),
+]
 HEADS = sorted(path.stem for path in (CONFIG_DIR / "head").glob("*.yaml"))
 GPU = torch.device("privateuseone", 0)  # whose name is gpu after `start`
 # Settings of a method that lead to other operations than those of its YAML.

@@ -65,6 +65,7 @@ def graph(request, monkeypatch) -> None:
         monkeypatch.setattr(torch, "compile", lambda graph, **_: graph)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BUILD)
 def test_compiled_steps_reach_the_weights_of_uncompiled_ones(name, graph):
     """Includes running statistics and moments, after two float64 steps: the graph must keep no value of the first."""
@@ -81,6 +82,7 @@ def test_compiled_steps_reach_the_weights_of_uncompiled_ones(name, graph):
         torch.testing.assert_close(states[1][key], value, rtol=1e-10, atol=1e-13, msg=lambda m, key=key: f"{key}: {m}")
 
 
+@pytest.mark.slow
 def test_a_compiled_group_of_tasks_counts_by_its_number_of_tasks(graph):
     tasks = random_tasks(tasks=3, dtype=torch.float64)
     found = []
@@ -139,6 +141,7 @@ def test_predictions_are_in_fp32_whatever_the_flags_of_torch_are():
     assert not any(seen)
 
 
+@pytest.mark.slow
 def test_a_graph_of_one_precision_is_not_used_for_another(graph):
     algorithm, tasks, found = BUILD["maml"](), random_tasks(), []
     algorithm.compile_training()
@@ -173,6 +176,7 @@ def test_a_run_that_is_complete_needs_no_device_for_its_precision(metacv, traine
     assert metacv(*tf32, "steps=6", "patience=1")[0] == 0  # out of patience, so complete too
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="memory is kept by a setting of glibc's")
 def test_freed_memory_is_kept_for_the_next_step():
     """Count how many of twenty 64 MB tensors, created one after another, get new memory: all, or only the first few."""

@@ -111,6 +111,7 @@ def as_files(folder: str, images: torch.Tensor) -> None:
 TESTED_BY = [("maml", "transductive"), ("protonet", "inductive")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("algo", "mode"),
     [*TESTED_BY, *(pytest.param(a, m, marks=pytest.mark.slow) for a in ("maml", "reptile", "protonet", "simpleshot")

@@ -77,6 +77,7 @@ def test_predict_without_a_run_labels_as_evaluate_does_and_saves_a_whole_model(r
     assert str(tmp_path).encode() not in Path("model.pt").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("own_cache")
 def test_later_evaluations_read_features_from_the_disk_and_embed_only_new_images(run, tmp_path, monkeypatch):
     embedded = []

@@ -16,7 +16,7 @@ from metacv.data.image_files import files_below
 from metacv.errors import UserError
 from metacv.results import Result, ResultFile, read_results, summary, t_interval
 
-pytestmark = pytest.mark.usefixtures("may_be_at_chance")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("may_be_at_chance")]
 
 
 def results(folder: str) -> list[Result]:

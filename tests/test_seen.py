@@ -16,6 +16,8 @@ from metacv.backbones.conv4 import Conv4
 from metacv.data.bank import Dataset
 from metacv.model import Training, build_dataset, load_checkpoint
 
+pytestmark = pytest.mark.slow
+
 # The runs that `trained` makes use glyphs 0 to 29 for training, 30 to 37 for validation and 38 to 45 for the test.
 SHIFTED = "dataset.classes={train:10,val:10,test:26}"  # tests on glyphs 20 to 45, 18 of which training used
 TEST = ("episodes=8", "query=5", "device=cpu")

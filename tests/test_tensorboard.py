@@ -62,6 +62,7 @@ def board(trained, tmp_path_factory):
         process.wait()
 
 
+@pytest.mark.slow
 def test_every_algorithm_has_the_same_curves_and_pictures(board, trained):
     tags = board("scalars/tags")
     common = {"train/loss", "train/accuracy", "train/tasks_per_second", "train/lr", "val/accuracy", "val/ci95",
@@ -77,6 +78,7 @@ def test_every_algorithm_has_the_same_curves_and_pictures(board, trained):
         assert [(step, pytest.approx(value, rel=1e-5)) for _, step, value in shown] == written
 
 
+@pytest.mark.slow
 def test_the_table_of_runs_has_every_setting_and_the_best_accuracy(board, trained):
     columns = board("hparams/experiment", {"experimentName": ""})
     names = {info["name"] for info in columns["hparamInfos"]}

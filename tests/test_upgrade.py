@@ -15,8 +15,11 @@ import pytest
 import torch
 from conftest import random_tasks
 
+from metacv.algorithms.base import Algorithm
 from metacv.data.task import TaskBatch
-from metacv.model import load_checkpoint
+from metacv.model import load_checkpoint, save_checkpoint
+
+pytestmark = pytest.mark.slow
 
 RUNS = Path(__file__).with_name("data_v1")
 every_run = pytest.mark.parametrize("name", sorted(path.name for path in RUNS.iterdir()))
@@ -32,10 +35,17 @@ def large_tasks() -> TaskBatch:
     return replace(tasks, support_x=10 * tasks.support_x, query_x=10 * tasks.query_x)
 
 
+def built(name: str, file: str) -> Algorithm:
+    algorithm = load_checkpoint(RUNS / name, file).build()
+    if name == "relationnet":
+        algorithm.shot = None  # version 1 did not scale the sums over the support
+    return algorithm
+
+
 def rounds_alike(name: str) -> bool:
     """Whether this processor computes the logits of a run bit for bit as the one of version 1 did."""
     logits = torch.load(RUNS / name / "expected.pt", weights_only=True)["logits"]
-    algorithm = load_checkpoint(RUNS / name, "last.pt").build()
+    algorithm = built(name, "last.pt")
     return all(torch.equal(algorithm.predict(large_tasks(), mode), own) for mode, own in logits.items())
 
 
@@ -48,7 +58,7 @@ def test_checkpoints_of_version_1_predict_what_they_did(name, mode):
         checkpoint = load_checkpoint(RUNS / name, file)
         assert checkpoint.step == 2
         assert checkpoint.config.batch_norm in ("inductive", "transductive")
-        torch.testing.assert_close(checkpoint.build().predict(tasks, mode), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(built(name, file).predict(tasks, mode), expected, rtol=1e-5, atol=1e-5)
 
 
 @every_run
@@ -78,3 +88,10 @@ def test_runs_of_version_1_resume_as_version_1_does(name, metacv, tmp_path):
     for our, their in zip(ours, theirs, strict=True):
         one_query = 1 / (4 * 15) if "train/loss" not in our and our["step"] == 4 and not alike else 0
         assert our == pytest.approx(their, abs=one_query + 1e-4)
+
+
+def test_relation_networks_of_earlier_checkpoints_scale_sums_to_their_shot_in_training(trained, tmp_path):
+    content = torch.load(Path(trained("relationnet")) / "best.pt", weights_only=True)
+    assert content["config"]["algo"].pop("shot") == 1
+    save_checkpoint(tmp_path / "old.pt", content | {"config": content["config"] | {"train_shot": 3}})
+    assert load_checkpoint(tmp_path / "old.pt").build().shot == 3

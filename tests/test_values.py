@@ -85,7 +85,7 @@ ACCEPTED = {  # which of the values a setting may have by its type; a setting th
     "dataset.fractions.val dataset.fractions.test head.weight head.certainty",
     "null": "vary train_vary evaluate:vary compare:vary backbone.weights_file backbone.layer backbone.size "
     "backbone.pool dataset.weights mixture:dataset.size clip_norm clip_value patience ema name init "
-    "algo.teacher algo.task_chunk algo.loss backbone.weights dataset.root image_folder:dataset.size "
+    "algo.teacher algo.task_chunk algo.loss algo.shot backbone.weights dataset.root image_folder:dataset.size "
     "image_folder:dataset.color image_folder:dataset.fit image_folder:dataset.invert dataset.split_file "
     "evaluate:way evaluate:shot evaluate:query evaluate:episodes evaluate:batch_norm evaluate:checkpoint "
     "evaluate:features compare:way compare:shot compare:query compare:episodes compare:batch_norm "

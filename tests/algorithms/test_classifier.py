@@ -132,6 +132,7 @@ def test_flops_are_those_of_the_convolutions_and_products(metacv):
     assert checkpoint.training.flops == checkpoint.step * 16 * each
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algo", ["classifier", "protonet"])
 def test_best_weights_are_the_moving_average_and_resuming_continues_it(metacv, algo):
     words = [word for word in SHORT if not word.startswith("algo=")]

@@ -161,6 +161,7 @@ def test_images_are_shifted_where_training_had_no_augmentation():
         assert any(torch.equal(changed, shifted) for shifted in shifts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algo", ["maml", "protonet", "classifier"])
 def test_every_method_with_a_network_takes_the_head(metacv, trained, algo):
     words = ("evaluate", f"checkpoint={trained(algo)}", "episodes=2", "query=2", "batch_norm=both")

@@ -87,6 +87,17 @@ def test_relationnet_compares_each_query_with_the_sum_of_the_support_maps_of_a_c
     tasks = two_classes()
     channels = replace(tasks, support_x=tasks.support_x.transpose(2, 4), query_x=tasks.query_x.transpose(2, 4))
     assert algorithm(channels).tolist() == [[[2.0, 4.0], [6.0, 8.0]]]
+    algorithm.shot = 6  # three times as many images as in the task
+    assert algorithm(channels).tolist() == [[[6.0, 12.0], [18.0, 24.0]]]
+
+
+def test_relationnet_gives_a_class_the_same_score_however_often_its_images_are_repeated():
+    torch.manual_seed(0)
+    network = SmoothNet(image_shape=(1, 8, 8), running_stats=True)
+    algorithm, tasks = RelationNet(network, shot=1), random_tasks(shape=(1, 8, 8))
+    repeated = tasks.support_x.unflatten(1, (3, 2)).repeat(1, 1, 4, 1, 1, 1).flatten(1, 2)
+    more = replace(tasks, support_x=repeated, support_y=torch.arange(3).repeat_interleave(8).expand(2, -1))
+    torch.testing.assert_close(algorithm.predict(more, "inductive"), algorithm.predict(tasks, "inductive"))
 
 
 def test_relationnet_loss_is_the_mean_squared_error_to_one_hot():

@@ -23,6 +23,7 @@ def download_of(result):
     return get_state_dict
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("may_be_at_chance")
 def test_frozen_weights_are_downloaded_once_and_not_trained(metacv, monkeypatch):
     torch.manual_seed(3)
@@ -49,6 +50,7 @@ def test_only_weights_that_are_not_frozen_are_trainable():
     assert not frozen.network.training  # its batch norm keeps the running statistics as they are
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("problem", [OSError("no network"), {"conv1.weight": torch.zeros(1)}, RuntimeError("bad hash")])
 def test_a_failed_download_of_weights_is_reported_in_one_line(metacv, monkeypatch, problem):
     monkeypatch.setattr(models.ResNet18_Weights, "get_state_dict", download_of(problem))

@@ -15,7 +15,7 @@ from PIL import Image
 from metacv.data import miniimagenet, omniglot
 from metacv.model import load_checkpoint
 
-pytestmark = pytest.mark.usefixtures("may_be_at_chance")  # models of noise
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("may_be_at_chance")]  # models of noise
 
 SHORT = TRAIN[1:]  # without the number of glyphs
 OWN = ("algo=protonet", "dataset=image_folder", "dataset.size=28", "dataset.color=false", *SHORT, "way=3", "query=2")

@@ -146,6 +146,7 @@ def test_settings_that_cannot_go_together_are_refused():
         sampler(query=8)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("may_be_at_chance")
 def test_training_and_evaluation_with_varied_tasks(metacv):
     words = ("algo=protonet", "dataset.classes={train:12,val:8,test:8}", "steps=2", "eval_every=2", "eval_episodes=5")

@@ -28,6 +28,7 @@ def installed(row: benchmark.Row) -> list[str]:
     return names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in ROWS if "miniImageNet" not in name])
 def test_all_implementations_compute_the_same_gradient(name):
     row = replace(ROWS[name], query=2, way=min(ROWS[name].way, 10))  # fewer images, for a fast test

@@ -16,6 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
 from results_table import EXPERIMENTS, experiment_configs
 
+pytestmark = pytest.mark.slow
+
 CELLS = [(5, 1), (5, 5), (20, 1), (20, 5)]
 
 

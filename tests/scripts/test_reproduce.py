@@ -26,6 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 import reproduce
 import results_table
 
+pytestmark = pytest.mark.slow
+
 SCRIPTS = Path(reproduce.__file__).parent
 SHORT = ["backbone.channels=4", "train_way=5", "train_query=2", "eval_every=2", "eval_episodes=4", "episodes=5"]
 STEPS = ["steps=4", "eval_every=4"]
@@ -169,7 +171,6 @@ def test_a_first_stage_is_trained_on_the_same_data_and_device(tmp_path, monkeypa
     reproduce.reproduce.assert_called_once_with(given, first, first, ["data_dir=here", "device=cpu"])
 
 
-@pytest.mark.slow
 def test_a_run_serves_another_experiment_that_trains_in_the_same_way(finished, tmp_path):
     place = finished.copy(tmp_path)
     place.reproduce("omniglot/protonet_20w1s", "--run-of", NAME, "--", *STEPS)
@@ -253,7 +254,6 @@ def test_a_signal_waits_until_the_command_has_saved(tmp_path, number):
     assert (tmp_path / "saved").exists()
 
 
-@pytest.mark.slow
 def test_each_command_runs_in_a_separate_process(finished, tmp_path):
     command = reproduce.metacv
     place = Place(tmp_path)

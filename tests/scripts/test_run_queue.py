@@ -78,6 +78,7 @@ def test_unknown_options_are_passed_to_every_experiment(queue):
     assert calls() == ["one 1 19 19 --reference kept -- steps=2"]
 
 
+@pytest.mark.slow
 def test_unfinished_runs_are_set_aside_at_the_time_limit_and_resume_elsewhere(queue):
     words = ("--at-once", "2", "--unfinished", "aside")
     code, lines = queue(["long", "one", "long --name other"], *words, "--hours", str(4 / 3600))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from metacv.algorithms.base import MetricMethod, per_task
 from metacv.backbones.base import Backbone
-from metacv.bounds import Width
+from metacv.bounds import Images, Width
 from metacv.data.task import TaskBatch
 
 
@@ -63,8 +63,9 @@ class MLPRelation(nn.Module):
 class RelationNet(MetricMethod):
     """Classify each query by a learned comparison with every class.
 
-    relation=conv: the maps of a class's support images are summed and concatenated with those of the query. With
-    loss=mse, the score is regressed to 1 for the correct class and to 0 for the others (equation 4). With
+    relation=conv: the maps of a class's support images are summed and concatenated with those of the query. The sum is
+    scaled to `shot` images, the number in training, because the relation module knows no other scale; None: not scaled.
+    With loss=mse, the score is regressed to 1 for the correct class and to 0 for the others (equation 4). With
     loss=cross_entropy, the scores are logits, as in Chen et al., 2019, https://arxiv.org/abs/1904.04232.
     relation=mlp: a query is compared with each support image as vectors. P(y=c|x) is the mean score over the support of
     c, divided by the sum of these means over the classes; the logits are log P, trained by cross-entropy.
@@ -76,6 +77,7 @@ class RelationNet(MetricMethod):
     def __init__(
         self,
         backbone: Backbone,
+        shot: Images | None = None,
         relation: Literal["conv", "mlp"] = "conv",
         hidden: Width = 8,
         loss: Literal["mse", "cross_entropy"] | None = None,
@@ -83,7 +85,7 @@ class RelationNet(MetricMethod):
         super().__init__(backbone)
         if (relation, loss) == ("mlp", "mse"):
             raise ValueError("loss=mse needs relation=conv")
-        self.kind = relation
+        self.shot, self.kind = shot, relation
         self.regression = relation == "conv" and loss != "cross_entropy"
         self.relation: ConvRelation | MLPRelation = (
             ConvRelation(backbone.out_shape, hidden, sigmoid=self.regression)
@@ -95,7 +97,7 @@ class RelationNet(MetricMethod):
         support, query = tasks.support_x, tasks.query_x
         if self.kind == "conv":
             # Sums over the support of a class; unequal classes are treated as if all had the mean size.
-            sums = tasks.class_means(support) * (support.shape[1] / tasks.way)  # [T, N, D, h, w]
+            sums = tasks.class_means(support) * (self.shot or support.shape[1] / tasks.way)  # [T, N, D, h, w]
             return self.scores(sums, query)
         scores = self.scores(support.flatten(2), query.flatten(2))  # [T, Q, S]
         per_class = tasks.class_means(scores.mT).mT  # [T, Q, N]
