@@ -1,4 +1,4 @@
-# make train: a first model and its accuracy.   make test: what a change must pass, in minutes.
+# make train: a first model and its accuracy.   make test: linter, type checker and the fast tests, in minutes.
 # make test-all: the slow tests too.   make docs: the documentation as a site in site/, with its links checked.
 PYTHON ?= python3
 BIN := .venv/bin

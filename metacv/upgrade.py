@@ -13,10 +13,10 @@ RENAMED = {"norm": "batch_norm"}  # settings: old name -> current name
 
 
 def complete_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Add a setting that earlier checkpoints lack."""
+    """Add `algo.shot` to earlier Relation Networks, which then scale their sums to the shot of training."""
     algo = config["algo"]
-    if str(algo.get("_target_")).endswith(".RelationNet") and "shot" not in algo:
-        return config | {"algo": algo | {"shot": config["train_shot"]}}
+    if algo.get("_target_") == MOVED["metacv.algorithms.relationnet.RelationNet"] and "shot" not in algo:
+        return config | {"algo": algo | {"shot": None if config.get("train_vary") else config["train_shot"]}}
     return config
 
 

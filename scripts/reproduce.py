@@ -21,6 +21,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 import yaml
 from results_table import COMMON_EPISODES, EXPERIMENTS, NOT_SHOWN, REFERENCE, ROOT, Kept, compose_all
 
@@ -182,7 +183,7 @@ def keep(run: Path, reference: Path) -> None:
     (reference / "result.json").unlink(missing_ok=True)
     for name, kept_name in (("best.pt", "best.pt"), ("metrics.jsonl", "metrics.jsonl"), ("result.json", "train.json")):
         shutil.copy(run / name, reference / kept_name)
-    config = load_checkpoint(reference).content["config"]
+    config = torch.load(reference / "best.pt", weights_only=True)["config"]
     (reference / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     for name, kept_name in (("common", "common.json"), ("test", "result.json")):
         place = os.path.relpath(reference / "best.pt", ROOT)

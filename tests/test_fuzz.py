@@ -49,10 +49,10 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::UserWarning:PIL.TiffImagePlugin", "ignore:Duplicate name"),
 ]
-FAST = 30  # examples, unless METACV_FUZZ sets another number
+USUAL = 30  # examples, unless METACV_FUZZ sets another number
 EXAMPLES = int(os.environ.get("METACV_FUZZ", "0"))
 fuzz = settings(
-    max_examples=EXAMPLES or FAST,
+    max_examples=EXAMPLES or USUAL,
     derandomize=not EXAMPLES,
     database=None,
     phases=[Phase.explicit, Phase.generate, Phase.shrink],
@@ -199,7 +199,7 @@ def try_to(read: Callable[[Path], object], name: str, content: bytes | Callable[
 def test_the_security_page_states_the_limits_used_in_tests():
     page = " ".join((Path(__file__).parent.parent / "docs/security.md").read_text().split())
     assert f"{ROOM // 2**30} GiB of memory and {SECONDS} seconds." in page
-    assert f"the same {FAST} files of each kind" in page
+    assert f"the same {USUAL} files of each kind" in page
     assert f"more than about {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels" in page
 
 

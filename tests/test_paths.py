@@ -143,7 +143,6 @@ def one_and_another(tmp_path, monkeypatch, metacv) -> list[Path]:
     return folders
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("may_be_at_chance")
 def test_commands_give_the_same_results_from_another_folder(metacv, monkeypatch, one_and_another, tmp_path):
     a, b = one_and_another

@@ -56,7 +56,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "Relation Networks, vectors": ("relationnet", {"algo.relation": "mlp"}),
     "classifier, angles": ("classifier", {"algo.rotations": True, "algo.cosine": True, "head.augment": 2}),
 }
-SLOW = {"MAML, steps computed again", "Reptile, SGD", "Reptile, fresh moments"}
 FEW_STEPS = {"algo.inner_steps": 1, "algo.eval_inner_steps": 1, "head.steps": 2}
 
 
@@ -231,13 +230,13 @@ def test_a_method_trains_and_predicts_on_its_device_without_waiting(name, error_
     assert error_on_gpu(run_method, name, data_dir, {}, {}) == ""
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in VARIANTS])
+@pytest.mark.parametrize("name", VARIANTS)
 def test_variants_of_a_method_run_on_their_device_without_waiting(name, error_on_gpu, data_dir):
     algo, changes = VARIANTS[name]
     assert error_on_gpu(run_method, algo, data_dir, changes, {}) == ""
 
 
-@pytest.mark.parametrize("name", ["classifier", "protonet", "reptile", pytest.param("maml", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["classifier", "protonet", "reptile", "maml"])
 def test_compiled_steps_and_averaged_weights_run_on_their_device_without_waiting(name, error_on_gpu, data_dir):
     assert error_on_gpu(run_method, name, data_dir, {}, {"compile": True, "ema": 0.9}) == ""
 

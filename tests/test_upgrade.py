@@ -19,8 +19,6 @@ from metacv.algorithms.base import Algorithm
 from metacv.data.task import TaskBatch
 from metacv.model import load_checkpoint, save_checkpoint
 
-pytestmark = pytest.mark.slow
-
 RUNS = Path(__file__).with_name("data_v1")
 every_run = pytest.mark.parametrize("name", sorted(path.name for path in RUNS.iterdir()))
 
@@ -61,6 +59,7 @@ def test_checkpoints_of_version_1_predict_what_they_did(name, mode):
         torch.testing.assert_close(built(name, file).predict(tasks, mode), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @every_run
 @pytest.mark.usefixtures("may_be_at_chance")
 def test_runs_of_version_1_resume_as_version_1_does(name, metacv, tmp_path):
@@ -93,5 +92,13 @@ def test_runs_of_version_1_resume_as_version_1_does(name, metacv, tmp_path):
 def test_relation_networks_of_earlier_checkpoints_scale_sums_to_their_shot_in_training(trained, tmp_path):
     content = torch.load(Path(trained("relationnet")) / "best.pt", weights_only=True)
     assert content["config"]["algo"].pop("shot") == 1
-    save_checkpoint(tmp_path / "old.pt", content | {"config": content["config"] | {"train_shot": 3}})
-    assert load_checkpoint(tmp_path / "old.pt").build().shot == 3
+    for vary, shot in ((None, 3), ("uniform", None)):
+        config = content["config"] | {"train_shot": 3, "train_vary": vary}
+        save_checkpoint(tmp_path / "old.pt", content | {"config": config})
+        assert load_checkpoint(tmp_path / "old.pt").build().shot == shot
+    scaled, unscaled = load_checkpoint(RUNS / "relationnet").build(), built("relationnet", "best.pt")
+    tasks = random_tasks(shot=1, shape=(1, 28, 28))
+    assert torch.equal(scaled.predict(tasks, "transductive"), unscaled.predict(tasks, "transductive"))
+    assert not torch.equal(
+        scaled.predict(large_tasks(), "transductive"), unscaled.predict(large_tasks(), "transductive")
+    )

@@ -117,7 +117,8 @@ def lines_of(row: Row, test: Result, varied: list[str]) -> Iterator[tuple[str, s
     """Yield name and identity of a test's lines: one of all tests of a run, one of runs trained on their test task."""
     config = row.run.config
     settings = {name: shown(value) for name, value in flat(to_dict(config)) if name != "seed"} | test.changes
-    without_task = {name: value for name, value in settings.items() if name.split(".")[-1] not in TASK}
+    of_task = TASK | {f"algo.{x}" for x in ("way", "shot") if settings.get(f"algo.{x}") == settings[f"train_{x}"]}
+    without_task = {name: value for name, value in settings.items() if name not in of_task}
     own = [f"{name}={row.settings[name]}" for name in varied if name in without_task]
     name = ", ".join([row.run.algorithm, *own])
     yield f"{name}, trained {config.train_way}-way {config.train_shot}-shot", json.dumps(settings)

@@ -118,7 +118,7 @@ def test_a_second_stage_starts_from_the_first_backbone_and_adds_its_cost(metacv)
     (result,) = read_results(Path("test/result.json")).results
     assert result.stages == second.training.stages
     assert (result.train_images, result.train_flops) == (second.training.images, second.training.flops)
-    code, _, err = metacv(*words, "init=first", "backbone.channels=4", "hydra.run.dir=third")
+    code, _, err = metacv(*words, "algo=meta_baseline", "init=first", "backbone.channels=4", "hydra.run.dir=third")
     assert (code, err.count("\n")) == (1, 1)
     assert "init=first: its backbone does not fit" in err
 

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 from html import escape
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,11 +19,11 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from metacv.compare import check_same_tasks
-from metacv.config import CompareConfig, ReportConfig, composed, typed
+from metacv.config import CompareConfig, ReportConfig, TrainConfig, composed, from_dict, typed
 from metacv.files import sha256
 from metacv.model import load_checkpoint, save_checkpoint
 from metacv.report import report
-from metacv.report.figures import draw, point, sample_episode, svg
+from metacv.report.figures import draw, lines_of, point, sample_episode, svg
 from metacv.results import Result, ResultFile
 from metacv.text import csv_safe, shortened_in_the_middle
 from metacv.words import hydra_overrides
@@ -623,6 +624,16 @@ def test_a_line_of_accuracy_by_shot_is_the_mean_over_seeds(folder):
     tests = [dataclasses.replace(TEST, accuracy=accuracy, ci95=0.0) for accuracy in (0.1, 0.2, 0.3)]
     assert point(1, tests) == pytest.approx((1, 20, 24.84), abs=0.01)  # Student's t of two degrees of freedom
     assert point(1, [dataclasses.replace(TEST, accuracy=0.1, ci95=0.02)]) == (1, 10, 2)
+
+
+def test_a_line_of_runs_trained_for_each_task_leaves_out_only_settings_that_follow_the_task():
+    def line(shot: int, changes: dict[str, str] | None = None) -> str:
+        config = CONFIG | {"shot": shot, "train_shot": shot, "algo": CONFIG["algo"] | {"shot": shot}}
+        row = SimpleNamespace(run=SimpleNamespace(config=from_dict(TrainConfig, config), algorithm="RelationNet"))
+        return [*lines_of(row, dataclasses.replace(TEST, shot=shot, changes=changes or {}), [])][1][1]
+
+    assert line(1) == line(5)
+    assert len({line(1), line(1, {"algo.shot": "null"}), line(1, {"algo.temperature": "2"})}) == 3
 
 
 def test_an_evaluation_with_other_settings_is_a_row_beside_the_default_one(folder):

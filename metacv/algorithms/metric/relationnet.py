@@ -64,9 +64,10 @@ class RelationNet(MetricMethod):
     """Classify each query by a learned comparison with every class.
 
     relation=conv: the maps of a class's support images are summed and concatenated with those of the query. The sum is
-    scaled to `shot` images, the number in training, because the relation module knows no other scale; None: not scaled.
-    With loss=mse, the score is regressed to 1 for the correct class and to 0 for the others (equation 4). With
-    loss=cross_entropy, the scores are logits, as in Chen et al., 2019, https://arxiv.org/abs/1904.04232.
+    scaled to `shot` images, the number in training, because the relation module has learned that scale; None: to the
+    mean number of images per class in the task. With loss=mse, the score is regressed to 1 for the correct class and to
+    0 for the others (equation 4). With loss=cross_entropy, the scores are logits, as in Chen et al., 2019,
+    https://arxiv.org/abs/1904.04232.
     relation=mlp: a query is compared with each support image as vectors. P(y=c|x) is the mean score over the support of
     c, divided by the sum of these means over the classes; the logits are log P, trained by cross-entropy.
     """
@@ -77,10 +78,10 @@ class RelationNet(MetricMethod):
     def __init__(
         self,
         backbone: Backbone,
-        shot: Images | None = None,
         relation: Literal["conv", "mlp"] = "conv",
         hidden: Width = 8,
         loss: Literal["mse", "cross_entropy"] | None = None,
+        shot: Images | None = None,
     ) -> None:
         super().__init__(backbone)
         if (relation, loss) == ("mlp", "mse"):
@@ -96,7 +97,7 @@ class RelationNet(MetricMethod):
     def head(self, tasks: TaskBatch) -> Tensor:
         support, query = tasks.support_x, tasks.query_x
         if self.kind == "conv":
-            # Sums over the support of a class; unequal classes are treated as if all had the mean size.
+            # Sums as if each class had self.shot images; if that is None, as many as the classes have on average.
             sums = tasks.class_means(support) * (self.shot or support.shape[1] / tasks.way)  # [T, N, D, h, w]
             return self.scores(sums, query)
         scores = self.scores(support.flatten(2), query.flatten(2))  # [T, Q, S]
