@@ -596,11 +596,12 @@ inner loop has one step instead of five, and we trained it on 30,000 steps. BOIL
 accuracy of MAML. MAML++ has the highest accuracy.
 
 ProtoNet, R2D2 and RelationNet are trained on cropped and flipped images, with a cosine schedule: ProtoNet on 7500
-20-way 5-shot tasks and R2D2 on 7500 10-way 5-shot tasks, one run each for both rows; RelationNet on 15,000 10-way
+20-way 5-shot tasks and R2D2 on 15,000 10-way 5-shot tasks, one run each for both rows; RelationNet on 15,000 10-way
 1-shot tasks by cross-entropy, and on 14,000 10-way 5-shot tasks by the paper's squared error. In 1-shot, cross-entropy
 had the higher validation accuracy (one run each); with the squared error (`algo.loss=mse`) the test accuracy is
 {relationnet_mse} (outputs/reference/cifar_fs/relationnet_mse). ProtoNet divides distances by 16. The *paper* column of
-the three has the numbers of Bertinetto et al. 2019, where R2D2 has a wider network.
+the three has the numbers of Bertinetto et al. 2019, where R2D2 has a wider network. R2D2's time includes long waits for
+other work on the machine.
 
 {cifar_fs}
 
