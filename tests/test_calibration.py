@@ -24,6 +24,8 @@ from metacv.model import load_checkpoint, save_checkpoint
 from metacv.reliability import folds, leave_one_out
 from metacv.results import read_results
 
+pytestmark = pytest.mark.slow
+
 
 def test_temperature_makes_the_mean_probability_that_of_the_frequencies():
     """Logits of 4 and 0, three of four times right: the best probability is 3/4, so 4 / T = log 3."""

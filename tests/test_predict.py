@@ -44,7 +44,7 @@ def table(folder: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize("sizes", [[1, 3, 2], [2] * 5], ids=str)
+@pytest.mark.parametrize("sizes", [[1, 3, 2], pytest.param([2] * 5, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("algo", each("matchingnet", "feat"))
 def test_a_saved_model_gives_every_image_the_same_label(metacv, trained, algo, sizes):
     lay_out(Path("own"), sizes, query=3)

@@ -269,6 +269,7 @@ def test_paths_mean_the_same_where_hydra_changes_the_folder(metacv, data_dir, mo
     assert sorted(path.name for path in Path().iterdir()) == ["next", "run"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("may_be_at_chance")
 @pytest.mark.parametrize("algo", ["maml", "reptile"])
 def test_the_head_starts_at_zero_on_a_trained_backbone(metacv, trained, monkeypatch, algo):

@@ -20,6 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
 import results_table
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 REFERENCE = ROOT / "outputs/reference"
 KEPT = sorted(path for path in REFERENCE.glob("*/*_*w*s") if path.is_dir())
