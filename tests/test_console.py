@@ -152,6 +152,7 @@ def test_a_dry_run_of_a_finished_run_has_nothing_left_to_do(metacv, trained):
     assert re.search(r"\ntraining  0 s, 0 s per step\nval       0 s, [\d.e-]+ s per validation\ntotal     0 s, ", out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("word", ["dry_run=true", "way=99"])
 def test_a_sweep_without_a_run_leaves_no_folder(metacv, word):
     metacv("train", "-m", *quick("protonet"), "seed=0,1", word, "name=no,run")
@@ -242,6 +243,7 @@ def test_a_setting_far_from_all_values_in_the_configs_gives_a_warning(algo, inne
     assert [text.partition(", the values")[0] for text in unusual(config)] == warned
 
 
+@pytest.mark.slow
 def test_an_unusual_setting_gives_one_warning_and_does_not_stop_the_run(metacv):
     code, _, err = metacv(*PROTONET, "meta_batch=50", "hydra.run.dir=run")
     assert code == 0

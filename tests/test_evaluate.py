@@ -370,6 +370,7 @@ def test_batch_norm_of_any_dimension_is_seen():
     assert uses_batch_statistics(backbone)
 
 
+@pytest.mark.slow
 def test_commands_refuse_predictions_that_are_not_finite_and_name_the_rate(metacv, trained):
     for algo in ("maml", "reptile", "protonet"):
         content = torch.load(trained(algo) / "best.pt", weights_only=True)

@@ -196,6 +196,7 @@ def test_resuming_equals_never_having_stopped(metacv, monkeypatch, algo, number,
     assert OmegaConf.load("run/.hydra/config.yaml").algo == OmegaConf.load("whole/.hydra/config.yaml").algo
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_between_validations_continues_from_the_last_log_entry(metacv, monkeypatch):
     words = (*PROTONET, "steps=6", "eval_every=6", "log_every=2")
 
@@ -306,6 +307,7 @@ def test_resume_works_with_overrides_that_add_or_delete_keys(metacv):
     assert last("run")["step"] == 8
 
 
+@pytest.mark.slow
 def test_resuming_refuses_changed_settings_that_affect_training(metacv, trained):
     shutil.copytree(trained("reptile"), "run")
     files = (Path("run/last.pt"), Path("run/.hydra/config.yaml"))
@@ -650,6 +652,7 @@ def test_the_head_has_a_row_for_each_class_of_a_training_task(algo):
     assert build(cfg, (1, 28, 28)).net.head.weight.shape[0] == 7
 
 
+@pytest.mark.slow
 def test_a_frozen_backbone_is_validated_without_a_training_step(metacv):
     small = [word for word in TRAIN if not word.startswith("backbone")]
     frozen = ("backbone=torchvision", "backbone.name=mobilenet_v3_small", "backbone.frozen=true")
