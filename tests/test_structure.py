@@ -12,7 +12,7 @@ import metacv
 ROOT = Path(metacv.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 METHODS = re.compile("maml|reptile|protonet|relationnet", re.IGNORECASE)
-NAMES_METHODS = {"help.py", "upgrade.py"}  # usage examples, and names of version 1
+NAMES_METHODS = {"help.py", "upgrade.py"}  # usage examples, and names in earlier checkpoints
 VERSION_1 = re.compile(r"MetacvError|\bas_now\b|\bnorm=(?!\w*[.(])")
 
 
